@@ -1,0 +1,201 @@
+//! Rank 0 waits for the others: whoever connects is checked, and a hello that cannot be right ends the job for all.
+
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+
+use super::link::{Inbox, Link, Listener, Received, Sent, wait_until};
+use super::message::{FromRoot, Hello, ToRoot, Verdict, decode, encode, first_difference};
+use super::star::tell_all;
+use crate::error::{Error, Result};
+
+/// A connection that has said nothing for so long is dropped.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// How long rank 0 stays, after the set-up has failed, for ranks that have not come yet.
+const FOR_LATECOMERS: Duration = Duration::from_secs(1);
+
+/// A connection whose hello has not come.
+struct Stranger {
+    link: Link,
+    since: Instant,
+}
+
+pub(super) struct Gathering {
+    listener: Listener,
+    own: Hello,
+    started: Instant,
+    /// Comes down to that of the least patient rank.
+    deadline: Instant,
+    strangers: Vec<Stranger>,
+    /// By rank, connection and process; nothing for rank 0 itself.
+    joined: Vec<Option<(Link, u32)>>,
+    inbox: Inbox,
+}
+
+impl Gathering {
+    pub(super) fn new(listener: Listener, own: Hello, deadline: Instant) -> Self {
+        let joined = (0..own.world_size).map(|_| None).collect();
+        let inbox = Inbox::new();
+        Gathering { listener, own, started: Instant::now(), deadline, strangers: vec![], joined, inbox }
+    }
+
+    /// Returns the connections and the processes by rank, once everybody has joined and been told so.
+    pub(super) fn run(mut self) -> Result<(Vec<Option<Link>>, Vec<u32>)> {
+        match self.gather().and_then(|()| self.welcome()) {
+            Ok(pids) => Ok((self.joined.into_iter().map(|j| j.map(|(link, _)| link)).collect(), pids)),
+            Err(error) => {
+                let verdict = Verdict::from(&error);
+                tell_all(self.joined.iter().flatten().map(|(link, _)| link), &verdict);
+                self.tell_latecomers(&verdict);
+                Err(error)
+            }
+        }
+    }
+
+    /// Ranks that were only slower to start are told too, instead of looking for a rank 0 that is gone.
+    fn tell_latecomers(&mut self, verdict: &Verdict) {
+        self.deadline = self.deadline.min(Instant::now() + FOR_LATECOMERS);
+        let mut missing = self.missing().count();
+        while missing > 0 && Instant::now() < self.deadline {
+            if self.await_something().and_then(|()| self.accept()).is_err() {
+                return;
+            }
+            for stranger in std::mem::take(&mut self.strangers) {
+                match stranger.link.try_receive(&mut self.inbox) {
+                    Ok(Received::Nothing) => self.strangers.push(stranger),
+                    Ok(Received::Message(len, _)) => {
+                        if let Some(ToRoot::Hello(hello)) = decode(self.inbox.message(len))
+                            && equal_in_constant_time(&hello.secret, &self.own.secret)
+                        {
+                            tell_all([&stranger.link].into_iter(), verdict);
+                            missing = missing.saturating_sub(1);
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            // Their hang-ups no longer matter, and would end every wait at once.
+            self.joined.iter_mut().for_each(|joined| *joined = None);
+        }
+    }
+
+    fn gather(&mut self) -> Result<()> {
+        while self.missing().next().is_some() {
+            if Instant::now() >= self.deadline {
+                let (ranks, world_size) = (self.missing().collect(), self.own.world_size);
+                return Err(Error::MissingRanks { ranks, world_size, waited: self.started.elapsed() });
+            }
+            self.await_something()?;
+            self.accept()?;
+            self.hear_strangers()?;
+            self.look_for_hang_ups()?;
+        }
+        Ok(())
+    }
+
+    fn missing(&self) -> impl Iterator<Item = usize> + '_ {
+        (1..self.own.world_size).filter(|&r| self.joined[r].is_none())
+    }
+
+    fn await_something(&self) -> Result<()> {
+        let mut fds = vec![self.listener.poll_fd()];
+        fds.extend(self.strangers.iter().map(|s| s.link.poll_fd(PollFlags::POLLIN)));
+        fds.extend(self.joined.iter().flatten().map(|(link, _)| link.poll_fd(PollFlags::POLLIN)));
+        let silence = self.strangers.iter().map(|s| s.since + SILENCE).min();
+        wait_until(&mut fds, silence.map_or(self.deadline, |s| s.min(self.deadline)))
+    }
+
+    fn accept(&mut self) -> Result<()> {
+        let most = 2 * self.own.world_size + 64;
+        let ours = nix::unistd::geteuid().as_raw();
+        while let Some(link) = self.listener.accept()? {
+            // Other users are turned away, and so is a flood; neither is the job's fault.
+            if self.strangers.len() < most && link.peer()?.uid == ours {
+                self.strangers.push(Stranger { link, since: Instant::now() });
+            }
+        }
+        Ok(())
+    }
+
+    fn hear_strangers(&mut self) -> Result<()> {
+        for stranger in std::mem::take(&mut self.strangers) {
+            match stranger.link.try_receive(&mut self.inbox)? {
+                Received::Nothing if stranger.since.elapsed() < SILENCE => self.strangers.push(stranger),
+                Received::Message(len, _) => {
+                    if let Some(ToRoot::Hello(hello)) = decode(self.inbox.message(len)) {
+                        self.admit(stranger.link, hello)?;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn admit(&mut self, link: Link, hello: Hello) -> Result<()> {
+        if !equal_in_constant_time(&hello.secret, &self.own.secret) {
+            tell_all([&link].into_iter(), &Verdict::Refused { why: "the job's secret is another one".to_string() });
+            return Ok(());
+        }
+        let pid = link.peer()?.pid.unwrap_or(hello.pid);
+        match self.objection(&hello, pid) {
+            None => {
+                let patience = Instant::now().checked_add(hello.patience);
+                self.deadline = patience.map_or(self.deadline, |p| p.min(self.deadline));
+                self.joined[hello.rank] = Some((link, pid));
+                Ok(())
+            }
+            Some(error) => {
+                tell_all([&link].into_iter(), &Verdict::from(&error));
+                Err(error)
+            }
+        }
+    }
+
+    fn objection(&self, hello: &Hello, pid: u32) -> Option<Error> {
+        let (rank, world_size) = (hello.rank, self.own.world_size);
+        if hello.world_size != world_size {
+            let (theirs, ours) = (hello.world_size.to_string(), world_size.to_string());
+            return Some(Error::Mismatch { rank, what: "world size".to_string(), theirs, ours });
+        }
+        if rank >= world_size {
+            return Some(Error::InvalidRank { rank, world_size });
+        }
+        let first = if rank == 0 { Some(self.own.pid) } else { self.joined[rank].as_ref().map(|&(_, pid)| pid) };
+        if let Some(first_pid) = first {
+            return Some(Error::DuplicateRank { rank, first_pid, second_pid: pid });
+        }
+        let (what, theirs, ours) = first_difference(&hello.description, &self.own.description)?;
+        Some(Error::Mismatch { rank, what, theirs, ours })
+    }
+
+    /// A rank that has joined says nothing more before it is welcomed: if there is something, it is the end.
+    fn look_for_hang_ups(&mut self) -> Result<()> {
+        for rank in 1..self.joined.len() {
+            let Some((link, _)) = &self.joined[rank] else { continue };
+            if matches!(link.try_receive(&mut self.inbox)?, Received::Closed) {
+                self.joined[rank] = None;
+                return Err(Error::PeerDied { rank, during: crate::sync::Operation::Init, epoch: 0 });
+            }
+        }
+        Ok(())
+    }
+
+    fn welcome(&mut self) -> Result<Vec<u32>> {
+        let pid = |joined: &Option<(Link, u32)>| joined.as_ref().map_or(self.own.pid, |&(_, pid)| pid);
+        let pids: Vec<u32> = self.joined.iter().map(pid).collect();
+        let bytes = encode(&FromRoot::Welcome { pids: pids.clone() })?;
+        for (rank, joined) in self.joined.iter().enumerate() {
+            let Some((link, _)) = joined else { continue };
+            if link.blocking_send(&bytes, &[], self.deadline)? != Sent::Done {
+                return Err(Error::PeerDied { rank, during: crate::sync::Operation::Init, epoch: 0 });
+            }
+        }
+        Ok(pids)
+    }
+}
+
+fn equal_in_constant_time(a: &[u8; 32], b: &[u8; 32]) -> bool {
+    a.iter().zip(b).fold(0, |differences, (x, y)| differences | (x ^ y)) == 0
+}

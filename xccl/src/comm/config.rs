@@ -1,0 +1,291 @@
+//! Options: each has a default, a unit and a range, and can be set in code or by environment.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::memory::MemoryFlavour;
+
+/// Where an option's value comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The built-in default.
+    Default,
+    /// The environment.
+    Environment,
+    /// A call of the application.
+    Code,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Origin::Default => "default",
+            Origin::Environment => "environment",
+            Origin::Code => "code",
+        })
+    }
+}
+
+/// One option as `xccl info` shows it.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// The environment variable that sets it.
+    pub variable: &'static str,
+    /// Its value, in the form the variable takes.
+    pub value: String,
+    /// Where the value comes from.
+    pub origin: Origin,
+    /// What it means, with its unit.
+    pub meaning: &'static str,
+}
+
+const TIMEOUT: usize = 0;
+const MEMORY: usize = 1;
+const HUGE_PAGES: usize = 2;
+const HEAP: usize = 3;
+const P2P_RING: usize = 4;
+const RENDEZVOUS: usize = 5;
+const CMA: usize = 6;
+const UNEXPECTED: usize = 7;
+
+const OPTIONS: [(&str, &str); 8] = [
+    ("XCCL_TIMEOUT", "deadline of every blocking call, in seconds, or \"infinite\""),
+    ("XCCL_MEMORY", "where shared segments come from: memfd or posix (/dev/shm)"),
+    ("XCCL_HUGE_PAGES", "ask for huge pages: auto or never"),
+    ("XCCL_HEAP", "bytes of each rank's symmetric heap (K, M, G suffixes)"),
+    ("XCCL_P2P_RING", "payload bytes of the ring from each rank to each other rank (4K to 1G)"),
+    (
+        "XCCL_RENDEZVOUS",
+        "messages of at least this many bytes are copied once, by the receiver, where that is possible",
+    ),
+    ("XCCL_CMA", "read a sender's private memory with process_vm_readv: auto or never"),
+    ("XCCL_UNEXPECTED_BYTES", "most bytes of messages kept for receives that have not been posted yet"),
+];
+
+/// The configuration of a communicator. All ranks must use the same, which is checked when they join.
+///
+/// ```
+/// use std::time::Duration;
+/// let config = xccl::Config::default().timeout(Some(Duration::from_secs(5))).heap_bytes(1 << 20);
+/// let shown = config.settings();
+/// assert_eq!((shown[0].variable, shown[0].value.as_str()), ("XCCL_TIMEOUT", "5"));
+/// ```
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) memory: MemoryFlavour,
+    pub(crate) huge_pages: bool,
+    pub(crate) heap_bytes: usize,
+    pub(crate) p2p_ring_bytes: usize,
+    pub(crate) rendezvous_bytes: usize,
+    pub(crate) cma: bool,
+    pub(crate) unexpected_bytes: usize,
+    origins: [Origin; OPTIONS.len()],
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            timeout: Some(Duration::from_secs(60)),
+            memory: MemoryFlavour::Memfd,
+            huge_pages: true,
+            heap_bytes: 16 << 20,
+            p2p_ring_bytes: 128 << 10,
+            rendezvous_bytes: 32 << 10,
+            cma: true,
+            unexpected_bytes: 256 << 20,
+            origins: [Origin::Default; OPTIONS.len()],
+        }
+    }
+}
+
+impl Config {
+    /// The defaults, changed by the `XCCL_…` variables that are set.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names a variable whose value cannot be used.
+    pub fn from_env() -> Result<Self> {
+        Self::from_lookup(|name| std::env::var(name).ok())
+    }
+
+    pub(crate) fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let mut config = Config::default();
+        for (option, (name, _)) in OPTIONS.iter().enumerate() {
+            if let Some(value) = lookup(name) {
+                config.set(option, name, value.trim())?;
+                config.origins[option] = Origin::Environment;
+            }
+        }
+        Ok(config)
+    }
+
+    fn set(&mut self, option: usize, name: &'static str, value: &str) -> Result<()> {
+        let wrong =
+            |expected: &str| Error::Config { option: name, value: value.to_owned(), expected: expected.to_owned() };
+        let auto = |value: &str| match value {
+            "auto" => Ok(true),
+            "never" => Ok(false),
+            _ => Err(wrong("auto or never")),
+        };
+        let bytes = |least: usize, most: usize| {
+            let expected = format!("a number of bytes from {least} to {most}, such as 64K, 16M or 1G");
+            parse_bytes(value).filter(|n| (least..=most).contains(n)).ok_or_else(|| wrong(&expected))
+        };
+        match option {
+            TIMEOUT => {
+                let seconds = || value.parse().ok().filter(|s: &f64| *s > 0.0 && *s <= 1e9);
+                self.timeout = match value {
+                    "infinite" => None,
+                    _ => Some(Duration::from_secs_f64(seconds().ok_or_else(|| wrong("seconds above 0, or infinite"))?)),
+                };
+            }
+            MEMORY => {
+                self.memory = match value {
+                    "memfd" => MemoryFlavour::Memfd,
+                    "posix" => MemoryFlavour::Posix,
+                    _ => return Err(wrong("memfd or posix")),
+                };
+            }
+            HUGE_PAGES => self.huge_pages = auto(value)?,
+            HEAP => self.heap_bytes = bytes(0, 1 << 40)?,
+            P2P_RING => self.p2p_ring_bytes = bytes(4 << 10, 1 << 30)?.next_multiple_of(64),
+            RENDEZVOUS => self.rendezvous_bytes = bytes(64, 1 << 40)?,
+            CMA => self.cma = auto(value)?,
+            _ => self.unexpected_bytes = bytes(0, 1 << 40)?,
+        }
+        Ok(())
+    }
+
+    fn by_code(mut self, option: usize) -> Self {
+        self.origins[option] = Origin::Code;
+        self
+    }
+
+    /// The deadline of every blocking call; `None` waits for ever. Default: 60 s.
+    pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
+        self.timeout = timeout;
+        self.by_code(TIMEOUT)
+    }
+
+    /// Where shared segments come from. Default: [`MemoryFlavour::Memfd`].
+    pub fn memory(mut self, flavour: MemoryFlavour) -> Self {
+        self.memory = flavour;
+        self.by_code(MEMORY)
+    }
+
+    /// Whether to ask for huge pages. Default: yes.
+    pub fn huge_pages(mut self, ask: bool) -> Self {
+        self.huge_pages = ask;
+        self.by_code(HUGE_PAGES)
+    }
+
+    /// Bytes of each rank's symmetric heap. Default: 16 MiB; memory is used as it is touched.
+    pub fn heap_bytes(mut self, bytes: usize) -> Self {
+        self.heap_bytes = bytes;
+        self.by_code(HEAP)
+    }
+
+    /// Payload bytes of the ring from each rank to each other one; raised to 4 KiB and to whole cache lines. Default:
+    /// 128 KiB.
+    pub fn p2p_ring_bytes(mut self, bytes: usize) -> Self {
+        self.p2p_ring_bytes = bytes.clamp(4 << 10, 1 << 30).next_multiple_of(64);
+        self.by_code(P2P_RING)
+    }
+
+    /// Messages of at least this many bytes are copied once, by the receiver. Default: 32 KiB.
+    pub fn rendezvous_bytes(mut self, bytes: usize) -> Self {
+        self.rendezvous_bytes = bytes.max(64);
+        self.by_code(RENDEZVOUS)
+    }
+
+    /// Whether to read a sender's private memory with `process_vm_readv` where the kernel permits it. Default: yes.
+    pub fn cma(mut self, allow: bool) -> Self {
+        self.cma = allow;
+        self.by_code(CMA)
+    }
+
+    /// Most bytes kept for receives that have not been posted yet. Default: 256 MiB.
+    pub fn unexpected_bytes(mut self, bytes: usize) -> Self {
+        self.unexpected_bytes = bytes;
+        self.by_code(UNEXPECTED)
+    }
+
+    /// Every option with its value and where that comes from.
+    pub fn settings(&self) -> Vec<Setting> {
+        let auto = |yes: bool| if yes { "auto" } else { "never" }.to_owned();
+        let values: [String; OPTIONS.len()] = [
+            self.timeout.map_or("infinite".to_owned(), |t| t.as_secs_f64().to_string()),
+            match self.memory {
+                MemoryFlavour::Memfd => "memfd".to_owned(),
+                MemoryFlavour::Posix => "posix".to_owned(),
+            },
+            auto(self.huge_pages),
+            self.heap_bytes.to_string(),
+            self.p2p_ring_bytes.to_string(),
+            self.rendezvous_bytes.to_string(),
+            auto(self.cma),
+            self.unexpected_bytes.to_string(),
+        ];
+        let with_values = OPTIONS.iter().zip(values).zip(self.origins);
+        with_values
+            .map(|((&(variable, meaning), value), origin)| Setting { variable, value, origin, meaning })
+            .collect()
+    }
+
+    /// What all ranks must agree on: the options that shape shared memory or the protocol.
+    pub(crate) fn description(&self) -> Vec<(String, String)> {
+        let shared = [MEMORY, HEAP, P2P_RING, CMA].map(|option| OPTIONS[option].0);
+        let settings = self.settings().into_iter().filter(|s| shared.contains(&s.variable));
+        settings.map(|s| (s.variable.to_owned(), s.value)).collect()
+    }
+}
+
+/// `64`, `64K`, `64KiB`, `2M`, `1G`: powers of 1024.
+fn parse_bytes(text: &str) -> Option<usize> {
+    let text = text.trim_end_matches("iB").trim_end_matches('B');
+    let (digits, shift) = match text.chars().last()? {
+        'k' | 'K' => (&text[..text.len() - 1], 10),
+        'm' | 'M' => (&text[..text.len() - 1], 20),
+        'g' | 'G' => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    digits.trim().parse::<usize>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(name: &'static str, value: &'static str) -> Result<Config> {
+        Config::from_lookup(|n| (n == name).then(|| value.to_owned()))
+    }
+
+    #[test]
+    fn a_variable_sets_its_option_and_is_named_as_origin() {
+        let config = with("XCCL_HEAP", "2M").unwrap();
+        assert_eq!(config.heap_bytes, 2 << 20);
+        let heap = config.settings().into_iter().find(|s| s.variable == "XCCL_HEAP").unwrap();
+        assert_eq!((heap.value.as_str(), heap.origin), ("2097152", Origin::Environment));
+        assert_eq!(with("XCCL_TIMEOUT", "infinite").unwrap().timeout, None);
+        assert_eq!(with("XCCL_TIMEOUT", "0.5").unwrap().timeout, Some(Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_used_is_named_with_what_is_expected() {
+        for (name, value) in [
+            ("XCCL_TIMEOUT", "soon"),
+            ("XCCL_TIMEOUT", "-1"),
+            ("XCCL_TIMEOUT", "NaN"),
+            ("XCCL_MEMORY", "disk"),
+            ("XCCL_HEAP", "lots"),
+            ("XCCL_HEAP", ""),
+            ("XCCL_HEAP", "99999999999999999999G"),
+            ("XCCL_P2P_RING", "16"),
+            ("XCCL_CMA", "yes"),
+        ] {
+            let text = with(name, value).unwrap_err().to_string();
+            assert!(text.contains(name) && text.contains(&format!("{value:?}")) && text.contains("expected"), "{text}");
+        }
+    }
+}

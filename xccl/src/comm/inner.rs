@@ -1,0 +1,323 @@
+//! What a communicator is made of, shared by its handles.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::Config;
+use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC};
+use crate::bootstrap::{Star, UniqueId};
+use crate::error::{Error, Result};
+use crate::fabric::{self, Fabric, cma};
+use crate::memory::heap::HeapAllocator;
+use crate::memory::machine;
+use crate::memory::segment::Writers;
+use crate::p2p::engine::P2p;
+use crate::sync::bell::{self, Sleeper};
+use crate::sync::liveness::Liveness;
+use crate::sync::progress::{self, Operation, Waiting};
+use crate::sync::wait::{self, Patience};
+
+/// Values of the state word.
+const RUNNING: u32 = 1;
+const ABORTED: u32 = 2;
+const LEFT: u32 = 3;
+
+/// "For ever", for interfaces that need an instant.
+const NO_DEADLINE: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Counters of one rank of one communicator.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) messages_sent: AtomicU64,
+    pub(crate) bytes_sent: AtomicU64,
+    pub(crate) messages_received: AtomicU64,
+    pub(crate) bytes_received: AtomicU64,
+    pub(crate) rendezvous: AtomicU64,
+    pub(crate) exchanges: AtomicU64,
+    pub(crate) tokens: AtomicU64,
+    pub(crate) waits: AtomicU64,
+    pub(crate) waited_us: AtomicU64,
+}
+
+pub(crate) struct CommInner {
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    pub(crate) config: Config,
+    pub(crate) layout: CommLayout,
+    pub(crate) fabric: Fabric,
+    pub(crate) heap: Mutex<HeapAllocator>,
+    pub(crate) counters: Counters,
+    pub(crate) p2p: P2p,
+    star: Mutex<Star>,
+    barriers: Mutex<u64>,
+    liveness: Liveness,
+    first_dead: OnceLock<usize>,
+    patience: Patience,
+    sleeper: Sleeper,
+}
+
+/// Where a private word of a rank lies, for its peers to try `process_vm_readv` on.
+#[derive(Serialize, Deserialize)]
+struct Probe {
+    address: u64,
+}
+
+impl CommInner {
+    pub(crate) fn init(rank: usize, world_size: usize, id: &UniqueId, config: Config) -> Result<Self> {
+        if world_size == 0 || rank >= world_size {
+            return Err(Error::InvalidRank { rank, world_size });
+        }
+        let deadline = Instant::now() + config.timeout.unwrap_or(NO_DEADLINE);
+        let layout = CommLayout::new(world_size, &config);
+        let heap_bytes = HEAP_START + config.heap_bytes.next_multiple_of(4096);
+        fabric::check_memory("the communicator", layout.bytes + heap_bytes, world_size)?;
+
+        let mut star = Star::join(id, rank, world_size, &config.description(), deadline)?;
+        let outboxes = fabric::exchange_segments(&mut star, &config, Writers::Owner, layout.bytes, deadline)?;
+        let heaps = fabric::exchange_segments(&mut star, &config, Writers::Anyone, heap_bytes, deadline)?;
+        let pids = star.pids().to_vec();
+        let fabric = Fabric::new(outboxes, heaps, &pids);
+
+        let header = |rank: usize| Header {
+            magic: MAGIC,
+            abi_version: ABI_VERSION,
+            byte_order: BYTE_ORDER,
+            outbox_bytes: layout.bytes as u64,
+            heap_bytes: heap_bytes as u64,
+            config_hash: hash_of(format!("{:?}", config.description()).as_bytes()),
+            job: hash_of(id.as_bytes()),
+            rank: rank as u32,
+            world_size: world_size as u32,
+            pid: pids[rank],
+            reserved: 0,
+        };
+        fabric.outbox.write(0, bytemuck::bytes_of(&header(rank)));
+        fabric.outbox.word32(layout.state).store(RUNNING, Release);
+
+        // Every header is written once everybody has sent its part.
+        let probe = Box::new(MAGIC);
+        let blob = fabric::encode(&Probe { address: &raw const *probe as u64 })?;
+        let parts = star.exchange(&blob, &[], deadline)?;
+        for (peer, (blob, _)) in parts.iter().enumerate() {
+            check_header(&fabric, peer, &header(peer))?;
+            let probe: Probe = fabric::decode(blob)?;
+            let mut seen = [0; 8];
+            let readable =
+                config.cma && cma::read(pids[peer], probe.address, &mut seen).is_ok() && seen == MAGIC.to_ne_bytes();
+            fabric.outbox.write(layout.cma + peer, &[readable.into()]);
+        }
+        // And everybody has tried to read everybody once this is through.
+        star.exchange(&[], &[], deadline)?;
+        drop(probe);
+
+        let cores = machine::usable_cores();
+        tracing::debug!(rank, world_size, cores, outbox = layout.bytes, heap = heap_bytes, "communicator ready");
+        Ok(CommInner {
+            rank,
+            world_size,
+            p2p: P2p::new(world_size),
+            heap: Mutex::new(HeapAllocator::new(HEAP_START, heap_bytes - HEAP_START)),
+            counters: Counters::default(),
+            star: Mutex::new(star),
+            barriers: Mutex::new(0),
+            liveness: Liveness::watch(&pids),
+            first_dead: OnceLock::new(),
+            patience: Patience::for_machine(world_size, cores),
+            sleeper: Sleeper::new(),
+            config,
+            layout,
+            fabric,
+        })
+    }
+
+    /// The instant by which a call that starts now must end.
+    pub(crate) fn deadline(&self) -> Instant {
+        Instant::now() + self.config.timeout.unwrap_or(NO_DEADLINE)
+    }
+
+    /// The connections that were used to join: for one set-up at a time.
+    pub(crate) fn star(&self) -> MutexGuard<'_, Star> {
+        lock(&self.star)
+    }
+
+    pub(crate) fn check_rank(&self, rank: usize) -> Result<()> {
+        if rank < self.world_size { Ok(()) } else { Err(Error::InvalidRank { rank, world_size: self.world_size }) }
+    }
+
+    /// To be called after publishing a word that only `peer` waits for.
+    pub(crate) fn notify(&self, peer: usize) {
+        bell::publish_fence();
+        self.ring_if_waiting(peer);
+    }
+
+    /// To be called after publishing a word that any rank may wait for.
+    pub(crate) fn notify_all(&self) {
+        bell::publish_fence();
+        (0..self.world_size).for_each(|peer| self.ring_if_waiting(peer));
+    }
+
+    fn ring_if_waiting(&self, peer: usize) {
+        let to = self.fabric.peer(peer);
+        bell::ring_if_waiting(to.outbox.word32(self.layout.sleep), to.heap.word32(BELL), self.rank);
+    }
+
+    /// Waits until `ready` gives a value, or until there is a reason to give up.
+    #[inline]
+    pub(crate) fn wait<T>(&self, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
+        match ready() {
+            Some(value) => Ok(value),
+            None => self.wait_slowly(what, ready),
+        }
+    }
+
+    #[cold]
+    fn wait_slowly<T>(&self, what: Waiting, ready: impl FnMut() -> Option<T>) -> Result<T> {
+        let own = &self.fabric.outbox;
+        let started = Instant::now();
+        let sleep = own.word32(self.layout.sleep);
+        let bell = self.fabric.peer(self.rank).heap.word32(BELL);
+        let waits_for = what.peer.map_or(bell::ANYONE, bell::only);
+        let mut published = false;
+        let result = wait::until(
+            &self.patience,
+            ready,
+            |slice, ready| {
+                self.sleeper.sleep_unless(sleep, waits_for, bell, slice, ready);
+            },
+            || {
+                if !published {
+                    progress::waits(own, self.layout.progress, &what);
+                    published = true;
+                }
+                self.reason_to_give_up(&what, started)
+            },
+        );
+        if published {
+            progress::computes(own, self.layout.progress);
+        }
+        self.counters.waits.fetch_add(1, Relaxed);
+        self.counters.waited_us.fetch_add(started.elapsed().as_micros() as u64, Relaxed);
+        result
+    }
+
+    fn reason_to_give_up(&self, what: &Waiting, started: Instant) -> Result<()> {
+        let during = what.operation;
+        if let Some(by) = (0..self.world_size).find(|&r| self.state(r) == ABORTED) {
+            return Err(Error::Aborted { by, during });
+        }
+        if let Some(rank) = self.dead_rank() {
+            return Err(Error::PeerDied { rank, during, epoch: what.epoch });
+        }
+        let others_left = || (0..self.world_size).find(|&r| r != self.rank && self.state(r) == LEFT);
+        let all_left = || (0..self.world_size).all(|r| r == self.rank || self.state(r) == LEFT);
+        let left = match what.peer {
+            Some(peer) => (self.state(peer) == LEFT).then_some(peer),
+            None if all_left() => others_left(),
+            None => None,
+        };
+        if let Some(rank) = left {
+            return Err(Error::PeerLeft { rank, during, epoch: what.epoch });
+        }
+        let waited = started.elapsed();
+        if self.config.timeout.is_some_and(|timeout| waited >= timeout) {
+            return Err(self.timed_out(what, waited));
+        }
+        Ok(())
+    }
+
+    fn timed_out(&self, what: &Waiting, waited: Duration) -> Error {
+        let describe = |rank: usize| progress::describe(&self.fabric.peer(rank).outbox, self.layout.progress, rank);
+        let waited_for = match what.peer {
+            Some(peer) => describe(peer),
+            None => {
+                (0..self.world_size).filter(|&r| r != self.rank).take(8).map(describe).collect::<Vec<_>>().join("; ")
+            }
+        };
+        Error::Timeout { during: what.operation, epoch: what.epoch, peer: what.peer, waited, waited_for }
+    }
+
+    fn state(&self, rank: usize) -> u32 {
+        self.fabric.peer(rank).outbox.word32(self.layout.state).load(Acquire)
+    }
+
+    /// The rank whose process ended first without leaving, as far as this rank can tell.
+    fn dead_rank(&self) -> Option<usize> {
+        if let Some(&rank) = self.first_dead.get() {
+            return Some(rank);
+        }
+        let rank = self.liveness.dead().into_iter().find(|&r| self.state(r) != LEFT)?;
+        Some(*self.first_dead.get_or_init(|| rank))
+    }
+
+    /// Whether `rank` can read this rank's private memory.
+    pub(crate) fn can_read_me(&self, rank: usize) -> bool {
+        let mut byte = [0];
+        self.fabric.peer(rank).outbox.read(self.layout.cma + self.rank, &mut byte);
+        byte[0] == 1
+    }
+
+    pub(crate) fn barrier(&self) -> Result<()> {
+        let mut barriers = lock(&self.barriers);
+        let epoch = *barriers + 1;
+        crate::sync::epoch::publish(self.fabric.outbox.word64(self.layout.barrier), epoch);
+        self.notify_all();
+        for peer in 0..self.world_size {
+            let word = self.fabric.peer(peer).outbox.word64(self.layout.barrier);
+            let what = Waiting { operation: Operation::Barrier, epoch, peer: Some(peer) };
+            self.wait(what, || crate::sync::epoch::reached(word, epoch).then_some(()))?;
+        }
+        *barriers = epoch;
+        Ok(())
+    }
+
+    pub(crate) fn abort(&self) {
+        self.end(ABORTED);
+    }
+
+    /// Says that this rank takes no further part; what it has published stays readable.
+    fn end(&self, state: u32) {
+        self.fabric.outbox.word32(self.layout.state).store(state, Release);
+        bell::publish_fence();
+        self.fabric.peers().iter().for_each(|peer| bell::ring(peer.heap.word32(BELL)));
+    }
+}
+
+impl Drop for CommInner {
+    fn drop(&mut self) {
+        if self.state(self.rank) != ABORTED {
+            self.end(LEFT);
+        }
+    }
+}
+
+fn check_header(fabric: &Fabric, peer: usize, expected: &Header) -> Result<()> {
+    let mut found = [Header { magic: 0, ..*expected }];
+    fabric.peer(peer).outbox.read_into(0, &mut found);
+    let [found] = found;
+    if found == *expected {
+        return Ok(());
+    }
+    Err(Error::Mismatch {
+        rank: peer,
+        what: "segment header".to_owned(),
+        theirs: format!("{found:?}"),
+        ours: format!("{expected:?}"),
+    })
+}
+
+fn hash_of(bytes: &[u8]) -> u64 {
+    let digest = Sha256::digest(bytes);
+    let mut first = [0; 8];
+    first.copy_from_slice(&digest[..8]);
+    u64::from_le_bytes(first)
+}
+
+/// No invariant of the crate's locks spans a panic, so a poisoned one is taken all the same.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}

@@ -1,0 +1,126 @@
+//! The communicator's outbox and heap: what lies where.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::Config;
+use crate::memory::layout::{LINE, Layout};
+
+/// Changes whenever a layout in shared memory or a protocol changes.
+pub(crate) const ABI_VERSION: u32 = 1;
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"XCCLSEG1");
+/// Differs when read with the other byte order.
+pub(crate) const BYTE_ORDER: u32 = 0x0102_0304;
+
+/// The first bytes of every communicator outbox.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub(crate) struct Header {
+    pub(crate) magic: u64,
+    pub(crate) abi_version: u32,
+    pub(crate) byte_order: u32,
+    pub(crate) outbox_bytes: u64,
+    pub(crate) heap_bytes: u64,
+    /// First bytes of the hash of all options that ranks must agree on.
+    pub(crate) config_hash: u64,
+    /// First bytes of the hash of the job's id.
+    pub(crate) job: u64,
+    pub(crate) rank: u32,
+    pub(crate) world_size: u32,
+    pub(crate) pid: u32,
+    pub(crate) reserved: u32,
+}
+
+const _: () = assert!(size_of::<Header>() == 64 && align_of::<Header>() == 8);
+
+/// Slots of each ring, and rendezvous that may be outstanding from one rank to another.
+pub(crate) const SLOTS: usize = 64;
+
+/// Offsets in the outbox. Each word names its one writer, the outbox's owner; the comment says who reads it.
+#[derive(Clone, Debug)]
+pub(crate) struct CommLayout {
+    /// [`State`](super::inner) of this rank; read by all before they sleep.
+    pub(crate) state: usize,
+    /// Whom this rank sleeps for; read by every publisher.
+    pub(crate) sleep: usize,
+    /// Progress words; read by whoever explains a wait.
+    pub(crate) progress: usize,
+    /// Barriers entered; read by all.
+    pub(crate) barrier: usize,
+    /// A byte per rank: 1 where this rank can read that rank's private memory; read by that rank.
+    pub(crate) cma: usize,
+    /// Per source, a line: messages consumed of the ring from there; read by that source.
+    consumed: usize,
+    /// Per source, a word per rendezvous: the last one finished; read by that source.
+    finished: usize,
+    /// Per destination, `SLOTS` lines: the messages to it; read by that destination.
+    slots: usize,
+    /// Per destination, the payload ring.
+    payload: usize,
+    pub(crate) ring_bytes: usize,
+    pub(crate) bytes: usize,
+}
+
+impl CommLayout {
+    pub(crate) fn new(world_size: usize, config: &Config) -> Self {
+        let mut layout = Layout::default();
+        layout.add(size_of::<Header>());
+        let [state, sleep, progress, barrier] = std::array::from_fn(|_| layout.add(LINE));
+        let cma = layout.add(world_size);
+        let consumed = layout.add(world_size * LINE);
+        let finished = layout.add(world_size * SLOTS * 8);
+        let slots = layout.add_aligned(world_size * SLOTS * LINE, 4096);
+        let ring_bytes = config.p2p_ring_bytes;
+        let payload = layout.add_aligned(world_size * ring_bytes, 4096);
+        let bytes = layout.bytes();
+        CommLayout { state, sleep, progress, barrier, cma, consumed, finished, slots, payload, ring_bytes, bytes }
+    }
+
+    pub(crate) fn consumed(&self, source: usize) -> usize {
+        self.consumed + source * LINE
+    }
+
+    pub(crate) fn finished(&self, source: usize, rendezvous: usize) -> usize {
+        self.finished + (source * SLOTS + rendezvous) * 8
+    }
+
+    pub(crate) fn slot(&self, destination: usize, message: u64) -> usize {
+        self.slots + (destination * SLOTS + (message % SLOTS as u64) as usize) * LINE
+    }
+
+    pub(crate) fn payload(&self, destination: usize) -> usize {
+        self.payload + destination * self.ring_bytes
+    }
+}
+
+/// Offsets in the heap segment: the bell, which any rank may ring, then what the engine allocates.
+pub(crate) const BELL: usize = 0;
+/// Where the engine's part of the heap begins.
+pub(crate) const HEAP_START: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn areas_of_the_outbox_do_not_overlap_and_stay_inside(world in 1usize..40, ring_kib in 4usize..64) {
+            let layout = CommLayout::new(world, &Config::default().p2p_ring_bytes(ring_kib << 10));
+            let mut areas = vec![(0, size_of::<Header>())];
+            areas.extend([layout.state, layout.sleep, layout.progress, layout.barrier].map(|at| (at, LINE)));
+            areas.push((layout.cma, world));
+            for peer in 0..world {
+                areas.push((layout.consumed(peer), LINE));
+                areas.push((layout.payload(peer), layout.ring_bytes));
+                areas.extend((0..SLOTS).map(|i| (layout.finished(peer, i), 8)));
+                areas.extend((0..SLOTS as u64).map(|n| (layout.slot(peer, n), LINE)));
+            }
+            areas.sort();
+            for pair in areas.windows(2) {
+                prop_assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:?}");
+            }
+            let last = areas[areas.len() - 1];
+            prop_assert!(last.0 + last.1 <= layout.bytes);
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! The communicator: a group of ranks that can reach each other's memory.
+
+pub(crate) mod config;
+mod heap_buffer;
+pub(crate) mod inner;
+pub(crate) mod layout;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+
+use serde::{Deserialize, Serialize};
+
+pub use config::{Config, Origin, Setting};
+pub use heap_buffer::HeapBuffer;
+use inner::CommInner;
+
+use crate::bootstrap::{Launch, UniqueId};
+use crate::error::{Error, Result};
+use crate::fabric;
+
+/// A group of ranks. Cheap to clone: clones are handles of the same communicator, and it is left when the last one is
+/// dropped (handles made from it, such as [`Moe`](crate::Moe), count).
+///
+/// A communicator may be used from several threads; calls that all ranks make together (barrier, split, new handles) must
+/// be made in the same order everywhere.
+///
+/// ```
+/// use xccl::{Communicator, Config, UniqueId};
+/// # fn main() -> xccl::Result<()> {
+/// let id = UniqueId::new()?; // one rank makes it, the application hands it to the others
+/// let comm = Communicator::init(0, 1, &id, Config::default())?;
+/// assert_eq!((comm.rank(), comm.world_size()), (0, 1));
+/// comm.barrier()?;
+/// comm.destroy();
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Communicator {
+    pub(crate) inner: Arc<CommInner>,
+}
+
+/// What a communicator's rank has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Statistics {
+    /// Messages sent.
+    pub messages_sent: u64,
+    /// Bytes of those messages.
+    pub bytes_sent: u64,
+    /// Messages received.
+    pub messages_received: u64,
+    /// Bytes of those messages.
+    pub bytes_received: u64,
+    /// Messages among those sent that were only described, and copied once by the receiver.
+    pub rendezvous: u64,
+    /// MoE exchanges finished.
+    pub exchanges: u64,
+    /// Tokens dispatched.
+    pub tokens: u64,
+    /// Waits that were not satisfied at once.
+    pub waits: u64,
+    /// Microseconds spent in them.
+    pub waited_us: u64,
+}
+
+/// Memory that a communicator takes on each rank, as its configuration implies it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Bytes of the outbox: written by its owner alone.
+    pub outbox_bytes: usize,
+    /// Bytes of the symmetric heap.
+    pub heap_bytes: usize,
+}
+
+/// What a rank says of itself when a communicator is split.
+#[derive(Serialize, Deserialize)]
+struct Split {
+    color: Option<u32>,
+    key: i32,
+    /// The id of the new communicator, if this rank becomes its rank 0.
+    id: Vec<u8>,
+}
+
+impl Communicator {
+    /// Joins the communicator of `world_size` ranks that share `id`. Blocks until all have joined, or the deadline.
+    ///
+    /// # Errors
+    /// [`Error::MissingRanks`], [`Error::DuplicateRank`], [`Error::Mismatch`] and the other errors of joining, on every
+    /// rank that has joined; [`Error::NotEnoughMemory`] before anything is created.
+    pub fn init(rank: usize, world_size: usize, id: &UniqueId, config: Config) -> Result<Self> {
+        Ok(Communicator { inner: Arc::new(CommInner::init(rank, world_size, id, config)?) })
+    }
+
+    /// Joins the communicator of all ranks that a launcher (`xccl run`, torchrun, mpirun, srun) has started, configured by
+    /// the `XCCL_…` variables.
+    ///
+    /// # Errors
+    /// [`Error::NotLaunched`] outside of a launcher, otherwise as [`init`](Self::init).
+    pub fn from_env() -> Result<Self> {
+        Self::from_env_with(Config::from_env()?)
+    }
+
+    /// As [`from_env`](Self::from_env), with a configuration of the application's.
+    ///
+    /// # Errors
+    /// As [`from_env`](Self::from_env).
+    pub fn from_env_with(config: Config) -> Result<Self> {
+        // The n-th communicator that this process makes from its environment meets the others' n-th.
+        static SEQUENCE: AtomicU64 = AtomicU64::new(0);
+        let launch = Launch::from_env()?;
+        let id = UniqueId::from_job(&launch.job, SEQUENCE.fetch_add(1, Relaxed));
+        Self::init(launch.rank, launch.world_size, &id, config)
+    }
+
+    /// This process's rank: 0 to `world_size - 1`.
+    pub fn rank(&self) -> usize {
+        self.inner.rank
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.inner.world_size
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// What this rank has done so far.
+    pub fn statistics(&self) -> Statistics {
+        let c = &self.inner.counters;
+        let [
+            messages_sent,
+            bytes_sent,
+            messages_received,
+            bytes_received,
+            rendezvous,
+            exchanges,
+            tokens,
+            waits,
+            waited_us,
+        ] = [
+            &c.messages_sent,
+            &c.bytes_sent,
+            &c.messages_received,
+            &c.bytes_received,
+            &c.rendezvous,
+            &c.exchanges,
+            &c.tokens,
+            &c.waits,
+            &c.waited_us,
+        ]
+        .map(|counter| counter.load(Relaxed));
+        Statistics {
+            messages_sent,
+            bytes_sent,
+            messages_received,
+            bytes_received,
+            rendezvous,
+            exchanges,
+            tokens,
+            waits,
+            waited_us,
+        }
+    }
+
+    /// Whether `rank` can copy from this rank's private memory (`process_vm_readv`), as was tried when joining.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`].
+    pub fn cma_readable_by(&self, rank: usize) -> Result<bool> {
+        self.inner.check_rank(rank)?;
+        Ok(self.inner.can_read_me(rank))
+    }
+
+    /// Memory that a communicator of `world_size` ranks takes on each of them. Pages count once they are touched.
+    pub fn memory_plan(world_size: usize, config: &Config) -> MemoryPlan {
+        MemoryPlan { outbox_bytes: layout::CommLayout::new(world_size, config).bytes, heap_bytes: config.heap_bytes }
+    }
+
+    /// Allocates on this rank's symmetric heap: sends from there are copied once, by the receiver. Zeroed only when
+    /// allocated for the first time. Aligned to 256 bytes.
+    ///
+    /// # Errors
+    /// [`Error::HeapExhausted`].
+    pub fn heap_alloc(&self, bytes: usize) -> Result<HeapBuffer> {
+        HeapBuffer::new(self.inner.clone(), bytes)
+    }
+
+    /// Divides the ranks by colour; in each new communicator they are ordered by `key`, then by rank here. Every rank must
+    /// call it; one that passes no colour gets `None`.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init).
+    pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Communicator>> {
+        let mine = fabric::encode(&Split { color, key, id: UniqueId::new()?.as_bytes().to_vec() })?;
+        let parts = self.inner.star().exchange(&mine, &[], self.inner.deadline())?;
+        let mut members = vec![];
+        for (rank, (blob, _)) in parts.iter().enumerate() {
+            let part: Split = fabric::decode(blob)?;
+            if color.is_some() && part.color == color {
+                members.push((part.key, rank, part.id));
+            }
+        }
+        members.sort_by_key(|&(key, rank, _)| (key, rank));
+        let Some(new_rank) = members.iter().position(|&(_, rank, _)| rank == self.rank()) else {
+            return Ok(None);
+        };
+        let (_, root, id) = &members[0];
+        let id: &[u8; 128] = id.as_slice().try_into().map_err(|_| Error::Corrupt {
+            rank: *root,
+            what: "the length of a unique id",
+            value: id.len() as u64,
+            limit: 128,
+        })?;
+        Self::init(new_rank, members.len(), &UniqueId::from_bytes(id)?, self.config().clone()).map(Some)
+    }
+
+    /// Another communicator of the same ranks: its messages and exchanges never meet this one's. Every rank must call it.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init).
+    pub fn duplicate(&self) -> Result<Communicator> {
+        match self.split(Some(0), 0)? {
+            Some(comm) => Ok(comm),
+            None => Err(Error::InvalidRank { rank: self.rank(), world_size: self.world_size() }),
+        }
+    }
+
+    /// Ends every pending and later wait of every rank with [`Error::Aborted`].
+    pub fn abort(&self) {
+        self.inner.abort();
+    }
+
+    /// Leaves the communicator: the same as dropping this handle. Never blocks; ranks may leave in any order, and what this
+    /// rank has already sent can still be received.
+    pub fn destroy(self) {}
+}

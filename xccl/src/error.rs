@@ -1,0 +1,379 @@
+//! What can go wrong, with the facts that a caller needs to act on it.
+
+use std::io;
+use std::time::Duration;
+
+use crate::dtype::DType;
+use crate::sync::Operation;
+
+/// The result of every fallible call of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that a call of this crate can report.
+///
+/// Each variant carries the value that was wrong, the limit it met, and the ranks involved; its text says what to do.
+///
+/// ```
+/// let err = xccl::Error::TooManyTokens { given: 4096, limit: 1024 };
+/// assert!(err.to_string().contains("4096"));
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A configuration value is malformed or out of range.
+    #[error("{option} = {value:?} is not usable: expected {expected}")]
+    Config {
+        /// The option: the environment variable's name, or the field's.
+        option: &'static str,
+        /// The value that was given.
+        value: String,
+        /// What would have been accepted.
+        expected: String,
+    },
+
+    /// No launcher's environment says which rank this process is.
+    #[error(
+        "no launcher environment found (looked for {looked_for}): start the program with `xccl run -n N -- program`, \
+         torchrun, mpirun or srun, or set XCCL_RANK, XCCL_WORLD_SIZE and XCCL_JOB"
+    )]
+    NotLaunched {
+        /// The variables that were looked for.
+        looked_for: String,
+    },
+
+    /// A rank lies outside the communicator.
+    #[error("rank {rank} does not exist: the communicator has {world_size} ranks, 0 to {}", .world_size.saturating_sub(1))]
+    InvalidRank {
+        /// The rank that was given.
+        rank: usize,
+        /// The number of ranks.
+        world_size: usize,
+    },
+
+    /// Some ranks did not join the communicator in time.
+    #[error(
+        "rank(s) {ranks:?} of {world_size} did not join within {waited:?}: check that they were started, on this machine, \
+         with the same job id, and that none of them failed"
+    )]
+    MissingRanks {
+        /// The ranks that are missing.
+        ranks: Vec<usize>,
+        /// The number of ranks expected.
+        world_size: usize,
+        /// How long the others waited.
+        waited: Duration,
+    },
+
+    /// Two processes claim the same rank.
+    #[error(
+        "rank {rank} was claimed twice, by process {first_pid} and by process {second_pid}: give each process its own rank"
+    )]
+    DuplicateRank {
+        /// The rank in question.
+        rank: usize,
+        /// The process that claimed it first.
+        first_pid: u32,
+        /// The process that claimed it too.
+        second_pid: u32,
+    },
+
+    /// A rank's version, world size or configuration differs from rank 0's.
+    #[error("rank {rank} has {what} = {theirs}, rank 0 has {ours}: start every rank with the same {what}")]
+    Mismatch {
+        /// The rank that differs.
+        rank: usize,
+        /// What differs.
+        what: String,
+        /// That rank's value.
+        theirs: String,
+        /// Rank 0's value.
+        ours: String,
+    },
+
+    /// Rank 0, which collects the others, cannot be reached.
+    #[error(
+        "rank 0 could not be reached within {waited:?}: check that it was started on this machine with the same job id"
+    )]
+    RootUnreachable {
+        /// How long was tried.
+        waited: Duration,
+    },
+
+    /// A process is not allowed to join the job.
+    #[error("joining the job was refused: {why}")]
+    Refused {
+        /// What was wrong with the request.
+        why: String,
+    },
+
+    /// Two ranks lost touch, or misunderstood each other, while a communicator was being set up.
+    #[error("setting up the communicator failed while {during}: {source}")]
+    Bootstrap {
+        /// The step that failed.
+        during: &'static str,
+        /// The reason.
+        source: io::Error,
+    },
+
+    /// A rank's process has ended without leaving the communicator.
+    #[error(
+        "rank {rank} died while this rank was in {during} (epoch {epoch}): destroy this communicator and build one without it"
+    )]
+    PeerDied {
+        /// The rank that died.
+        rank: usize,
+        /// What this rank was doing.
+        during: Operation,
+        /// The epoch (or the tag, for point to point) of that operation.
+        epoch: u64,
+    },
+
+    /// A rank has left the communicator while this one still waited for it.
+    #[error(
+        "rank {rank} left the communicator while this rank waited for it in {during} (epoch {epoch}): both must agree on the number of calls"
+    )]
+    PeerLeft {
+        /// The rank that left.
+        rank: usize,
+        /// What this rank was doing.
+        during: Operation,
+        /// The epoch (or the tag, for point to point) of that operation.
+        epoch: u64,
+    },
+
+    /// The communicator was aborted.
+    #[error("the communicator was aborted by rank {by} while this rank was in {during}: destroy it")]
+    Aborted {
+        /// The rank that aborted it.
+        by: usize,
+        /// What this rank was doing.
+        during: Operation,
+    },
+
+    /// The deadline passed.
+    #[error(
+        "{during} (epoch {epoch}) did not finish within {waited:?}: {waited_for}; nothing was lost, the call may be repeated; raise XCCL_TIMEOUT if this is expected"
+    )]
+    Timeout {
+        /// What this rank was doing.
+        during: Operation,
+        /// The epoch (or the tag, for point to point) of that operation.
+        epoch: u64,
+        /// The rank that was waited for, if it was one.
+        peer: Option<usize>,
+        /// How long was waited.
+        waited: Duration,
+        /// Who was waited for and what that rank was last seen doing.
+        waited_for: String,
+    },
+
+    /// The machine has too little memory for the configuration.
+    #[error(
+        "{what} needs {needed} bytes on this machine, {available} are available: lower the sizes in the configuration, or the number of ranks"
+    )]
+    NotEnoughMemory {
+        /// What the memory is for.
+        what: &'static str,
+        /// Bytes needed by all ranks of this machine.
+        needed: u64,
+        /// Bytes available.
+        available: u64,
+    },
+
+    /// The symmetric heap has no room left.
+    #[error(
+        "the symmetric heap has no free block of {requested} bytes (largest: {largest_free} of {total}): raise XCCL_HEAP"
+    )]
+    HeapExhausted {
+        /// Bytes asked for.
+        requested: usize,
+        /// The largest free block.
+        largest_free: usize,
+        /// The heap's size.
+        total: usize,
+    },
+
+    /// A system call failed.
+    #[error("{call} failed: {source}")]
+    Os {
+        /// The call.
+        call: &'static str,
+        /// The reason.
+        source: io::Error,
+    },
+
+    /// A message is longer than the buffer it was to be received in. It is still there: receive it with a larger one.
+    #[error(
+        "the message of {len} bytes from rank {from} (tag {tag}) does not fit the buffer of {capacity} bytes: it was kept, receive it with a larger buffer"
+    )]
+    Truncated {
+        /// The sender.
+        from: usize,
+        /// The message's tag.
+        tag: u32,
+        /// The message's length in bytes.
+        len: usize,
+        /// The buffer's length in bytes.
+        capacity: usize,
+    },
+
+    /// Messages that nobody receives fill the receiver's memory.
+    #[error(
+        "{held} bytes of messages wait unreceived at this rank (limit {limit}), the oldest from rank {from} with tag {tag}: receive it, or raise XCCL_UNEXPECTED_BYTES"
+    )]
+    UnexpectedFull {
+        /// Bytes held.
+        held: usize,
+        /// The limit.
+        limit: usize,
+        /// The sender of the oldest message.
+        from: usize,
+        /// Its tag.
+        tag: u32,
+    },
+
+    /// More tokens than the handle was made for.
+    #[error("{given} tokens were given, the limit is {limit}: raise MoeConfig::max_tokens or send fewer")]
+    TooManyTokens {
+        /// The number given.
+        given: usize,
+        /// `max_tokens` of the configuration.
+        limit: usize,
+    },
+
+    /// An expert id is outside the range of experts.
+    #[error("token {token} names expert {expert} in its choice {k}: experts are 0 to {}, and -1 for none", .experts.saturating_sub(1))]
+    ExpertOutOfRange {
+        /// The token's index.
+        token: usize,
+        /// The index within the token's top-k.
+        k: usize,
+        /// The id that was given.
+        expert: i64,
+        /// The number of experts.
+        experts: usize,
+    },
+
+    /// A token names the same expert twice.
+    #[error(
+        "token {token} names expert {expert} twice (again in its choice {k}): the experts of one token must differ"
+    )]
+    DuplicateExpert {
+        /// The token's index.
+        token: usize,
+        /// The index of the second mention within the token's top-k.
+        k: usize,
+        /// The expert.
+        expert: i64,
+    },
+
+    /// A buffer has the wrong number of elements.
+    #[error("{what} has {given} elements, expected {expected}")]
+    Shape {
+        /// Which buffer.
+        what: &'static str,
+        /// Its number of elements.
+        given: usize,
+        /// The number it should have.
+        expected: String,
+    },
+
+    /// A buffer's element type is not the handle's.
+    #[error("{what} holds {given} elements, this handle was made for {expected}")]
+    DTypeMismatch {
+        /// Which buffer.
+        what: &'static str,
+        /// Its element type.
+        given: DType,
+        /// The handle's.
+        expected: DType,
+    },
+
+    /// Two exchanges are in flight already.
+    #[error(
+        "{limit} exchanges are in flight, a further one would overwrite the oldest (epoch {oldest}): finish it with combine_recv first"
+    )]
+    TooManyInFlight {
+        /// How many may be in flight.
+        limit: usize,
+        /// The oldest one's epoch.
+        oldest: u64,
+    },
+
+    /// The halves of an exchange were called in a wrong order.
+    #[error("{call} was called at the wrong time in exchange {epoch}: {expected}")]
+    WrongOrder {
+        /// The call.
+        call: &'static str,
+        /// The exchange.
+        epoch: u64,
+        /// What should have been called.
+        expected: &'static str,
+    },
+
+    /// Another rank's input to this exchange was refused, so it has sent nothing yet.
+    #[error(
+        "rank {rank} has not sent its tokens of exchange {epoch}: its input was refused there; once it sends a correct one this call may be repeated"
+    )]
+    PeerRefused {
+        /// The rank whose input was refused.
+        rank: usize,
+        /// The exchange.
+        epoch: u64,
+    },
+
+    /// Another rank gave an exchange up after taking tokens for it.
+    #[error("rank {rank} gave up exchange {epoch} before combining: its experts' outputs will not come")]
+    PeerAbandoned {
+        /// The rank that gave up.
+        rank: usize,
+        /// The exchange.
+        epoch: u64,
+    },
+
+    /// An expert has more rows than the padded layout holds.
+    #[error("local expert {expert} has {rows} rows, the padded layout holds {capacity}: pass a larger capacity")]
+    CapacityExceeded {
+        /// The local expert's index.
+        expert: usize,
+        /// Its number of rows.
+        rows: usize,
+        /// The capacity that was given.
+        capacity: usize,
+    },
+
+    /// More rows arrived for this rank's experts than the handle has room for.
+    #[error(
+        "{rows} rows arrived for this rank's experts in exchange {epoch}, there is room for {limit}: raise MoeConfig::max_expert_rows on every rank"
+    )]
+    TooManyExpertRows {
+        /// Rows that arrived so far.
+        rows: usize,
+        /// The limit.
+        limit: usize,
+        /// The exchange.
+        epoch: u64,
+    },
+
+    /// A peer's memory holds a value that cannot be.
+    #[error(
+        "rank {rank}'s memory holds {what} = {value}, the limit is {limit}: that process is broken or runs another version"
+    )]
+    Corrupt {
+        /// The rank.
+        rank: usize,
+        /// What was read.
+        what: &'static str,
+        /// The value.
+        value: u64,
+        /// What it should not exceed.
+        limit: u64,
+    },
+}
+
+impl Error {
+    /// Wraps the last error of a system call.
+    pub(crate) fn os(call: &'static str, source: impl Into<io::Error>) -> Self {
+        Error::Os { call, source: source.into() }
+    }
+}

@@ -1,0 +1,47 @@
+//! Communication for LLM-serving engines over global shared memory.
+//!
+//! XCCL moves tokens between the processes ("ranks") that serve a large mixture-of-experts model. Every rank owns memory
+//! that it alone writes and its peers read: to send, it writes once and publishes with one store; to receive, a rank reads
+//! the rows where they are.
+//!
+//! - [`Communicator`]: a group of ranks; how they find each other ([`UniqueId`], launchers' environments), `split`, barrier.
+//! - [`Moe`]: dispatch each token to the ranks that hold its experts, combine what comes back.
+//! - Point to point: [`Communicator::send`], [`Communicator::recv`].
+//! - [`Config`]: every option, by code or by environment; [`Error`]: everything that can go wrong, with the facts.
+//!
+//! Linux only. See [`Moe`] for a complete example.
+
+#![deny(missing_docs, unsafe_op_in_unsafe_fn)]
+
+#[cfg(not(loom))]
+mod bootstrap;
+#[cfg(not(loom))]
+mod collectives;
+#[cfg(not(loom))]
+mod comm;
+#[cfg(not(loom))]
+mod dtype;
+#[cfg(not(loom))]
+mod error;
+#[cfg(not(loom))]
+mod fabric;
+mod loom_facade;
+#[cfg(not(loom))]
+mod memory;
+#[cfg(not(loom))]
+mod moe;
+#[cfg(not(loom))]
+mod p2p;
+mod sync;
+
+#[cfg(not(loom))]
+pub use crate::{
+    bootstrap::{Launch, UniqueId},
+    comm::{Communicator, Config, HeapBuffer, MemoryPlan, Origin, Setting, Statistics},
+    dtype::{DType, Element, ExpertId},
+    error::{Error, Result},
+    memory::MemoryFlavour,
+    moe::{BatchRow, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction, Routing},
+    p2p::{Request, Scope, Source, Status, wait_all},
+    sync::Operation,
+};

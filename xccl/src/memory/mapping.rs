@@ -1,0 +1,113 @@
+//! Memory that another process may be reading or writing, behind checked accesses.
+
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+
+use crate::error::{Error, Result};
+
+/// A mapped segment. Offsets are checked on every access; what lies there may change at any time.
+pub(crate) struct Mapping {
+    raw: MmapRaw,
+    writable: bool,
+}
+
+impl Mapping {
+    /// Maps the first `bytes` of a segment for reading and writing.
+    pub(crate) fn writable(fd: &impl AsRawFd, bytes: usize) -> Result<Self> {
+        let raw = MmapOptions::new().len(bytes).map_raw(fd.as_raw_fd()).map_err(|e| Error::os("mmap", e))?;
+        Ok(Mapping { raw, writable: true })
+    }
+
+    /// Maps the first `bytes` of a segment for reading; the kernel refuses writes.
+    pub(crate) fn read_only(fd: &impl AsRawFd, bytes: usize) -> Result<Self> {
+        let raw = MmapOptions::new().len(bytes).map_raw_read_only(fd.as_raw_fd()).map_err(|e| Error::os("mmap", e))?;
+        Ok(Mapping { raw, writable: false })
+    }
+
+    /// Asks for huge pages; a kernel that has none to offer ignores it.
+    pub(crate) fn advise_huge_pages(&self) {
+        if let Err(err) = self.raw.advise(Advice::HugePage) {
+            tracing::debug!(%err, "huge pages are not available for this segment");
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.raw.len()
+    }
+
+    /// The address of `bytes` bytes at `offset`.
+    ///
+    /// # Panics
+    /// When they do not lie inside the mapping: offsets are the crate's own, or were checked before.
+    pub(crate) fn at(&self, offset: usize, bytes: usize) -> *const u8 {
+        assert!(
+            offset <= self.len() && bytes <= self.len() - offset,
+            "offset {offset} + {bytes} is outside the segment"
+        );
+        // SAFETY: the sum lies inside the mapping, as just checked.
+        unsafe { self.raw.as_ptr().add(offset) }
+    }
+
+    /// The address of `bytes` writable bytes at `offset`.
+    ///
+    /// # Panics
+    /// As [`at`](Self::at), and when the mapping is read-only.
+    pub(crate) fn at_mut(&self, offset: usize, bytes: usize) -> *mut u8 {
+        assert!(self.writable, "this segment belongs to another rank");
+        self.at(offset, bytes).cast_mut()
+    }
+
+    /// The 64-bit word at `offset`. On a read-only mapping it may only be loaded.
+    pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
+        let at = self.at(offset, 8);
+        assert!(offset.is_multiple_of(8), "word at odd offset {offset}");
+        // SAFETY: in bounds, aligned (mappings start on a page), alive as long as `self`; all access to it, by any
+        // process, is atomic. Relaxed and acquire loads of 8 bytes are allowed on read-only pages.
+        unsafe { AtomicU64::from_ptr(at.cast_mut().cast()) }
+    }
+
+    /// The 32-bit word at `offset`. On a read-only mapping it may only be loaded.
+    pub(crate) fn word32(&self, offset: usize) -> &AtomicU32 {
+        let at = self.at(offset, 4);
+        assert!(offset.is_multiple_of(4), "word at odd offset {offset}");
+        // SAFETY: as for `word64`.
+        unsafe { AtomicU32::from_ptr(at.cast_mut().cast()) }
+    }
+
+    /// Copies plain bytes in.
+    pub(crate) fn write(&self, offset: usize, from: &[u8]) {
+        let to = self.at_mut(offset, from.len());
+        // SAFETY: `to` is valid for `from.len()` bytes; a peer that reads them too early gets garbage as numbers only.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+    }
+
+    /// Copies plain bytes out.
+    pub(crate) fn read(&self, offset: usize, to: &mut [u8]) {
+        let from = self.at(offset, to.len());
+        // SAFETY: `from` is valid for `to.len()` bytes; a peer that changes them meanwhile makes the copy garbage, as
+        // numbers only, since callers check what they read before they use it as an index or a length.
+        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) }
+    }
+
+    /// Copies an array of plain values out.
+    pub(crate) fn read_into<T: bytemuck::Pod>(&self, offset: usize, to: &mut [T]) {
+        self.read(offset, bytemuck::cast_slice_mut(to));
+    }
+}
+
+impl Mapping {
+    /// `n` plain values at `offset`, to be changed by this process.
+    ///
+    /// # Safety
+    /// For as long as the slice lives, nothing else in this process refers to these bytes, and the protocol keeps peers
+    /// from relying on them.
+    #[expect(clippy::mut_from_ref, reason = "shared memory: uniqueness is the caller's promise, stated above")]
+    pub(crate) unsafe fn slice_mut<T: bytemuck::Pod>(&self, offset: usize, n: usize) -> &mut [T] {
+        let at = self.at_mut(offset, n * size_of::<T>()).cast::<T>();
+        assert!(at.is_aligned(), "values at odd offset {offset}");
+        // SAFETY: in bounds and aligned as checked, any bytes are a valid `T`, unique by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(at, n) }
+    }
+}

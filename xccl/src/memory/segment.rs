@@ -1,0 +1,155 @@
+//! Creating a segment, handing it to peers, and taking one from a peer.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{shm_open, shm_unlink};
+use nix::sys::stat::Mode;
+use serde::{Deserialize, Serialize};
+
+use super::mapping::Mapping;
+use crate::error::{Error, Result};
+
+/// Where segments come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryFlavour {
+    /// `memfd_create`: no name anywhere, no size limit but the machine's, and the kernel's seals forbid peers to write.
+    Memfd,
+    /// `shm_open`: counted against `/dev/shm`, reserved at start. Peers get read-only descriptors of outboxes, but no
+    /// seal stops a process of the same user from reopening one for writing through `/proc`.
+    Posix,
+}
+
+/// Who may write a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writers {
+    /// Its owner alone.
+    Owner,
+    /// Any rank.
+    Anyone,
+}
+
+/// A segment that this rank has created: its own mapping, and the descriptor that peers get.
+pub(crate) struct OwnSegment {
+    pub(crate) mapping: Mapping,
+    pub(crate) for_peers: OwnedFd,
+}
+
+impl OwnSegment {
+    pub(crate) fn create(flavour: MemoryFlavour, writers: Writers, bytes: usize, huge_pages: bool) -> Result<Self> {
+        let segment = match flavour {
+            MemoryFlavour::Memfd => create_memfd(writers, bytes)?,
+            MemoryFlavour::Posix => create_posix(writers, bytes)?,
+        };
+        if huge_pages {
+            segment.mapping.advise_huge_pages();
+        }
+        Ok(segment)
+    }
+}
+
+fn create_memfd(writers: Writers, bytes: usize) -> Result<OwnSegment> {
+    let fd = memfd_create(c"xccl", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
+        .map_err(|e| Error::os("memfd_create", e))?;
+    nix::unistd::ftruncate(&fd, bytes as i64).map_err(|e| Error::os("ftruncate", e))?;
+    // The owner's writable mapping comes first: FUTURE_WRITE leaves it alone and forbids all later ones.
+    let mapping = Mapping::writable(&fd, bytes)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    let seals = match writers {
+        Writers::Owner => seals | future_write_seal(),
+        Writers::Anyone => seals,
+    };
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| Error::os("fcntl(F_ADD_SEALS)", e))?;
+    Ok(OwnSegment { mapping, for_peers: fd })
+}
+
+/// `F_SEAL_FUTURE_WRITE`, which nix does not name.
+fn future_write_seal() -> SealFlag {
+    SealFlag::from_bits_retain(libc::F_SEAL_FUTURE_WRITE)
+}
+
+fn create_posix(writers: Writers, bytes: usize) -> Result<OwnSegment> {
+    sweep_names_of_the_dead();
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let pid = std::process::id();
+    let name = format!("/{NAME_PREFIX}{pid}-{}", COUNTER.fetch_add(1, Ordering::Relaxed));
+    let open = |flags: OFlag| shm_open(name.as_str(), flags | OFlag::O_CLOEXEC, Mode::S_IRUSR | Mode::S_IWUSR);
+    let fd = open(OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR).map_err(|e| Error::os("shm_open", e))?;
+    let for_peers = match writers {
+        Writers::Owner => open(OFlag::O_RDONLY),
+        Writers::Anyone => fd.try_clone().map_err(|_| nix::Error::last()),
+    };
+    // Peers get descriptors, so the name has done its work before any peer even knows of the segment.
+    let unlinked = shm_unlink(name.as_str());
+    let for_peers = for_peers.map_err(|e| Error::os("shm_open", e))?;
+    unlinked.map_err(|e| Error::os("shm_unlink", e))?;
+
+    nix::unistd::ftruncate(&fd, bytes as i64).map_err(|e| Error::os("ftruncate", e))?;
+    match fallocate(&fd, FallocateFlags::empty(), 0, bytes as i64) {
+        Ok(()) => {}
+        Err(nix::Error::ENOSPC | nix::Error::ENOMEM) => {
+            return Err(Error::NotEnoughMemory {
+                what: "a segment in /dev/shm",
+                needed: bytes as u64,
+                available: free_in_dev_shm(&fd),
+            });
+        }
+        Err(e) => return Err(Error::os("fallocate", e)),
+    }
+    let mapping = Mapping::writable(&fd, bytes)?;
+    Ok(OwnSegment { mapping, for_peers })
+}
+
+fn free_in_dev_shm(fd: &impl AsFd) -> u64 {
+    nix::sys::statvfs::fstatvfs(fd).map_or(0, |s| s.blocks_available() * s.fragment_size())
+}
+
+const NAME_PREFIX: &str = "xccl-";
+
+/// A kill between `shm_open` and `shm_unlink`, microseconds apart, would leave a name behind: the next one clears it.
+fn sweep_names_of_the_dead() {
+    let Ok(dir) = std::fs::read_dir("/dev/shm") else { return };
+    for name in dir.flatten().filter_map(|e| e.file_name().into_string().ok()) {
+        let Some(pid) = name.strip_prefix(NAME_PREFIX).and_then(|r| r.split('-').next()?.parse::<i32>().ok()) else {
+            continue;
+        };
+        let dead = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None) == Err(nix::Error::ESRCH);
+        if dead && let Ok(name) = CString::new(format!("/{name}")) {
+            let _ = shm_unlink(name.as_c_str());
+        }
+    }
+}
+
+/// Maps a segment of rank `rank`, after checking that it is as large as that rank says and cannot shrink.
+pub(crate) fn map_peer(
+    fd: OwnedFd,
+    rank: usize,
+    flavour: MemoryFlavour,
+    writers: Writers,
+    bytes: usize,
+) -> Result<Mapping> {
+    let file = File::from(fd);
+    let size = file.metadata().map_err(|e| Error::os("fstat", e))?.len();
+    if size < bytes as u64 {
+        return Err(Error::Corrupt { rank, what: "a segment's size", value: size, limit: bytes as u64 });
+    }
+    if flavour == MemoryFlavour::Memfd {
+        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|e| Error::os("fcntl(F_GET_SEALS)", e))?;
+        if seals & libc::F_SEAL_SHRINK == 0 {
+            return Err(Error::Corrupt {
+                rank,
+                what: "a segment's seals",
+                value: seals as u64,
+                limit: libc::F_SEAL_SHRINK as u64,
+            });
+        }
+    }
+    match writers {
+        Writers::Owner => Mapping::read_only(&file, bytes),
+        Writers::Anyone => Mapping::writable(&file, bytes),
+    }
+}

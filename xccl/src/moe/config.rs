@@ -1,0 +1,93 @@
+//! What a MoE handle is made for.
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// Where the weighted sum over a token's experts is formed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// On the token's rank, in ascending k: bitwise the same result for any number of ranks and any placement.
+    PerExpert,
+    /// First on each expert's rank (one row per token and rank travels), then on the token's rank in ascending rank.
+    PerRank,
+}
+
+/// The shape of a MoE handle's exchanges. Equal on all ranks.
+///
+/// ```
+/// use xccl::{DType, MoeConfig, Reduction};
+/// let config = MoeConfig { reduction: Reduction::PerRank, ..MoeConfig::new(128, 7168, 8, 256, DType::BF16) };
+/// assert!(config.outbox_bytes(2).unwrap() > 128 * 7168 * 2);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MoeConfig {
+    /// Most tokens of one rank in one exchange.
+    pub max_tokens: usize,
+    /// Elements of a token row.
+    pub hidden: usize,
+    /// Experts that a token may name.
+    pub topk: usize,
+    /// Experts over all ranks.
+    pub experts: usize,
+    /// Element type of the rows.
+    pub dtype: DType,
+    /// Where sums are formed. Default: [`Reduction::PerExpert`].
+    pub reduction: Reduction,
+    /// The rank that holds each expert; `None` splits them evenly into contiguous blocks, the first ranks holding one more
+    /// where they do not divide.
+    pub placement: Option<Vec<usize>>,
+    /// Most rows that may arrive for one rank's experts in one exchange; `None` makes room for the worst case. Memory is
+    /// used as it is touched.
+    pub max_expert_rows: Option<usize>,
+}
+
+impl MoeConfig {
+    /// A configuration with the defaults for the rest.
+    pub fn new(max_tokens: usize, hidden: usize, topk: usize, experts: usize, dtype: DType) -> Self {
+        MoeConfig {
+            max_tokens,
+            hidden,
+            topk,
+            experts,
+            dtype,
+            reduction: Reduction::PerExpert,
+            placement: None,
+            max_expert_rows: None,
+        }
+    }
+
+    /// Bytes of shared memory that a handle takes on each rank.
+    ///
+    /// # Errors
+    /// [`Error::Config`] as when the handle is made.
+    pub fn outbox_bytes(&self, world_size: usize) -> Result<usize> {
+        self.check(world_size)?;
+        Ok(super::layout::MoeLayout::new(self, world_size).bytes)
+    }
+
+    pub(super) fn check(&self, world_size: usize) -> Result<()> {
+        let range = |option: &'static str, value: usize, least: usize, most: usize| {
+            if (least..=most).contains(&value) {
+                return Ok(());
+            }
+            Err(Error::Config { option, value: value.to_string(), expected: format!("{least} to {most}") })
+        };
+        range("MoeConfig::max_tokens", self.max_tokens, 1, 1 << 20)?;
+        range("MoeConfig::hidden", self.hidden, 1, 1 << 20)?;
+        range("MoeConfig::experts", self.experts, 1, 1 << 16)?;
+        range("MoeConfig::topk", self.topk, 1, self.experts.min(MAX_TOPK))?;
+        if let Some(rows) = self.max_expert_rows {
+            range("MoeConfig::max_expert_rows", rows, 1, 1 << 31)?;
+        }
+        if let Some(placement) = &self.placement {
+            range("MoeConfig::placement's length", placement.len(), self.experts, self.experts)?;
+            for &rank in placement {
+                range("a rank in MoeConfig::placement", rank, 0, world_size - 1)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Experts per token that the reduction keeps on its stack.
+pub(super) const MAX_TOPK: usize = 64;

@@ -1,0 +1,159 @@
+//! The loops that touch every element.
+//!
+//! Each is one plain loop, compiled once per instruction set and chosen at run time. Rust never fuses a multiplication with
+//! an addition on its own, so all versions give the same bits.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::dtype::{DType, Element};
+
+/// Elements summed at a time: the accumulators of one block stay in the first-level cache, and each row is read in runs
+/// that are long enough for the hardware's prefetchers.
+const BLOCK: usize = 256;
+
+/// `out[i] = sum over rows, in order, of weight * row[i]`, accumulated in f32 and rounded once. No rows give zeros.
+///
+/// # Safety
+/// Each row is valid for reading `out.len()` elements. Its contents may change meanwhile: the sum is then of garbage.
+pub(super) unsafe fn weighted_sum<E: Element>(rows: &[(*const E, f32)], out: &mut [E]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            // SAFETY: the features are there, the rows are valid by the caller's promise.
+            return unsafe { avx512(rows, out) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: as above.
+            return unsafe { avx2(rows, out) };
+        }
+    }
+    // SAFETY: by the caller's promise.
+    unsafe { portable(rows, out) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn avx512<E: Element>(rows: &[(*const E, f32)], out: &mut [E]) {
+    // SAFETY: by the caller's promise.
+    unsafe { portable(rows, out) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn avx2<E: Element>(rows: &[(*const E, f32)], out: &mut [E]) {
+    // SAFETY: by the caller's promise.
+    unsafe { portable(rows, out) }
+}
+
+#[inline(always)]
+unsafe fn portable<E: Element>(rows: &[(*const E, f32)], out: &mut [E]) {
+    for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+        let mut sum = [0.0f32; BLOCK];
+        let mut row = [E::zeroed(); BLOCK];
+        for &(from, weight) in rows {
+            // The peer that owns the row might be writing it, against the protocol: so copy first, then compute.
+            // SAFETY: `from` is valid for the whole row by the caller's promise; `row` holds a block.
+            unsafe { std::ptr::copy_nonoverlapping(from.add(block * BLOCK), row.as_mut_ptr(), out.len()) };
+            add_weighted(&mut sum, &row, weight);
+        }
+        round(&sum[..out.len()], out);
+    }
+}
+
+#[inline(always)]
+fn add_weighted<E: Element>(sum: &mut [f32; BLOCK], row: &[E; BLOCK], weight: f32) {
+    match E::DTYPE {
+        DType::BF16 => {
+            let bits: &[u16] = bytemuck::cast_slice(row);
+            for (s, &b) in sum.iter_mut().zip(bits) {
+                *s += weight * f32::from_bits(u32::from(b) << 16);
+            }
+        }
+        DType::F16 => {
+            let mut wide = [0.0f32; BLOCK];
+            bytemuck::cast_slice::<E, f16>(row).convert_to_f32_slice(&mut wide);
+            for (s, x) in sum.iter_mut().zip(wide) {
+                *s += weight * x;
+            }
+        }
+        DType::F32 => {
+            for (s, &x) in sum.iter_mut().zip(bytemuck::cast_slice::<E, f32>(row)) {
+                *s += weight * x;
+            }
+        }
+    }
+}
+
+/// Rounds to nearest, ties to even; NaN stays NaN.
+#[inline(always)]
+fn round<E: Element>(sum: &[f32], out: &mut [E]) {
+    match E::DTYPE {
+        DType::BF16 => {
+            for (o, &s) in bytemuck::cast_slice_mut::<E, u16>(out).iter_mut().zip(sum) {
+                *o = bf16_bits(s);
+            }
+        }
+        DType::F16 => bytemuck::cast_slice_mut::<E, f16>(out).convert_from_f32_slice(sum),
+        DType::F32 => bytemuck::cast_slice_mut::<E, f32>(out).copy_from_slice(sum),
+    }
+}
+
+/// `bf16::from_f32` without a branch, so that the loop around it vectorizes.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet_nan = (bits >> 16) | 0x0040;
+    (if x.is_nan() { quiet_nan } else { rounded }) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+    use proptest::prelude::*;
+
+    #[test]
+    fn rounding_to_bf16_agrees_with_the_half_crate() {
+        for high in 0..=u16::MAX {
+            for low in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits((u32::from(high) << 16) | low);
+                assert_eq!(bf16_bits(x), bf16::from_f32(x).to_bits(), "{x} {:#x}", x.to_bits());
+            }
+        }
+    }
+
+    fn check<E: Element>(rows: &[Vec<f32>], weights: &[f32], n: usize) {
+        let rows: Vec<Vec<E>> = rows.iter().map(|r| r[..n].iter().map(|&x| E::from_f32(x)).collect()).collect();
+        let pairs: Vec<_> = rows.iter().zip(weights).map(|(r, &w)| (r.as_ptr(), w)).collect();
+        let mut versions = vec![vec![E::zeroed(); n], vec![E::zeroed(); n]];
+        // SAFETY: each row has n elements.
+        unsafe { weighted_sum(&pairs, &mut versions[0]) };
+        // SAFETY: each row has n elements.
+        unsafe { portable(&pairs, &mut versions[1]) };
+        for (i, (a, b)) in versions[0].iter().zip(&versions[1]).enumerate() {
+            let mut sum = 0.0f32;
+            for (row, w) in rows.iter().zip(weights) {
+                sum += w * row[i].to_f32();
+            }
+            let expected = E::from_f32(sum);
+            assert_eq!(bytemuck::bytes_of(a), bytemuck::bytes_of(&expected), "element {i}: {sum}");
+            assert_eq!(bytemuck::bytes_of(b), bytemuck::bytes_of(&expected), "element {i}: {sum}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn the_weighted_sum_is_the_plain_one_bit_for_bit(
+            rows in prop::collection::vec(prop::collection::vec(-100f32..100.0, 600), 0..9),
+            weights in prop::collection::vec(-2f32..2.0, 9),
+            n in 1usize..600,
+        ) {
+            check::<f32>(&rows, &weights, n);
+            check::<bf16>(&rows, &weights, n);
+            check::<f16>(&rows, &weights, n);
+        }
+    }
+}

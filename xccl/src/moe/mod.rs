@@ -1,0 +1,537 @@
+//! Expert parallelism: dispatch each token to the ranks that hold its experts, combine what comes back.
+//!
+//! # The protocol
+//! Exchange `e` (counted from 1) uses slot `e % 2` of every rank's outbox for this handle.
+//! - *dispatch_send*: the rank writes its rows and its lists (entries sorted by expert, so that each receiver finds its own
+//!   as one contiguous part) and publishes `dispatched = e`.
+//! - *dispatch_recv*: for each source, wait for `dispatched >= e`, copy its part of the lists out, check it. Rows stay where
+//!   they are. Source by source an area of output rows is assigned.
+//! - *combine_send*: the rank has written expert outputs into its own outbox; it writes where each source's area begins and
+//!   publishes `combined = e`.
+//! - *combine_recv*: for each rank that had entries of this one, wait for `combined >= e`, then read the rows.
+//!
+//! Who may overwrite what: token rows and lists of `e` are rewritten in `dispatch_send(e + 2)`, which first waits until every
+//! rank has published `combined >= e`, hence has no more use for them. Output rows of `e` are rewritten after
+//! `dispatch_recv(e + 2)` has seen `dispatched >= e + 2` of every source, which a source publishes only after its
+//! `combine_recv(e)`. So no word exists just to give memory back.
+
+mod batch;
+mod config;
+mod kernels;
+mod layout;
+mod placement;
+mod routing;
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use batch::Received;
+pub use batch::{BatchRow, ExpertBatch};
+pub use config::{MoeConfig, Reduction};
+use layout::{Entry, MoeLayout, SLOTS};
+use placement::Placement;
+pub use routing::Routing;
+use routing::{Choice, ListBuilder, NOWHERE};
+
+use crate::comm::Communicator;
+use crate::comm::inner::CommInner;
+use crate::dtype::{Element, ExpertId};
+use crate::error::{Error, Result};
+use crate::fabric::{self, Outboxes};
+use crate::memory::segment::Writers;
+use crate::sync::epoch;
+use crate::sync::progress::{Operation, Waiting};
+
+/// How far this rank has come in an exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// No exchange uses the slot, or only its rows are being filled.
+    Free,
+    /// Tokens are sent.
+    Sent,
+    /// Tokens are received; the batch is out.
+    Received,
+    /// Outputs are published.
+    Combined,
+}
+
+/// One exchange in flight, as its source sees it.
+struct Flight {
+    epoch: u64,
+    phase: Phase,
+    tokens: usize,
+    choices: Vec<Choice>,
+    received: Option<Box<Received>>,
+    /// The source's side was dropped while the batch was still out.
+    orphaned: bool,
+}
+
+struct State {
+    next: u64,
+    flights: [Flight; SLOTS],
+    builder: ListBuilder,
+}
+
+/// A handle for the exchanges of one MoE shape over one communicator. Two exchanges may be in flight.
+///
+/// It may be moved between threads and is used by one at a time.
+///
+/// ```
+/// use xccl::{Communicator, Config, DType, Moe, MoeConfig, Routing, UniqueId};
+/// # fn main() -> xccl::Result<()> {
+/// # let comm = Communicator::init(0, 1, &UniqueId::new()?, Config::default())?;
+/// let (hidden, topk, experts) = (16, 2, 4);
+/// let moe = Moe::new(&comm, MoeConfig::new(8, hidden, topk, experts, DType::F32))?;
+///
+/// let tokens = vec![1.0f32; 2 * hidden];
+/// let (ids, weights) = ([0i32, 3, 1, -1], [0.5f32, 0.5, 1.0, 0.0]);
+/// let sent = moe.dispatch_send(&tokens, &Routing::new(&ids, &weights))?;
+/// let mut batch = moe.dispatch_recv(&sent)?;
+/// for i in 0..batch.len() {
+///     let mut row = vec![0.0f32; hidden];
+///     batch.copy_row(i, &mut row)?;
+///     let expert = batch.local_experts()[batch.row(i).expert];
+///     for (y, x) in batch.output_row::<f32>(i)?.iter_mut().zip(row) {
+///         *y = x * expert as f32; // the expert's work
+///     }
+/// }
+/// moe.combine_send(batch)?;
+/// let mut out = vec![0.0f32; 2 * hidden];
+/// moe.combine_recv(sent, &mut out)?;
+/// assert_eq!((out[0], out[hidden]), (0.5 * 0.0 + 0.5 * 3.0, 1.0));
+/// # Ok(())
+/// # }
+/// ```
+pub struct Moe {
+    comm: Arc<CommInner>,
+    config: MoeConfig,
+    layout: MoeLayout,
+    placement: Placement,
+    outboxes: Outboxes,
+    state: RefCell<State>,
+}
+
+/// A dispatch that was sent: what [`Moe::dispatch_recv`] and [`Moe::combine_recv`] need to know of it.
+///
+/// Dropping it gives the exchange up: the peers learn of it if this rank has not published its experts' outputs.
+#[must_use = "dropping it gives the exchange up"]
+pub struct Exchange<'m> {
+    moe: &'m Moe,
+    epoch: u64,
+}
+
+impl Exchange<'_> {
+    /// The exchange's number, from 1; the same on all ranks.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+}
+
+/// Rows of this rank's outbox, to compute tokens in, so that [`Moe::dispatch_send_rows`] copies nothing.
+pub struct InputRows<'m, E> {
+    moe: &'m Moe,
+    tokens: usize,
+    epoch: u64,
+    element: PhantomData<E>,
+}
+
+impl<E: Element> InputRows<'_, E> {
+    /// The number of rows.
+    pub fn len(&self) -> usize {
+        self.tokens
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.tokens == 0
+    }
+
+    /// Row `token`: `hidden` elements, aligned to 64 bytes, with the contents that an earlier exchange left there.
+    ///
+    /// # Panics
+    /// When `token` is not below [`len`](Self::len).
+    pub fn row(&mut self, token: usize) -> &mut [E] {
+        assert!(token < self.tokens, "row {token} of {}", self.tokens);
+        let layout = &self.moe.layout;
+        let offset = layout.slot(self.epoch).rows + token * layout.stride;
+        // SAFETY: no exchange uses this slot (`claim` has seen to that), there is one `InputRows` at a time (it is consumed
+        // by the send that starts the exchange, and another one made meanwhile is for the same epoch, which the send checks),
+        // and `&mut self` makes the slice unique among this value's.
+        unsafe { self.moe.outboxes.own.slice_mut(offset, self.moe.config.hidden) }
+    }
+}
+
+impl Moe {
+    /// Makes a handle. Every rank of `comm` must call it, with the same configuration.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a value out of range, [`Error::NotEnoughMemory`] before anything is created,
+    /// [`Error::Mismatch`] on every rank when the configurations differ.
+    pub fn new(comm: &Communicator, config: MoeConfig) -> Result<Self> {
+        let comm = comm.inner.clone();
+        config.check(comm.world_size)?;
+        let layout = MoeLayout::new(&config, comm.world_size);
+        let deadline = comm.deadline();
+        let outboxes = {
+            let mut star = comm.star();
+            let mine = format!("{config:?}");
+            for (rank, (theirs, _)) in star.exchange(mine.as_bytes(), &[], deadline)?.into_iter().enumerate() {
+                if theirs != mine.as_bytes() {
+                    let theirs = String::from_utf8_lossy(&theirs).into_owned();
+                    return Err(Error::Mismatch { rank, what: "the MoE configuration".to_owned(), theirs, ours: mine });
+                }
+            }
+            fabric::check_memory("the MoE handle", layout.bytes, comm.world_size)?;
+            fabric::exchange_segments(&mut star, &comm.config, Writers::Owner, layout.bytes, deadline)?
+        };
+        let placement = Placement::new(&config, comm.world_size);
+        let local = placement.local(comm.rank).len();
+        let choices = config.max_tokens * config.topk;
+        let flights = std::array::from_fn(|_| Flight {
+            epoch: 0,
+            phase: Phase::Free,
+            tokens: 0,
+            choices: Vec::with_capacity(choices),
+            received: Some(Box::new(Received::new(comm.world_size, local))),
+            orphaned: false,
+        });
+        let state = State { next: 1, flights, builder: ListBuilder::new(config.experts) };
+        Ok(Moe { comm, config, layout, placement, outboxes, state: RefCell::new(state) })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &MoeConfig {
+        &self.config
+    }
+
+    /// Global ids of the experts that `rank` holds, ascending.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`].
+    pub fn experts_of(&self, rank: usize) -> Result<&[usize]> {
+        self.comm.check_rank(rank)?;
+        Ok(self.placement.local(rank))
+    }
+
+    /// Sends the tokens of one exchange: `tokens` is `[T, hidden]`, T the routing's number of tokens, at most `max_tokens`,
+    /// possibly 0, different on every rank. The rows are copied once. Blocks only until every rank has finished the exchange
+    /// before the last.
+    ///
+    /// # Errors
+    /// Bad input ([`Error::TooManyTokens`], [`Error::ExpertOutOfRange`], [`Error::DuplicateExpert`], [`Error::Shape`],
+    /// [`Error::DTypeMismatch`]) is reported before anything is published, and ranks that wait for this one are told
+    /// ([`Error::PeerRefused`]); both sides may try again. [`Error::TooManyInFlight`] for a third exchange.
+    pub fn dispatch_send<E: Element, I: ExpertId>(
+        &self,
+        tokens: &[E],
+        routing: &Routing<'_, I>,
+    ) -> Result<Exchange<'_>> {
+        let epoch = self.claim()?;
+        self.send(epoch, routing, |count| {
+            self.check_rows("tokens", tokens, count)?;
+            let rows = self.layout.slot(epoch).rows;
+            let row_bytes = self.config.hidden * size_of::<E>();
+            let bytes: &[u8] = bytemuck::cast_slice(tokens);
+            if row_bytes == self.layout.stride {
+                self.outboxes.own.write(rows, bytes);
+            } else {
+                for (i, row) in bytes.chunks_exact(row_bytes).enumerate() {
+                    self.outboxes.own.write(rows + i * self.layout.stride, row);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Rows of the outbox for the next exchange: the engine computes its `tokens` tokens there.
+    ///
+    /// # Errors
+    /// [`Error::TooManyTokens`], [`Error::DTypeMismatch`], [`Error::TooManyInFlight`]; it blocks as
+    /// [`dispatch_send`](Self::dispatch_send) does.
+    pub fn input_rows<E: Element>(&self, tokens: usize) -> Result<InputRows<'_, E>> {
+        self.check_dtype::<E>("input_rows")?;
+        if tokens > self.config.max_tokens {
+            return Err(Error::TooManyTokens { given: tokens, limit: self.config.max_tokens });
+        }
+        let epoch = self.claim()?;
+        Ok(InputRows { moe: self, tokens, epoch, element: PhantomData })
+    }
+
+    /// As [`dispatch_send`](Self::dispatch_send), for tokens that lie in the outbox already.
+    ///
+    /// # Errors
+    /// As [`dispatch_send`](Self::dispatch_send); [`Error::WrongOrder`] when the rows were made for an exchange that was sent
+    /// meanwhile.
+    pub fn dispatch_send_rows<'m, E: Element, I: ExpertId>(
+        &'m self,
+        rows: InputRows<'m, E>,
+        routing: &Routing<'_, I>,
+    ) -> Result<Exchange<'m>> {
+        let epoch = self.claim()?;
+        if !std::ptr::eq(rows.moe, self) || rows.epoch != epoch {
+            let expected = "rows from input_rows of the same handle, made for this exchange";
+            return Err(Error::WrongOrder { call: "dispatch_send_rows", epoch, expected });
+        }
+        self.send(epoch, routing, |count| match count == rows.tokens {
+            true => Ok(()),
+            false => {
+                Err(Error::Shape { what: "topk_ids / topk", given: count, expected: format!("{} (rows)", rows.tokens) })
+            }
+        })
+    }
+
+    /// The next exchange's number, once its slot may be written.
+    fn claim(&self) -> Result<u64> {
+        let state = self.state.borrow();
+        let epoch = state.next;
+        let flight = &state.flights[(epoch % SLOTS as u64) as usize];
+        if flight.phase != Phase::Free {
+            return Err(Error::TooManyInFlight { limit: SLOTS, oldest: flight.epoch });
+        }
+        let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > 0) else { return Ok(epoch) };
+        for peer in 0..self.comm.world_size {
+            let word = self.outboxes.peers[peer].word64(self.layout.combined);
+            let what = Waiting { operation: Operation::DispatchSend, epoch, peer: Some(peer) };
+            self.comm.wait(what, || epoch::reached(word, previous).then_some(()))?;
+        }
+        Ok(epoch)
+    }
+
+    fn send<I: ExpertId>(
+        &self,
+        epoch: u64,
+        routing: &Routing<'_, I>,
+        fill_rows: impl FnOnce(usize) -> Result<()>,
+    ) -> Result<Exchange<'_>> {
+        let sent = self.fill(epoch, routing, fill_rows);
+        match sent {
+            Ok(()) => epoch::publish(self.outboxes.own.word64(self.layout.dispatched), epoch),
+            Err(_) => self.outboxes.own.word64(self.layout.refused).store(epoch, Release),
+        }
+        self.comm.notify_all();
+        sent.map(|()| Exchange { moe: self, epoch })
+    }
+
+    fn fill<I: ExpertId>(
+        &self,
+        epoch: u64,
+        routing: &Routing<'_, I>,
+        fill_rows: impl FnOnce(usize) -> Result<()>,
+    ) -> Result<()> {
+        let (config, own, slot) = (&self.config, &self.outboxes.own, self.layout.slot(epoch));
+        let tokens = routing.tokens(config.topk, config.max_tokens)?;
+        let mut state = self.state.borrow_mut();
+        let State { next, flights, builder } = &mut *state;
+        let flight = &mut flights[(epoch % SLOTS as u64) as usize];
+        // SAFETY: no exchange uses this slot (`claim`), and the two slices are disjoint areas of it that nothing else refers
+        // to until the epoch is published.
+        let (starts, entries) = unsafe {
+            (own.slice_mut(slot.starts, config.experts + 1), own.slice_mut::<Entry>(slot.entries, tokens * config.topk))
+        };
+        builder.build(routing, config.topk, &self.placement, starts, entries, &mut flight.choices)?;
+        fill_rows(tokens)?;
+        own.word32(slot.tokens).store(tokens as u32, Relaxed);
+        (flight.epoch, flight.phase, flight.tokens, flight.orphaned) = (epoch, Phase::Sent, tokens, false);
+        *next = epoch + 1;
+        self.comm.counters.tokens.fetch_add(tokens as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Receives what all ranks sent to this rank's experts. Rows stay in the senders' memory. Blocks until all have sent.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], [`Error::PeerDied`] and the like name the rank that was waited for; [`Error::PeerRefused`] one
+    /// whose input was bad. The call may be repeated.
+    pub fn dispatch_recv<'m>(&'m self, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
+        let mut batch = self.dispatch_recv_by_source(sent)?;
+        match (0..self.comm.world_size).try_for_each(|source| batch.receive(source)) {
+            Ok(()) => {
+                batch.complete();
+                Ok(batch)
+            }
+            Err(err) => {
+                batch.give_back();
+                Err(err)
+            }
+        }
+    }
+
+    fn dispatch_recv_by_source<'m>(&'m self, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
+        let epoch =
+            self.check_exchange("dispatch_recv", sent, Phase::Sent, "dispatch_recv once, after dispatch_send")?;
+        let mut state = self.state.borrow_mut();
+        let flight = &mut state.flights[(epoch % SLOTS as u64) as usize];
+        let expected = "dispatch_recv once at a time";
+        let received = flight.received.take().ok_or(Error::WrongOrder { call: "dispatch_recv", epoch, expected })?;
+        flight.phase = Phase::Received;
+        Ok(ExpertBatch::new(self, epoch, received))
+    }
+
+    /// Publishes the outputs that were written through [`ExpertBatch::output_row`]. With [`Reduction::PerRank`] it first forms
+    /// this rank's weighted sums. Never blocks.
+    ///
+    /// # Errors
+    /// [`Error::WrongOrder`] for a batch of another handle.
+    pub fn combine_send(&self, mut batch: ExpertBatch<'_>) -> Result<()> {
+        let epoch = batch.epoch();
+        if !batch.is_of(self) {
+            let expected = "a batch of the same handle";
+            return Err(Error::WrongOrder { call: "combine_send", epoch, expected });
+        }
+        batch.publish();
+        Ok(())
+    }
+
+    /// As [`combine_send`](Self::combine_send), with the outputs in a buffer: `[batch.len(), hidden]` in the batch's order,
+    /// copied once.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] and [`Error::DTypeMismatch`] hand nothing out; the exchange is then given up.
+    pub fn combine_send_from<E: Element>(&self, mut batch: ExpertBatch<'_>, outputs: &[E]) -> Result<()> {
+        batch.copy_outputs(outputs)?;
+        self.combine_send(batch)
+    }
+
+    /// Receives the experts' outputs and writes `out[t] = sum over k of weight[t, k] * output[t, k]`, `[T, hidden]`, summed in
+    /// f32 and rounded once. Tokens without experts get zeros. Blocks until the ranks that had tokens of this one have
+    /// published.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DTypeMismatch`], [`Error::WrongOrder`], [`Error::PeerAbandoned`], [`Error::Corrupt`] and what
+    /// waiting can meet. The exchange has ended then.
+    pub fn combine_recv<E: Element>(&self, sent: Exchange<'_>, out: &mut [E]) -> Result<()> {
+        let epoch = self.check_exchange("combine_recv", &sent, Phase::Combined, "combine_recv after combine_send")?;
+        let state = self.state.borrow();
+        let flight = &state.flights[(epoch % SLOTS as u64) as usize];
+        self.check_rows("out", out, flight.tokens)?;
+        let bases = self.await_outputs(epoch, &flight.choices)?;
+        let topk = self.config.topk;
+        for (choices, out) in flight.choices.chunks_exact(topk).zip(out.chunks_exact_mut(self.config.hidden)) {
+            match self.config.reduction {
+                Reduction::PerExpert => self.sum_experts(epoch, &bases, choices, out)?,
+                Reduction::PerRank => self.sum_ranks(epoch, &bases, choices, out)?,
+            }
+        }
+        self.comm.counters.exchanges.fetch_add(1, Relaxed);
+        Ok(())
+    }
+
+    /// Waits for every rank that had entries of this one; returns where its output rows for this rank begin.
+    fn await_outputs(&self, epoch: u64, choices: &[Choice]) -> Result<Vec<u32>> {
+        let mut bases = vec![NOWHERE; self.comm.world_size];
+        for choice in choices.iter().filter(|c| c.rank != NOWHERE) {
+            let peer = choice.rank as usize;
+            if bases[peer] != NOWHERE {
+                continue;
+            }
+            let outbox = &self.outboxes.peers[peer];
+            let word = outbox.word64(self.layout.combined);
+            let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
+            self.comm.wait(what, || epoch::reached(word, epoch).then_some(()))?;
+            if outbox.word64(self.layout.abandoned).load(Acquire) == epoch {
+                return Err(Error::PeerAbandoned { rank: peer, epoch });
+            }
+            bases[peer] = outbox.word32(self.layout.slot(epoch).bases + self.comm.rank * 4).load(Relaxed);
+        }
+        Ok(bases)
+    }
+
+    fn sum_experts<E: Element>(&self, epoch: u64, bases: &[u32], choices: &[Choice], out: &mut [E]) -> Result<()> {
+        let mut rows = [(std::ptr::null(), 0.0); config::MAX_TOPK];
+        let mut n = 0;
+        for choice in choices.iter().filter(|c| c.rank != NOWHERE) {
+            rows[n] = (self.output_at::<E>(epoch, bases, choice)?, choice.weight);
+            n += 1;
+        }
+        // SAFETY: `output_at` has checked that each row lies inside its mapping, which `self` keeps alive.
+        unsafe { kernels::weighted_sum(&rows[..n], out) };
+        Ok(())
+    }
+
+    /// One row per rank, ascending: the one that stands where the token's first entry there stood.
+    fn sum_ranks<E: Element>(&self, epoch: u64, bases: &[u32], choices: &[Choice], out: &mut [E]) -> Result<()> {
+        let mut firsts = [Choice { rank: NOWHERE, index: 0, weight: 1.0 }; config::MAX_TOPK];
+        let mut n = 0;
+        for choice in choices.iter().filter(|c| c.rank != NOWHERE) {
+            match firsts[..n].iter_mut().find(|f| f.rank == choice.rank) {
+                Some(first) => first.index = first.index.min(choice.index),
+                None => {
+                    firsts[n] = Choice { weight: 1.0, ..*choice };
+                    n += 1;
+                }
+            }
+        }
+        firsts[..n].sort_unstable_by_key(|f| f.rank);
+        self.sum_experts(epoch, bases, &firsts[..n], out)
+    }
+
+    /// The output row of one choice, in the memory of the rank that computed it.
+    fn output_at<E>(&self, epoch: u64, bases: &[u32], choice: &Choice) -> Result<*const E> {
+        let rank = choice.rank as usize;
+        let row = bases[rank] as usize + choice.index as usize;
+        if row >= self.layout.output_rows {
+            let limit = self.layout.output_rows as u64;
+            return Err(Error::Corrupt { rank, what: "an output row's index", value: row as u64, limit });
+        }
+        let offset = self.layout.slot(epoch).outputs + row * self.layout.stride;
+        Ok(self.outboxes.peers[rank].at(offset, self.layout.stride).cast())
+    }
+
+    fn check_exchange(
+        &self,
+        call: &'static str,
+        sent: &Exchange<'_>,
+        phase: Phase,
+        expected: &'static str,
+    ) -> Result<u64> {
+        let epoch = sent.epoch;
+        if !std::ptr::eq(sent.moe, self) {
+            return Err(Error::WrongOrder { call, epoch, expected: "an exchange of the same handle" });
+        }
+        let state = self.state.borrow();
+        let flight = &state.flights[(epoch % SLOTS as u64) as usize];
+        if flight.phase == phase { Ok(epoch) } else { Err(Error::WrongOrder { call, epoch, expected }) }
+    }
+
+    fn check_dtype<E: Element>(&self, what: &'static str) -> Result<()> {
+        if E::DTYPE == self.config.dtype {
+            return Ok(());
+        }
+        Err(Error::DTypeMismatch { what, given: E::DTYPE, expected: self.config.dtype })
+    }
+
+    fn check_rows<E: Element>(&self, what: &'static str, rows: &[E], count: usize) -> Result<()> {
+        self.check_dtype::<E>(what)?;
+        if rows.len() == count * self.config.hidden {
+            return Ok(());
+        }
+        let expected = format!("{} ({count} rows * hidden {})", count * self.config.hidden, self.config.hidden);
+        Err(Error::Shape { what, given: rows.len(), expected })
+    }
+
+    /// Tells the peers that this rank's outputs of `epoch` will not come, and that its tokens may be overwritten.
+    fn abandon(&self, epoch: u64) {
+        self.outboxes.own.word64(self.layout.abandoned).store(epoch, Release);
+        epoch::publish(self.outboxes.own.word64(self.layout.combined), epoch);
+        self.comm.notify_all();
+    }
+}
+
+impl Drop for Exchange<'_> {
+    fn drop(&mut self) {
+        let mut state = self.moe.state.borrow_mut();
+        let flight = &mut state.flights[(self.epoch % SLOTS as u64) as usize];
+        // A batch that is still out abandons for itself when it is dropped, or combines after all.
+        let abandons = flight.phase == Phase::Sent;
+        match flight.phase {
+            Phase::Received => flight.orphaned = true,
+            _ => flight.phase = Phase::Free,
+        }
+        drop(state);
+        if abandons {
+            self.moe.abandon(self.epoch);
+        }
+    }
+}

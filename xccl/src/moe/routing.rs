@@ -1,0 +1,219 @@
+//! From top-k ids to the lists that receivers read.
+
+use super::layout::Entry;
+use super::placement::Placement;
+use crate::dtype::ExpertId;
+use crate::error::{Error, Result};
+
+/// Which experts each token goes to. Borrowed: the same routing may serve several exchanges.
+///
+/// ```
+/// use xccl::Routing;
+/// let ids = [3i32, 0, /* token 1: */ 2, -1];
+/// let weights = [0.75, 0.25, 1.0, 0.0];
+/// let routing = Routing::new(&ids, &weights).active(&[true, false]); // token 1 is masked out
+/// # let _ = routing;
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Routing<'a, I> {
+    pub(super) ids: &'a [I],
+    pub(super) weights: &'a [f32],
+    pub(super) active: Option<&'a [bool]>,
+}
+
+impl<'a, I: ExpertId> Routing<'a, I> {
+    /// `ids[t * topk + k]` is the k-th expert of token t, or -1 for none; `weights` its factor in the sum.
+    pub fn new(ids: &'a [I], weights: &'a [f32]) -> Self {
+        Routing { ids, weights, active: None }
+    }
+
+    /// Leaves out the tokens whose entry is false: they go nowhere, and their sums are zeros.
+    pub fn active(mut self, active: &'a [bool]) -> Self {
+        self.active = Some(active);
+        self
+    }
+
+    /// The number of tokens; checks the lengths against each other.
+    pub(super) fn tokens(&self, topk: usize, max_tokens: usize) -> Result<usize> {
+        let shape = |what, given, expected: String| Err(Error::Shape { what, given, expected });
+        if !self.ids.len().is_multiple_of(topk) {
+            return shape("topk_ids", self.ids.len(), format!("a multiple of topk = {topk}"));
+        }
+        let tokens = self.ids.len() / topk;
+        if tokens > max_tokens {
+            return Err(Error::TooManyTokens { given: tokens, limit: max_tokens });
+        }
+        if self.weights.len() != self.ids.len() {
+            return shape("topk_weights", self.weights.len(), format!("{} (tokens * topk)", self.ids.len()));
+        }
+        match self.active {
+            Some(active) if active.len() != tokens => {
+                shape("the active-token mask", active.len(), format!("{tokens} (tokens)"))
+            }
+            _ => Ok(tokens),
+        }
+    }
+}
+
+/// Where one choice of one token went.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Choice {
+    /// The rank that holds the expert, or [`NOWHERE`].
+    pub(super) rank: u32,
+    /// Index among this rank's entries for that rank.
+    pub(super) index: u32,
+    pub(super) weight: f32,
+}
+
+/// The rank of a choice that names no expert.
+pub(super) const NOWHERE: u32 = u32::MAX;
+
+/// Memory for building lists, kept from exchange to exchange.
+pub(super) struct ListBuilder {
+    /// Per expert position, the last token that named it, plus one: finds duplicates without comparing pairs.
+    last_token: Vec<u32>,
+    /// Per expert position: how many entries, then where the next one goes.
+    cursor: Vec<u32>,
+}
+
+impl ListBuilder {
+    pub(super) fn new(experts: usize) -> Self {
+        ListBuilder { last_token: vec![0; experts], cursor: vec![0; experts] }
+    }
+
+    /// Fills `starts` (one per expert position and one more), `entries` (sorted by position, then token) and `choices` (one
+    /// per id). Nothing else has been changed when it fails.
+    pub(super) fn build<I: ExpertId>(
+        &mut self,
+        routing: &Routing<'_, I>,
+        topk: usize,
+        placement: &Placement,
+        starts: &mut [u32],
+        entries: &mut [Entry],
+        choices: &mut Vec<Choice>,
+    ) -> Result<()> {
+        self.last_token.fill(0);
+        self.cursor.fill(0);
+        choices.clear();
+        let experts = placement.position.len();
+        for (token, ids) in routing.ids.chunks_exact(topk).enumerate() {
+            let active = routing.active.is_none_or(|a| a[token]);
+            for (k, id) in ids.iter().enumerate() {
+                let expert = id.to_i64();
+                let weight = routing.weights[token * topk + k];
+                if expert == -1 || !active {
+                    choices.push(Choice { rank: NOWHERE, index: 0, weight });
+                    continue;
+                }
+                let position = usize::try_from(expert).ok().and_then(|e| placement.position.get(e));
+                let &position = position.ok_or(Error::ExpertOutOfRange { token, k, expert, experts })?;
+                if self.last_token[position as usize] == token as u32 + 1 {
+                    return Err(Error::DuplicateExpert { token, k, expert });
+                }
+                self.last_token[position as usize] = token as u32 + 1;
+                self.cursor[position as usize] += 1;
+                // For now the position; the second pass turns it into an index.
+                choices.push(Choice { rank: placement.rank[position as usize], index: position, weight });
+            }
+        }
+        let mut at = 0;
+        for (cursor, start) in self.cursor.iter_mut().zip(starts.iter_mut()) {
+            *start = at;
+            at += *cursor;
+            *cursor = *start;
+        }
+        starts[experts] = at;
+        for (i, choice) in choices.iter_mut().enumerate().filter(|(_, c)| c.rank != NOWHERE) {
+            let cursor = &mut self.cursor[choice.index as usize];
+            entries[*cursor as usize] = Entry { token: (i / topk) as u32, weight: choice.weight };
+            choice.index = *cursor - starts[placement.starts[choice.rank as usize]];
+            *cursor += 1;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+    use crate::moe::MoeConfig;
+    use proptest::prelude::*;
+
+    /// What `build` should give, in the plainest way: for each expert in order, the tokens that name it.
+    fn plainly(ids: &[i64], weights: &[f32], topk: usize, placement: &Placement) -> (Vec<u32>, Vec<Entry>) {
+        let (mut starts, mut entries) = (vec![], vec![]);
+        for &expert in &placement.expert {
+            starts.push(entries.len() as u32);
+            for (i, _) in ids.iter().enumerate().filter(|&(_, &id)| id == expert as i64) {
+                entries.push(Entry { token: (i / topk) as u32, weight: weights[i] });
+            }
+        }
+        starts.push(entries.len() as u32);
+        (starts, entries)
+    }
+
+    type Case = (usize, usize, usize, Option<Vec<usize>>, Vec<i64>);
+
+    /// Experts, ranks, topk, an explicit placement or none, and ids with holes.
+    fn case() -> impl Strategy<Value = Case> {
+        let shape = (1usize..40, 1usize..9).prop_flat_map(|(e, w)| (Just(e), Just(w), 1..=e.min(8)));
+        shape.prop_flat_map(|(experts, world, topk)| {
+            let placement = prop::option::of(prop::collection::vec(0..world, experts));
+            let order = Just((0..experts as i64).collect::<Vec<_>>()).prop_shuffle();
+            let row = (order, prop::collection::vec(any::<bool>(), topk));
+            let with_holes = |(order, holes): (Vec<i64>, Vec<bool>)| {
+                order.into_iter().zip(holes).map(|(id, hole)| if hole { -1 } else { id }).collect::<Vec<_>>()
+            };
+            let ids = prop::collection::vec(row.prop_map(with_holes), 0..20).prop_map(|rows| rows.concat());
+            (Just(experts), Just(world), Just(topk), placement, ids)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn lists_agree_with_a_plain_reference((experts, world, topk, placement, ids) in case()) {
+            let config = MoeConfig { placement, ..MoeConfig::new(32, 8, topk, experts, DType::F32) };
+            let placement = Placement::new(&config, world);
+            let weights: Vec<f32> = (0..ids.len()).map(|i| i as f32).collect();
+            let (mut starts, mut entries, mut choices) = (vec![0; experts + 1], vec![Entry::default(); ids.len()], vec![]);
+            ListBuilder::new(experts)
+                .build(&Routing::new(&ids, &weights), topk, &placement, &mut starts, &mut entries, &mut choices)
+                .unwrap();
+            let (plain_starts, plain_entries) = plainly(&ids, &weights, topk, &placement);
+            prop_assert_eq!(&starts, &plain_starts);
+            prop_assert_eq!(&entries[..plain_entries.len()], &plain_entries[..]);
+            for (i, choice) in choices.iter().enumerate() {
+                if ids[i] < 0 {
+                    prop_assert_eq!(choice.rank, NOWHERE);
+                } else {
+                    let rank = choice.rank as usize;
+                    prop_assert!(placement.local(rank).contains(&(ids[i] as usize)));
+                    let entry = entries[starts[placement.starts[rank]] as usize + choice.index as usize];
+                    prop_assert_eq!(entry, Entry { token: (i / topk) as u32, weight: i as f32 });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_bad_id_is_named_with_its_token_and_the_limit() {
+        let placement = Placement::new(&MoeConfig::new(8, 8, 2, 4, DType::F32), 2);
+        let build = |ids: &[i32]| {
+            let weights = vec![1.0; ids.len()];
+            let (mut starts, mut entries) = (vec![0; 5], vec![Entry::default(); ids.len()]);
+            ListBuilder::new(4).build(
+                &Routing::new(ids, &weights),
+                2,
+                &placement,
+                &mut starts,
+                &mut entries,
+                &mut vec![],
+            )
+        };
+        assert!(matches!(build(&[0, 1, 2, 4]), Err(Error::ExpertOutOfRange { token: 1, k: 1, expert: 4, experts: 4 })));
+        assert!(matches!(build(&[0, -2]), Err(Error::ExpertOutOfRange { token: 0, k: 1, expert: -2, experts: 4 })));
+        assert!(matches!(build(&[0, 1, 3, 3]), Err(Error::DuplicateExpert { token: 1, k: 1, expert: 3 })));
+        assert!(build(&[0, 1, 1, 0]).is_ok());
+    }
+}

@@ -1,0 +1,74 @@
+//! Point to point: ordered messages per (source, tag), blocking and non-blocking.
+//!
+//! How a message travels depends on its size and on where it lies ([`engine`] has the protocol):
+//! - *inline*, up to 40 bytes: descriptor and payload in one cache line;
+//! - *ring*: the payload through the sender's ring, in one piece or, when it is longer than the ring has room for, in several
+//!   (pipelined);
+//! - *rendezvous*, from `XCCL_RENDEZVOUS` bytes on, when the payload lies in the symmetric heap or the receiver can read the
+//!   sender's memory: only described; the receiver copies it once and tells the sender.
+
+pub(crate) mod engine;
+mod scope;
+
+pub use scope::{Request, Scope, wait_all};
+
+use crate::comm::Communicator;
+use crate::error::Result;
+
+/// Whom to receive from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// This rank.
+    Rank(usize),
+    /// Whichever message with the tag comes first.
+    Any,
+}
+
+impl From<usize> for Source {
+    fn from(rank: usize) -> Self {
+        Source::Rank(rank)
+    }
+}
+
+/// What was received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The sender.
+    pub source: usize,
+    /// The message's tag.
+    pub tag: u32,
+    /// Its length in bytes: at most the buffer's.
+    pub len: usize,
+}
+
+impl Communicator {
+    /// Sends bytes to a rank, possibly this one. Returns when `data` may be reused: at once for what fits the ring, after the
+    /// receiver has copied it for larger messages. Messages to itself are always buffered.
+    ///
+    /// ```
+    /// # use xccl::{Communicator, Config, Source, UniqueId};
+    /// # fn main() -> xccl::Result<()> {
+    /// # let comm = Communicator::init(0, 1, &UniqueId::new()?, Config::default())?;
+    /// comm.send(0, 7, b"hello")?;
+    /// let mut buffer = [0; 16];
+    /// let status = comm.recv(Source::Any, 7, &mut buffer)?;
+    /// assert_eq!((status.source, &buffer[..status.len]), (0, &b"hello"[..]));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet.
+    pub fn send(&self, to: usize, tag: u32, data: &[u8]) -> Result<()> {
+        self.scope(|scope| scope.isend(to, tag, data)?.wait().map(|_| ()))
+    }
+
+    /// Receives the next message with `tag` from a rank, or from any. Blocks until it is there.
+    ///
+    /// # Errors
+    /// [`Error::Truncated`](crate::Error::Truncated) when it is longer than `buffer`: it is kept, and can be received with a
+    /// larger one. [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet.
+    pub fn recv(&self, from: impl Into<Source>, tag: u32, buffer: &mut [u8]) -> Result<Status> {
+        self.scope(|scope| scope.irecv(from, tag, buffer)?.wait())
+    }
+}

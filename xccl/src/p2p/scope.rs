@@ -1,0 +1,118 @@
+//! Non-blocking requests whose buffers are borrowed until the scope ends.
+
+use std::marker::PhantomData;
+
+use super::engine::Ticket;
+use super::{Source, Status};
+use crate::comm::Communicator;
+use crate::error::Result;
+
+/// Where non-blocking requests live: see [`Communicator::scope`].
+pub struct Scope<'scope, 'env: 'scope> {
+    comm: &'scope Communicator,
+    tickets: std::cell::RefCell<Vec<Ticket>>,
+    scope: PhantomData<&'scope mut &'scope ()>,
+    env: PhantomData<&'env mut &'env ()>,
+}
+
+/// A message on its way. Forgetting it does no harm: the scope's end cancels what was not waited for.
+pub struct Request<'scope> {
+    comm: &'scope Communicator,
+    ticket: Ticket,
+}
+
+impl Request<'_> {
+    /// Blocks until the buffer may be used again. For a send the status names this rank, the tag and the length.
+    ///
+    /// # Errors
+    /// As [`Communicator::send`] and [`Communicator::recv`].
+    pub fn wait(self) -> Result<Status> {
+        self.comm.inner.p2p.wait(&self.comm.inner, self.ticket)
+    }
+
+    /// Looks whether the request is done, without blocking. Once it has given a status, the request is over.
+    ///
+    /// # Errors
+    /// As [`Communicator::send`] and [`Communicator::recv`].
+    pub fn test(&mut self) -> Result<Option<Status>> {
+        self.comm.inner.p2p.test(&self.comm.inner, self.ticket)
+    }
+}
+
+/// Waits for several requests, in any order of completion; gives their statuses in the order given.
+///
+/// # Errors
+/// The first error; the requests after it are cancelled when their scope ends.
+pub fn wait_all<'scope>(requests: impl IntoIterator<Item = Request<'scope>>) -> Result<Vec<Status>> {
+    requests.into_iter().map(Request::wait).collect()
+}
+
+impl<'scope, 'env> Scope<'scope, 'env> {
+    /// Starts to send; `data` is borrowed until the scope ends.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`](crate::Error::InvalidRank).
+    pub fn isend(&self, to: usize, tag: u32, data: &'env [u8]) -> Result<Request<'scope>> {
+        let comm = &self.comm.inner;
+        comm.check_rank(to)?;
+        // SAFETY: `data` lives for 'env, which outlives the scope, and the scope's end forgets what is still pending.
+        let ticket = unsafe { comm.p2p.start_send(comm, to, tag, data)? };
+        Ok(self.request(ticket))
+    }
+
+    /// Starts to receive; `buffer` is borrowed until the scope ends.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`](crate::Error::InvalidRank).
+    pub fn irecv(&self, from: impl Into<Source>, tag: u32, buffer: &'env mut [u8]) -> Result<Request<'scope>> {
+        let comm = &self.comm.inner;
+        let from = from.into();
+        if let Source::Rank(rank) = from {
+            comm.check_rank(rank)?;
+        }
+        // SAFETY: `buffer` is borrowed for 'env, which outlives the scope, and the scope's end forgets what is still pending.
+        let ticket = unsafe { comm.p2p.start_recv(from, tag, buffer) };
+        Ok(self.request(ticket))
+    }
+
+    fn request(&self, ticket: Ticket) -> Request<'scope> {
+        self.tickets.borrow_mut().push(ticket);
+        Request { comm: self.comm, ticket }
+    }
+}
+
+impl Drop for Scope<'_, '_> {
+    fn drop(&mut self) {
+        for ticket in self.tickets.get_mut().drain(..) {
+            self.comm.inner.p2p.cancel(ticket);
+        }
+    }
+}
+
+impl Communicator {
+    /// Runs `f` with a scope for non-blocking requests, as `std::thread::scope` does for threads: buffers that outlive the
+    /// scope may be lent to requests. Requests that were not waited for are cancelled at the end: a receive takes no message
+    /// any more, a send that the receiver may have seen the beginning of is finished from a copy.
+    ///
+    /// ```
+    /// # use xccl::{Communicator, Config, UniqueId};
+    /// # fn main() -> xccl::Result<()> {
+    /// # let comm = Communicator::init(0, 1, &UniqueId::new()?, Config::default())?;
+    /// let (message, mut buffer) = ([1u8; 8], [0u8; 8]);
+    /// comm.scope(|scope| {
+    ///     let receive = scope.irecv(0, 1, &mut buffer)?;
+    ///     let send = scope.isend(0, 1, &message)?;
+    ///     xccl::wait_all([send, receive])
+    /// })?;
+    /// assert_eq!(buffer, message);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// What `f` returns.
+    pub fn scope<'env, R>(&self, f: impl for<'scope> FnOnce(&Scope<'scope, 'env>) -> Result<R>) -> Result<R> {
+        let scope = Scope { comm: self, tickets: Default::default(), scope: PhantomData, env: PhantomData };
+        f(&scope)
+    }
+}

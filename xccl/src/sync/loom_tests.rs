@@ -1,0 +1,140 @@
+//! Models of the three protocols, explored exhaustively (within loom's bounds).
+
+use std::time::Duration;
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use loom::thread;
+
+use super::{bell, epoch, ring};
+
+/// Two buffers in turn; the reader's own word frees a buffer for the epoch after next.
+#[test]
+fn loom_a_published_epoch_carries_its_rows_and_reuse_waits_for_the_reader() {
+    loom::model(|| {
+        struct Shared {
+            published: AtomicU64,
+            consumed: AtomicU64,
+            rows: [loom::cell::UnsafeCell<u64>; 2],
+        }
+        let shared = Arc::new(Shared {
+            published: AtomicU64::new(0),
+            consumed: AtomicU64::new(0),
+            rows: [loom::cell::UnsafeCell::new(0), loom::cell::UnsafeCell::new(0)],
+        });
+        let writer = {
+            let shared = shared.clone();
+            thread::spawn(move || {
+                for e in 1..=3u64 {
+                    // Epoch e reuses the buffer of epoch e - 2, which must have been consumed.
+                    while e > 2 && !epoch::reached(&shared.consumed, e - 2) {
+                        thread::yield_now();
+                    }
+                    // SAFETY: loom's cell itself checks that no access is concurrent.
+                    shared.rows[(e % 2) as usize].with_mut(|row| unsafe { *row = e * 10 });
+                    epoch::publish(&shared.published, e);
+                }
+            })
+        };
+        for e in 1..=3u64 {
+            while !epoch::reached(&shared.published, e) {
+                thread::yield_now();
+            }
+            // SAFETY: as above.
+            let row = shared.rows[(e % 2) as usize].with(|row| unsafe { *row });
+            assert_eq!(row, e * 10);
+            epoch::publish(&shared.consumed, e);
+        }
+        writer.join().unwrap();
+    });
+}
+
+#[test]
+fn loom_ring_messages_arrive_in_order_and_slots_are_reused_only_after_release() {
+    const SLOTS: u64 = 2;
+    loom::model(|| {
+        struct Shared {
+            turns: [AtomicU64; SLOTS as usize],
+            payload: [loom::cell::UnsafeCell<u64>; SLOTS as usize],
+            consumed: AtomicU64,
+        }
+        let shared = Arc::new(Shared {
+            turns: [AtomicU64::new(0), AtomicU64::new(0)],
+            payload: [loom::cell::UnsafeCell::new(0), loom::cell::UnsafeCell::new(0)],
+            consumed: AtomicU64::new(0),
+        });
+        let sender = {
+            let shared = shared.clone();
+            thread::spawn(move || {
+                for n in 0..3u64 {
+                    while !ring::may_fill(ring::released(&shared.consumed), n, SLOTS) {
+                        thread::yield_now();
+                    }
+                    let slot = (n % SLOTS) as usize;
+                    // SAFETY: loom's cell itself checks that no access is concurrent.
+                    shared.payload[slot].with_mut(|p| unsafe { *p = 100 + n });
+                    ring::complete(&shared.turns[slot], n);
+                }
+            })
+        };
+        for n in 0..3u64 {
+            let slot = (n % SLOTS) as usize;
+            while !ring::has(&shared.turns[slot], n) {
+                thread::yield_now();
+            }
+            // SAFETY: as above.
+            assert_eq!(shared.payload[slot].with(|p| unsafe { *p }), 100 + n);
+            ring::release(&shared.consumed, n + 1);
+        }
+        sender.join().unwrap();
+    });
+}
+
+/// No timeout in the model: a lost wake-up would let the sleeper spin on its bell for ever, which loom reports.
+#[test]
+fn loom_a_sleeper_never_misses_the_publication_it_waits_for() {
+    loom::model(|| {
+        let word = Arc::new(AtomicU64::new(0));
+        let sleep = Arc::new(AtomicU32::new(bell::AWAKE));
+        let bell_word = Arc::new(AtomicU32::new(0));
+        let publisher = {
+            let (word, sleep, bell_word) = (word.clone(), sleep.clone(), bell_word.clone());
+            thread::spawn(move || {
+                epoch::publish(&word, 1);
+                bell::publish_fence();
+                bell::ring_if_waiting(&sleep, &bell_word, 7);
+            })
+        };
+        let ready = bell::Sleeper::new()
+            .sleep_unless(&sleep, bell::only(7), &bell_word, Duration::MAX, || epoch::reached(&word, 1));
+        assert!(ready, "woken by the only publisher, so its word must be there");
+        publisher.join().unwrap();
+        assert_eq!(sleep.load(Ordering::Relaxed), bell::AWAKE);
+    });
+}
+
+/// Two publishers; the sleeper waits for the second one only and must not be left asleep by the first one's ringing.
+#[test]
+fn loom_a_sleeper_waits_for_one_of_two_publishers() {
+    loom::model(|| {
+        let words = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let sleep = Arc::new(AtomicU32::new(bell::AWAKE));
+        let bell_word = Arc::new(AtomicU32::new(0));
+        let publishers: Vec<_> = (0..2usize)
+            .map(|me| {
+                let (words, sleep, bell_word) = (words.clone(), sleep.clone(), bell_word.clone());
+                thread::spawn(move || {
+                    epoch::publish(&words[me], 1);
+                    bell::publish_fence();
+                    bell::ring_if_waiting(&sleep, &bell_word, me);
+                })
+            })
+            .collect();
+        while !bell::Sleeper::new()
+            .sleep_unless(&sleep, bell::only(1), &bell_word, Duration::MAX, || epoch::reached(&words[1], 1))
+        {}
+        for publisher in publishers {
+            publisher.join().unwrap();
+        }
+    });
+}

@@ -1,0 +1,124 @@
+//! Progress words: what a rank is doing, for whoever waits for it or looks on.
+//!
+//! One line in the rank's outbox, written by that rank alone and only when it starts to wait or is done waiting, read by
+//! anyone. The fields are stored one by one: a reader may see a mixture of two moments, which costs a wrong word in a
+//! message and nothing else.
+
+use std::fmt;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use crate::memory::mapping::Mapping;
+
+/// What a rank was doing when something went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Operation {
+    /// Outside of any call of this crate: the engine's own work.
+    Computing = 0,
+    /// Joining the communicator.
+    Init = 1,
+    /// A barrier.
+    Barrier = 2,
+    /// Sending a message.
+    Send = 3,
+    /// Receiving a message.
+    Recv = 4,
+    /// The first half of a dispatch.
+    DispatchSend = 5,
+    /// The second half of a dispatch.
+    DispatchRecv = 6,
+    /// The first half of a combine.
+    CombineSend = 7,
+    /// The second half of a combine.
+    CombineRecv = 8,
+    /// Building another communicator, or a handle that needs memory of its own.
+    Setup = 9,
+}
+
+impl Operation {
+    fn from_word(word: u32) -> Option<Self> {
+        use Operation::*;
+        [Computing, Init, Barrier, Send, Recv, DispatchSend, DispatchRecv, CombineSend, CombineRecv, Setup]
+            .get(word as usize)
+            .copied()
+    }
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Operation::Computing => "its own computation",
+            Operation::Init => "init",
+            Operation::Barrier => "barrier",
+            Operation::Send => "send",
+            Operation::Recv => "recv",
+            Operation::DispatchSend => "dispatch_send",
+            Operation::DispatchRecv => "dispatch_recv",
+            Operation::CombineSend => "combine_send",
+            Operation::CombineRecv => "combine_recv",
+            Operation::Setup => "set-up",
+        })
+    }
+}
+
+/// What is waited for: named in errors, published for others to see.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Waiting {
+    pub(crate) operation: Operation,
+    /// The epoch, or the tag for point to point.
+    pub(crate) epoch: u64,
+    /// The rank waited for; `None` for any.
+    pub(crate) peer: Option<usize>,
+}
+
+const OPERATION: usize = 0;
+const PEER: usize = 4;
+const EPOCH: usize = 8;
+const SINCE: usize = 16;
+const NOBODY: u32 = u32::MAX;
+
+/// Publishes that this rank starts to wait.
+pub(crate) fn waits(own: &Mapping, line: usize, what: &Waiting) {
+    own.word32(line + PEER).store(what.peer.map_or(NOBODY, |p| p as u32), Relaxed);
+    own.word64(line + EPOCH).store(what.epoch, Relaxed);
+    own.word64(line + SINCE).store(now_ns(), Relaxed);
+    own.word32(line + OPERATION).store(what.operation as u32, Relaxed);
+}
+
+/// Publishes that this rank no longer waits; the epoch stays, as the last one known.
+pub(crate) fn computes(own: &Mapping, line: usize) {
+    own.word64(line + SINCE).store(now_ns(), Relaxed);
+    own.word32(line + OPERATION).store(Operation::Computing as u32, Relaxed);
+}
+
+/// Tells in words what a rank was last seen doing.
+pub(crate) fn describe(peer: &Mapping, line: usize, rank: usize) -> String {
+    let operation = Operation::from_word(peer.word32(line + OPERATION).load(Relaxed));
+    let waits_for = peer.word32(line + PEER).load(Relaxed);
+    let epoch = peer.word64(line + EPOCH).load(Relaxed);
+    let since = peer.word64(line + SINCE).load(Relaxed);
+    let ago = Duration::from_millis(now_ns().saturating_sub(since) / 1_000_000);
+    match operation {
+        None => format!("rank {rank}'s progress words make no sense"),
+        Some(_) if since == 0 => format!("rank {rank} has not waited for anything yet"),
+        Some(Operation::Computing) => {
+            format!("rank {rank} was last seen in {} for {ago:?}, after epoch {epoch}", Operation::Computing)
+        }
+        Some(operation) if waits_for == NOBODY => {
+            format!("rank {rank} was last seen waiting in {operation} (epoch {epoch}) for anyone, for {ago:?}")
+        }
+        Some(operation) => {
+            format!(
+                "rank {rank} was last seen waiting in {operation} (epoch {epoch}) for rank {waits_for}, for {ago:?}"
+            )
+        }
+    }
+}
+
+/// Nanoseconds of the machine's monotonic clock, which all its processes share.
+fn now_ns() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    now.map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
+}

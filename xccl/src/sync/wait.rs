@@ -1,0 +1,81 @@
+//! The order in which a wait gets patient: spin, yield, sleep.
+
+use std::time::{Duration, Instant};
+
+use crate::error::Result;
+
+/// How long to spin and to yield before sleeping.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    pub(crate) spin: Duration,
+    pub(crate) yielding: Duration,
+}
+
+impl Patience {
+    /// With a core for each rank the awaited word is a cache line away, so spinning pays. With fewer cores the rank that
+    /// is waited for may need this very core: it gets it soon.
+    pub(crate) fn for_machine(ranks_here: usize, cores: usize) -> Self {
+        if ranks_here <= cores {
+            Patience { spin: Duration::from_micros(200), yielding: Duration::from_micros(300) }
+        } else {
+            Patience { spin: Duration::from_nanos(500), yielding: Duration::from_micros(50) }
+        }
+    }
+}
+
+/// The first sleep is short, in case a wake-up was swallowed; the longest bounds how late a death is noticed.
+const FIRST_SLICE: Duration = Duration::from_millis(2);
+const LAST_SLICE: Duration = Duration::from_millis(40);
+/// Spins between two looks at the clock.
+const SPINS_PER_LOOK: u32 = 64;
+
+/// Waits until `ready` gives a value.
+///
+/// `sleep` sleeps for at most the slice it is given, unless its second argument turns true; `check` runs before every
+/// sleep and ends the wait by its error.
+pub(crate) fn until<T>(
+    patience: &Patience,
+    mut ready: impl FnMut() -> Option<T>,
+    mut sleep: impl FnMut(Duration, &mut dyn FnMut() -> bool),
+    mut check: impl FnMut() -> Result<()>,
+) -> Result<T> {
+    let mut started = None;
+    loop {
+        for _ in 0..SPINS_PER_LOOK {
+            if let Some(value) = ready() {
+                return Ok(value);
+            }
+            std::hint::spin_loop();
+        }
+        // The clock costs as much as a cache-line handover: it is not looked at before the first spins.
+        if started.get_or_insert_with(Instant::now).elapsed() >= patience.spin {
+            break;
+        }
+    }
+    let yielding_since = Instant::now();
+    while yielding_since.elapsed() < patience.yielding {
+        std::thread::yield_now();
+        if let Some(value) = ready() {
+            return Ok(value);
+        }
+    }
+    let mut slice = FIRST_SLICE;
+    loop {
+        if let Some(value) = ready() {
+            return Ok(value);
+        }
+        if let Err(err) = check() {
+            // What was waited for may have come just before the reason to give up.
+            return ready().ok_or(err);
+        }
+        let mut found = None;
+        sleep(slice, &mut || {
+            found = ready();
+            found.is_some()
+        });
+        if let Some(value) = found {
+            return Ok(value);
+        }
+        slice = (slice * 2).min(LAST_SLICE);
+    }
+}
