@@ -304,7 +304,7 @@ pub(super) mod tests {
         assert!(matches!(b.try_receive(&mut inbox).unwrap(), Received::TooLong));
 
         let (end, other_end) = pair();
-        a.try_send(b"x", &vec![end.0.as_fd(); MAX_DESCRIPTORS + 5]).unwrap();
+        a.try_send(b"x", &[end.0.as_fd(); MAX_DESCRIPTORS + 5]).unwrap();
         assert!(matches!(b.try_receive(&mut inbox).unwrap(), Received::DescriptorsLost));
         // Had the received copies of `end` stayed open, its other end would not see it closed.
         drop(end);

@@ -308,7 +308,7 @@ mod tests {
     fn join_all(id: &UniqueId, ranks: &[(usize, usize, &str)], wait: Duration) -> Vec<Result<Star>> {
         let deadline = Instant::now() + wait;
         let join = |&(rank, world, heap): &(usize, usize, &str)| {
-            let (id, fields) = (id.clone(), fields(heap));
+            let (id, fields) = (*id, fields(heap));
             thread::spawn(move || Star::join(&id, rank, world, &fields, deadline))
         };
         let threads: Vec<_> = ranks.iter().map(join).collect();
@@ -319,7 +319,7 @@ mod tests {
         let id = UniqueId::new().unwrap();
         let threads: Vec<_> = (0..world_size)
             .map(|rank| {
-                let id = id.clone();
+                let id = id;
                 thread::spawn(move || {
                     let mut star = Star::join(&id, rank, world_size, &fields("1"), soon()).unwrap();
                     for round in 0..3 {
@@ -425,7 +425,7 @@ mod tests {
             (link, silent, liar)
         });
         let root = {
-            let id = id.clone();
+            let id = id;
             thread::spawn(move || Star::join(&id, 0, 2, &fields("1"), soon()))
         };
         let kept = stranger.join().unwrap();

@@ -127,7 +127,7 @@ mod tests {
     fn check<E: Element>(rows: &[Vec<f32>], weights: &[f32], n: usize) {
         let rows: Vec<Vec<E>> = rows.iter().map(|r| r[..n].iter().map(|&x| E::from_f32(x)).collect()).collect();
         let pairs: Vec<_> = rows.iter().zip(weights).map(|(r, &w)| (r.as_ptr(), w)).collect();
-        let mut versions = vec![vec![E::zeroed(); n], vec![E::zeroed(); n]];
+        let mut versions = [vec![E::zeroed(); n], vec![E::zeroed(); n]];
         // SAFETY: each row has n elements.
         unsafe { weighted_sum(&pairs, &mut versions[0]) };
         // SAFETY: each row has n elements.

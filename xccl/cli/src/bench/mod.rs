@@ -1,0 +1,90 @@
+//! `xccl bench`: measure, and verify every byte in a pass of its own.
+
+mod figures;
+mod moe;
+mod p2p;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use xccl::{Communicator, Error, Launch};
+
+use crate::launch::{self, Ranks};
+
+#[derive(Subcommand)]
+pub enum Bench {
+    /// Messages between rank 0 and rank 1
+    P2p(p2p::P2pArgs),
+    /// Dispatch and combine of a mixture-of-experts layer
+    Moe(moe::MoeArgs),
+}
+
+#[derive(Args)]
+struct Common {
+    /// Ranks to start, unless this runs under a launcher already
+    #[arg(short, long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    n: u32,
+    /// Bind rank i to the i-th usable core
+    #[arg(long)]
+    bind: bool,
+    /// Measured iterations
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    iters: u32,
+    /// Iterations before them
+    #[arg(long, default_value_t = 20)]
+    warmup: u32,
+    /// Check every byte in a pass of its own
+    #[arg(long)]
+    verify: bool,
+    /// Write one JSON object per measured point to this file, or to standard output with "-"
+    #[arg(long, value_name = "FILE")]
+    json: Option<String>,
+}
+
+impl Bench {
+    /// Joins under a launcher, otherwise starts the ranks.
+    pub fn run(self) -> Result<u8> {
+        let common = match &self {
+            Bench::P2p(args) => &args.common,
+            Bench::Moe(args) => &args.common,
+        };
+        match Launch::from_env() {
+            Ok(_) => {}
+            Err(Error::NotLaunched { .. }) => return start(common),
+            Err(err) => return Err(err.into()),
+        }
+        let comm = Communicator::from_env()?;
+        match self {
+            Bench::P2p(args) => args.measure(&comm)?,
+            Bench::Moe(args) => args.measure(&comm)?,
+        }
+        Ok(0)
+    }
+}
+
+fn start(common: &Common) -> Result<u8> {
+    let exe = std::env::current_exe().context("finding this program")?;
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    launch::launch(&Ranks {
+        count: common.n as usize,
+        bind: common.bind,
+        prefix: false,
+        grace: Duration::from_secs(1),
+        program: exe.as_os_str(),
+        args: &args,
+    })
+}
+
+/// A progress bar on rank 0's terminal.
+fn progress(comm: &Communicator, steps: usize) -> ProgressBar {
+    if comm.rank() != 0 || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style =
+        ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(steps as u64).with_style(style)
+}

@@ -1,0 +1,534 @@
+//! `xccl bench moe`: dispatch and combine, time of the slowest rank, beside what plain copies of the same rows take.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use half::{bf16, f16};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::Serialize;
+use xccl::{Communicator, DType, Element, ExpertBatch, Moe, MoeConfig, Reduction, Routing};
+
+use super::figures::{JsonLines, Percentiles, line_ns, slowest, timed};
+use super::{Common, progress};
+
+#[derive(Args)]
+pub struct MoeArgs {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// Tokens of every rank; a list is measured point by point
+    #[arg(long, value_delimiter = ',', default_value = "128")]
+    tokens: Vec<usize>,
+    /// Tokens of each rank, in rank order, in place of --tokens
+    #[arg(long, value_delimiter = ',')]
+    tokens_per_rank: Option<Vec<usize>>,
+    /// Elements of a token row
+    #[arg(long, default_value_t = 7168)]
+    hidden: usize,
+    /// Experts per token
+    #[arg(long, default_value_t = 8)]
+    topk: usize,
+    /// Experts over all ranks
+    #[arg(long, default_value_t = 256)]
+    experts: usize,
+    /// Element type: bf16, f16 or f32
+    #[arg(long, default_value = "bf16", value_parser = DType::from_str)]
+    dtype: DType,
+    /// What the experts' side does with the rows
+    #[arg(long, value_enum, default_value = "in-place")]
+    layout: Layout,
+    /// Where the tokens are before the dispatch
+    #[arg(long, value_enum, default_value = "copy")]
+    input: Input,
+    /// Where sums are formed
+    #[arg(long, value_enum, default_value = "per-rank")]
+    reduction: Reduce,
+    /// uniform, skew:F (expert 0 is drawn F times as often as the average), or a .npy file of recorded ids, [tokens, topk]
+    #[arg(long, default_value = "uniform")]
+    routing: RoutingSource,
+    /// Seed of the drawn routing
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum, Serialize, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+enum Layout {
+    /// Rows stay in the senders' memory
+    InPlace,
+    /// Rows are copied to one contiguous buffer, expert by expert
+    ExpertMajor,
+    /// Rows are copied to [local experts, capacity, hidden]
+    Padded,
+}
+
+#[derive(Clone, Copy, ValueEnum, Serialize, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+enum Input {
+    /// In the caller's buffer: copied once
+    Copy,
+    /// In the outbox: not copied
+    Outbox,
+}
+
+#[derive(Clone, Copy, ValueEnum, Serialize, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+enum Reduce {
+    PerExpert,
+    PerRank,
+}
+
+#[derive(Clone)]
+enum RoutingSource {
+    Uniform,
+    Skew(f64),
+    File(String),
+}
+
+impl FromStr for RoutingSource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("skew:") {
+            Some(f) => match f.parse() {
+                Ok(f) if (1.0..=1e6).contains(&f) => Ok(RoutingSource::Skew(f)),
+                _ => Err(format!("{f:?} is not a factor from 1 to 1000000")),
+            },
+            None if text == "uniform" => Ok(RoutingSource::Uniform),
+            None if text.ends_with(".npy") => Ok(RoutingSource::File(text.to_owned())),
+            None => Err("expected uniform, skew:F or a file that ends in .npy".to_owned()),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Limit {
+    dispatch_us: f64,
+    combine_us: f64,
+    line_ns: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Point {
+    bench: &'static str,
+    ranks: usize,
+    tokens: usize,
+    hidden: usize,
+    topk: usize,
+    experts: usize,
+    dtype: String,
+    layout: Layout,
+    input: Input,
+    reduction: Reduce,
+    dispatch_us: Percentiles,
+    combine_us: Percentiles,
+    limit: Limit,
+    verified: Option<bool>,
+}
+
+impl MoeArgs {
+    pub fn measure(&self, comm: &Communicator) -> Result<()> {
+        match self.dtype {
+            DType::BF16 => self.measure_as::<bf16>(comm),
+            DType::F16 => self.measure_as::<f16>(comm),
+            DType::F32 => self.measure_as::<f32>(comm),
+        }
+    }
+
+    fn measure_as<E: Element>(&self, comm: &Communicator) -> Result<()> {
+        let points: Vec<Vec<usize>> = match &self.tokens_per_rank {
+            Some(list) => {
+                ensure!(
+                    list.len() == comm.world_size(),
+                    "--tokens-per-rank has {} entries for {} ranks",
+                    list.len(),
+                    comm.world_size()
+                );
+                vec![list.clone()]
+            }
+            None => self.tokens.iter().map(|&t| vec![t; comm.world_size()]).collect(),
+        };
+        let mut json = JsonLines::open(comm, self.common.json.as_deref())?;
+        comm.barrier()?;
+        let line_ns = if comm.rank() == 0 { line_ns() } else { None };
+        if comm.rank() == 0 {
+            println!(
+                "# xccl bench moe: {} ranks, hidden {}, top-{} of {}, {}; time of the slowest rank, median; line handover {:.0} ns",
+                comm.world_size(),
+                self.hidden,
+                self.topk,
+                self.experts,
+                self.dtype,
+                line_ns.unwrap_or(0.0)
+            );
+            println!(
+                "{:>8} {:>12} {:>8} {:>12} {:>8} {:>12} {:>12} {:>9}",
+                "tokens", "dispatch us", "/ limit", "combine us", "/ limit", "disp. GB/s", "comb. GB/s", "verified"
+            );
+        }
+        for tokens in &points {
+            if let Some(point) = self.point::<E>(comm, tokens, line_ns)? {
+                let gbps = |us: f64| (point.tokens * self.hidden * size_of::<E>()) as f64 / us / 1e3;
+                println!(
+                    "{:>8} {:>12.2} {:>8.2} {:>12.2} {:>8.2} {:>12.2} {:>12.2} {:>9}",
+                    point.tokens,
+                    point.dispatch_us.median,
+                    point.dispatch_us.median / point.limit.dispatch_us,
+                    point.combine_us.median,
+                    point.combine_us.median / point.limit.combine_us,
+                    gbps(point.dispatch_us.median),
+                    gbps(point.combine_us.median),
+                    point.verified.map_or("-", |v| if v { "yes" } else { "NO" })
+                );
+                json.write(&point)?;
+            }
+        }
+        comm.barrier()?;
+        Ok(())
+    }
+
+    fn point<E: Element>(&self, comm: &Communicator, tokens: &[usize], line_ns: Option<f64>) -> Result<Option<Point>> {
+        let reduction = match self.reduction {
+            Reduce::PerExpert => Reduction::PerExpert,
+            Reduce::PerRank => Reduction::PerRank,
+        };
+        let most = tokens.iter().copied().max().unwrap_or(0).max(1);
+        let config = MoeConfig { reduction, ..MoeConfig::new(most, self.hidden, self.topk, self.experts, self.dtype) };
+        let moe = Moe::new(comm, config)?;
+        let mut run = Run::<E>::new(self, comm, &moe, tokens)?;
+        let verified = if self.common.verify { Some(run.verify(tokens)?) } else { None };
+
+        let rounds = self.common.warmup + self.common.iters;
+        let bar = progress(comm, rounds as usize);
+        let mut times = [vec![], vec![], vec![], vec![]];
+        for i in 0..rounds {
+            let measured = run.iteration()?;
+            if i >= self.common.warmup {
+                times.iter_mut().zip(measured).for_each(|(all, one)| all.push(one));
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        let mut medians = vec![];
+        for times in &times {
+            medians.push(slowest(comm, times)?.map(Percentiles::of));
+        }
+        let (Some(dispatch_us), Some(combine_us), Some(limit_dispatch), Some(limit_combine)) =
+            (medians[0], medians[1], medians[2], medians[3])
+        else {
+            return Ok(None);
+        };
+        Ok(Some(Point {
+            bench: "moe",
+            ranks: comm.world_size(),
+            tokens: tokens[0],
+            hidden: self.hidden,
+            topk: self.topk,
+            experts: self.experts,
+            dtype: self.dtype.to_string(),
+            layout: self.layout,
+            input: self.input,
+            reduction: self.reduction,
+            dispatch_us,
+            combine_us,
+            limit: Limit { dispatch_us: limit_dispatch.median, combine_us: limit_combine.median, line_ns },
+            verified,
+        }))
+    }
+
+    /// The ids of one rank: the same wherever they are computed.
+    fn ids(&self, rank: usize, tokens: usize) -> Result<Vec<i32>> {
+        let mut rng = StdRng::seed_from_u64(self.seed.wrapping_mul(1_000_003).wrapping_add(rank as u64));
+        let skew = match &self.routing {
+            RoutingSource::File(path) => return self.recorded(path, rank, tokens),
+            RoutingSource::Uniform => 1.0,
+            RoutingSource::Skew(factor) => *factor,
+        };
+        ensure!(self.topk <= self.experts, "--topk {} is more than --experts {}", self.topk, self.experts);
+        let mut ids = Vec::with_capacity(tokens * self.topk);
+        for _ in 0..tokens {
+            let begin = ids.len();
+            while ids.len() < begin + self.topk {
+                let weight = skew + (self.experts - 1) as f64;
+                let draw = rng.random::<f64>() * weight;
+                let id = if draw < skew { 0 } else { ((draw - skew) as usize + 1).min(self.experts - 1) as i32 };
+                if !ids[begin..].contains(&id) {
+                    ids.push(id);
+                }
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Rows of a recording, dealt out to the ranks in turn, from the beginning again when they run out.
+    fn recorded(&self, path: &str, rank: usize, tokens: usize) -> Result<Vec<i32>> {
+        let file = File::open(path).with_context(|| format!("opening {path:?}"))?;
+        let npy = npyz::NpyFile::new(BufReader::new(file)).with_context(|| format!("reading {path:?}"))?;
+        let [rows, topk] = *npy.shape() else { bail!("{path:?} has shape {:?}, expected [tokens, topk]", npy.shape()) };
+        ensure!(
+            topk as usize == self.topk && rows > 0,
+            "{path:?} has shape [{rows}, {topk}], expected [tokens, {}]",
+            self.topk
+        );
+        let ids: Vec<i64> = match npy.dtype().descr().as_str() {
+            text if text.contains("i4") => npy.into_vec::<i32>()?.into_iter().map(i64::from).collect(),
+            text if text.contains("i8") => npy.into_vec::<i64>()?,
+            other => bail!("{path:?} holds {other}, expected 4- or 8-byte signed integers"),
+        };
+        let first = rank * tokens;
+        let row = |t: usize| &ids[(first + t) % rows as usize * self.topk..][..self.topk];
+        (0..tokens).flat_map(row).map(|&id| i32::try_from(id).with_context(|| format!("expert id {id}"))).collect()
+    }
+}
+
+/// The factor of choice `i`: sums of products stay exact enough to tell any wrong row.
+fn weight(i: usize) -> f32 {
+    (i % 7 + 1) as f32 / 8.0
+}
+
+/// Element `column` of a token.
+fn value(rank: usize, token: usize, column: usize) -> f32 {
+    ((rank * 31 + token * 7 + column) % 251) as f32 / 16.0 - 8.0
+}
+
+/// One rank's buffers for one point.
+struct Run<'a, E> {
+    args: &'a MoeArgs,
+    comm: &'a Communicator,
+    moe: &'a Moe,
+    tokens: Vec<E>,
+    ids: Vec<i32>,
+    weights: Vec<f32>,
+    /// Where the rows are copied to, and the experts' outputs are taken from.
+    rows: Vec<E>,
+    capacity: usize,
+    out: Vec<E>,
+    /// Two in turn, like the outbox's slots: for the limit.
+    scratch: [Vec<E>; 2],
+    round: usize,
+}
+
+impl<'a, E: Element> Run<'a, E> {
+    fn new(args: &'a MoeArgs, comm: &'a Communicator, moe: &'a Moe, tokens: &[usize]) -> Result<Self> {
+        let (hidden, mine) = (args.hidden, tokens[comm.rank()]);
+        let row = |t: usize| (0..hidden).map(move |c| E::from_f32(value(comm.rank(), t, c)));
+        // Room for what this rank's experts are going to get, which every rank can work out.
+        let local = moe.experts_of(comm.rank())?;
+        let mut counts = vec![0usize; args.experts];
+        for (rank, &t) in tokens.iter().enumerate() {
+            args.ids(rank, t)?.into_iter().filter(|&id| id >= 0).for_each(|id| counts[id as usize] += 1);
+        }
+        let capacity = local.iter().map(|&e| counts[e]).max().unwrap_or(0);
+        let rows = match args.layout {
+            Layout::InPlace => 0,
+            Layout::ExpertMajor => local.iter().map(|&e| counts[e]).sum(),
+            Layout::Padded => local.len() * capacity,
+        };
+        Ok(Run {
+            args,
+            comm,
+            moe,
+            tokens: (0..mine).flat_map(row).collect(),
+            ids: args.ids(comm.rank(), mine)?,
+            weights: (0..mine * args.topk).map(weight).collect(),
+            rows: vec![E::from_f32(0.0); rows * hidden],
+            capacity,
+            out: vec![E::from_f32(0.0); mine * hidden],
+            scratch: [vec![E::from_f32(1.0); mine * hidden], vec![E::from_f32(1.0); mine * hidden]],
+            round: 0,
+        })
+    }
+
+    fn copy_rows(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
+        match self.args.layout {
+            Layout::InPlace => Ok(()),
+            Layout::ExpertMajor => Ok(batch.copy_into(&mut self.rows, 1)?),
+            Layout::Padded => Ok(batch.copy_padded(&mut self.rows, self.capacity)?),
+        }
+    }
+
+    /// Times of dispatch, combine, and their limits, in microseconds.
+    fn iteration(&mut self) -> Result<[f64; 4]> {
+        self.round += 1;
+        let (moe, comm, hidden) = (self.moe, self.comm, self.args.hidden);
+        let (ids, weights) = (self.ids.clone(), self.weights.clone());
+        let routing = Routing::new(&ids, &weights);
+        let mut input = None;
+        if self.args.input == Input::Outbox {
+            let mut rows = moe.input_rows::<E>(self.tokens.len() / hidden)?;
+            for t in 0..rows.len() {
+                rows.row(t).copy_from_slice(&self.tokens[t * hidden..(t + 1) * hidden]);
+            }
+            input = Some(rows);
+        }
+        comm.barrier()?;
+        let (dispatch, (sent, mut batch)) = timed(|| {
+            let sent = match input {
+                Some(rows) => moe.dispatch_send_rows(rows, &routing)?,
+                None => moe.dispatch_send(&self.tokens, &routing)?,
+            };
+            let batch = moe.dispatch_recv(&sent)?;
+            self.copy_rows(&batch)?;
+            Ok((sent, batch))
+        })?;
+
+        comm.barrier()?;
+        let (limit_dispatch, ()) = timed(|| self.copy_as_dispatch(&batch))?;
+        comm.barrier()?;
+        let (limit_combine, ()) = timed(|| self.copy_as_combine(&batch))?;
+
+        // The experts' work: outputs are written afresh, by the core that would have computed them.
+        if self.args.layout == Layout::InPlace {
+            for i in 0..batch.len() {
+                // SAFETY: the senders keep the protocol: this program is all ranks.
+                let row = unsafe { batch.row_slice::<E>(i)? }.as_ptr();
+                // SAFETY: the row lies in another segment or slot area than the output row, and stays until the batch ends.
+                let row = unsafe { std::slice::from_raw_parts(row, hidden) };
+                batch.output_row::<E>(i)?.copy_from_slice(row);
+            }
+        } else {
+            self.copy_rows(&batch)?;
+        }
+        let outputs = match self.args.layout {
+            Layout::InPlace => None,
+            Layout::ExpertMajor => Some(self.rows.as_slice()),
+            Layout::Padded => {
+                let mut offset = 0;
+                for (e, &count) in batch.counts().iter().enumerate() {
+                    let (from, n) = (e * self.capacity * hidden, count as usize * hidden);
+                    self.rows.copy_within(from..from + n, offset);
+                    offset += n;
+                }
+                Some(&self.rows[..offset])
+            }
+        };
+        comm.barrier()?;
+        let (combine, ()) = timed(|| {
+            match outputs {
+                None => moe.combine_send(batch)?,
+                Some(outputs) => moe.combine_send_from(batch, outputs)?,
+            }
+            Ok(moe.combine_recv(sent, &mut self.out)?)
+        })?;
+        Ok([dispatch, combine, limit_dispatch, limit_combine])
+    }
+
+    /// Plain copies of the rows that a dispatch moves, between the same memories.
+    fn copy_as_dispatch(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
+        let hidden = self.args.hidden;
+        if self.args.input == Input::Copy {
+            self.scratch[self.round % 2].copy_from_slice(&self.tokens);
+        }
+        if self.args.layout != Layout::InPlace {
+            for (i, to) in self.rows.chunks_exact_mut(hidden).enumerate().take(batch.len()) {
+                // SAFETY: the senders keep the protocol: this program is all ranks.
+                to.copy_from_slice(unsafe { batch.row_slice(i)? });
+            }
+        }
+        std::hint::black_box((&mut self.rows, &mut self.scratch));
+        Ok(())
+    }
+
+    /// Plain copies of as many rows as a combine reads, from the peers' freshly written memory, into the result's rows.
+    fn copy_as_combine(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
+        let hidden = self.args.hidden;
+        let mut places = std::iter::repeat_with(|| ()).take(batch.len());
+        let tokens = (self.out.len() / hidden).max(1);
+        let reads = match self.args.reduction {
+            Reduce::PerExpert => batch.len(),
+            // One row per token and rank that holds some of its experts.
+            Reduce::PerRank => (tokens * self.comm.world_size()).min(batch.len()),
+        };
+        for i in 0..reads {
+            places.next();
+            let at = i * tokens / reads.max(1) * hidden;
+            // SAFETY: the senders keep the protocol: this program is all ranks.
+            let row = unsafe { batch.row_slice::<E>(i * batch.len() / reads)? };
+            if let Some(to) = self.out.get_mut(at..at + hidden) {
+                to.copy_from_slice(row);
+            }
+        }
+        std::hint::black_box(&mut self.out);
+        Ok(())
+    }
+
+    /// One exchange in which every byte of every row and every sum is compared with a plain reference.
+    fn verify(&mut self, tokens: &[usize]) -> Result<bool> {
+        let (moe, hidden, topk) = (self.moe, self.args.hidden, self.args.topk);
+        let routing = Routing::new(&self.ids, &self.weights);
+        let sent = moe.dispatch_send(&self.tokens, &routing)?;
+        let mut batch = moe.dispatch_recv(&sent)?;
+        let mut expected = vec![];
+        for &expert in batch.local_experts() {
+            for (rank, &t) in tokens.iter().enumerate() {
+                for (i, _) in
+                    self.args.ids(rank, t)?.iter().enumerate().filter(|&(_, &id)| id as usize == expert && id >= 0)
+                {
+                    expected.push((expert, rank, i / topk, weight(i)));
+                }
+            }
+        }
+        ensure!(batch.len() == expected.len(), "{} rows arrived, expected {}", batch.len(), expected.len());
+        let mut row = vec![E::from_f32(0.0); hidden];
+        for (i, &(expert, source, token, weight)) in expected.iter().enumerate() {
+            let got = batch.row(i);
+            let found = (batch.local_experts()[got.expert], got.source, got.token, got.weight);
+            ensure!(found == (expert, source, token, weight), "row {i} is {found:?}, expected {:?}", expected[i]);
+            batch.copy_row(i, &mut row)?;
+            for (c, x) in row.iter().enumerate() {
+                ensure!(
+                    x.to_f32() == E::from_f32(value(source, token, c)).to_f32(),
+                    "row {i}, column {c} is {}",
+                    x.to_f32()
+                );
+            }
+            // Each expert's output differs from every other one's.
+            let scale = (expert % 5 + 1) as f32;
+            for (y, x) in batch.output_row::<E>(i)?.iter_mut().zip(&row) {
+                *y = E::from_f32(x.to_f32() * scale);
+            }
+        }
+        moe.combine_send(batch)?;
+        self.out.fill(E::from_f32(f32::NAN));
+        moe.combine_recv(sent, &mut self.out)?;
+        for t in 0..self.out.len() / hidden {
+            for c in 0..hidden {
+                let expected = self.expected_sum(t, c)?;
+                let found = self.out[t * hidden + c];
+                ensure!(
+                    bytemuck::bytes_of(&found) == bytemuck::bytes_of(&expected),
+                    "token {t}, column {c}: the sum is {}, expected {}",
+                    found.to_f32(),
+                    expected.to_f32()
+                );
+            }
+        }
+        Ok(true)
+    }
+
+    fn expected_sum(&self, t: usize, c: usize) -> Result<E> {
+        let topk = self.args.topk;
+        let term = |i: usize| {
+            let scale = (self.ids[i] % 5 + 1) as f32;
+            weight(i) * E::from_f32(E::from_f32(value(self.comm.rank(), t, c)).to_f32() * scale).to_f32()
+        };
+        let choices = (t * topk..(t + 1) * topk).filter(|&i| self.ids[i] >= 0);
+        if self.args.reduction == Reduce::PerExpert {
+            return Ok(E::from_f32(choices.fold(0.0, |sum, i| sum + term(i))));
+        }
+        let mut sum = 0.0f32;
+        for rank in 0..self.comm.world_size() {
+            let local = self.moe.experts_of(rank)?;
+            let mut here: Vec<usize> = choices.clone().filter(|&i| local.contains(&(self.ids[i] as usize))).collect();
+            here.sort_by_key(|&i| self.ids[i]);
+            if !here.is_empty() {
+                let partial = here.into_iter().fold(0.0f32, |sum, i| sum + term(i));
+                sum += E::from_f32(partial).to_f32();
+            }
+        }
+        Ok(E::from_f32(sum))
+    }
+}

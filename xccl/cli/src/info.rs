@@ -1,0 +1,56 @@
+//! `xccl info`.
+
+use anyhow::Result;
+use clap::Args;
+use xccl::{Communicator, Config, DType, MoeConfig, UniqueId};
+
+#[derive(Args)]
+pub struct InfoArgs {
+    /// Ranks to plan memory for
+    #[arg(short, long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    n: u32,
+    /// Tokens per rank to plan a MoE handle for
+    #[arg(long, default_value_t = 128)]
+    tokens: usize,
+    /// Elements of a token row
+    #[arg(long, default_value_t = 7168)]
+    hidden: usize,
+    /// Experts per token
+    #[arg(long, default_value_t = 8)]
+    topk: usize,
+    /// Experts over all ranks
+    #[arg(long, default_value_t = 256)]
+    experts: usize,
+}
+
+impl InfoArgs {
+    pub fn run(self) -> Result<()> {
+        let config = Config::from_env()?;
+        let ranks = self.n as usize;
+        println!("xccl {}", env!("CARGO_PKG_VERSION"));
+        println!("cores usable here        {}", std::thread::available_parallelism()?);
+        // One rank is enough to try what the machine permits.
+        let alone = Communicator::init(0, 1, &UniqueId::new()?, config.clone())?;
+        let cma = if alone.cma_readable_by(0)? { "permitted" } else { "not permitted (large messages are pipelined)" };
+        println!("plane                    shared memory (load and store)");
+        println!("process_vm_readv         {cma}");
+        let plan = Communicator::memory_plan(ranks, &config);
+        let moe = MoeConfig::new(self.tokens, self.hidden, self.topk, self.experts, DType::BF16);
+        println!("\nmemory of each of {ranks} ranks, once every page has been touched");
+        println!("  outbox                 {:>14} bytes", plan.outbox_bytes);
+        println!("  symmetric heap         {:>14} bytes", plan.heap_bytes);
+        println!(
+            "  MoE handle             {:>14} bytes (bf16, {} tokens, hidden {}, top-{} of {})",
+            moe.outbox_bytes(ranks)?,
+            self.tokens,
+            self.hidden,
+            self.topk,
+            self.experts
+        );
+        println!("\noptions");
+        for s in config.settings() {
+            println!("  {:<22} {:>12}  ({})  {}", s.variable, s.value, s.origin, s.meaning);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,46 @@
+//! `xccl`: start ranks, measure them, show what is configured.
+
+mod bench;
+mod guard;
+mod info;
+mod launch;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(version, about = "Communication for LLM-serving engines over shared memory")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start local ranks of a program
+    Run(launch::RunArgs),
+    /// Measure and verify exchanges
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    /// Show the machine, the memory plan and every option with its origin
+    Info(info::InfoArgs),
+    #[command(name = guard::SUBCOMMAND, hide = true)]
+    Guard,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Run(args) => args.run(),
+        Command::Bench(bench) => bench.run(),
+        Command::Info(args) => args.run().map(|()| 0),
+        Command::Guard => guard::watch().map(|()| 0),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(err) => {
+            eprintln!("xccl: {err:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
