@@ -45,3 +45,8 @@ pub use crate::{
     p2p::{Request, Scope, Source, Status, wait_all},
     sync::Operation,
 };
+
+/// The README's Rust example.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

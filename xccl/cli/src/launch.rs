@@ -134,7 +134,11 @@ fn pass_signals_on(events: mpsc::Sender<Event>) -> Result<()> {
 }
 
 fn supervise(groups: &[Pid], inbox: &mpsc::Receiver<Event>, grace: Duration) -> Result<u8> {
-    let send = |signal: Signal| groups.iter().for_each(|&g| drop(killpg(g, signal)));
+    let send = |signal: Signal| {
+        groups.iter().for_each(|&g| {
+            let _ = killpg(g, signal);
+        })
+    };
     let mut running = groups.len();
     let mut failed = 0;
     let mut kill_at: Option<Instant> = None;

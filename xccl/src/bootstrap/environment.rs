@@ -310,7 +310,8 @@ mod tests {
 
     #[test]
     fn what_is_missing_or_malformed_is_named() {
-        let cases: [(&[(&str, &str)], &str, &str); 13] = [
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a str, &'a str);
+        let cases: [Case; 13] = [
             (&[("XCCL_RANK", "0")], "XCCL_WORLD_SIZE", "(not set)"),
             (&[("XCCL_WORLD_SIZE", "2")], "XCCL_RANK", "(not set)"),
             (&[("XCCL_RANK", "0"), ("XCCL_WORLD_SIZE", "2")], "XCCL_JOB", "(not set)"),

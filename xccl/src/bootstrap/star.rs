@@ -319,7 +319,6 @@ mod tests {
         let id = UniqueId::new().unwrap();
         let threads: Vec<_> = (0..world_size)
             .map(|rank| {
-                let id = id;
                 thread::spawn(move || {
                     let mut star = Star::join(&id, rank, world_size, &fields("1"), soon()).unwrap();
                     for round in 0..3 {
@@ -424,10 +423,7 @@ mod tests {
             assert!(matches!(decode(inbox.message(len)), Some(FromRoot::Verdict(Verdict::Refused { .. }))));
             (link, silent, liar)
         });
-        let root = {
-            let id = id;
-            thread::spawn(move || Star::join(&id, 0, 2, &fields("1"), soon()))
-        };
+        let root = { thread::spawn(move || Star::join(&id, 0, 2, &fields("1"), soon())) };
         let kept = stranger.join().unwrap();
         Star::join(&id, 1, 2, &fields("1"), soon()).unwrap();
         root.join().unwrap().unwrap();

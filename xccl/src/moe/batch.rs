@@ -4,7 +4,9 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::layout::{Entry, SLOTS};
 use super::{Moe, Phase, Reduction, kernels};
-use crate::dtype::Element;
+use half::{bf16, f16};
+
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
@@ -85,12 +87,14 @@ pub struct ExpertBatch<'m> {
     received: Option<Box<Received>>,
     /// Stands in for `received` once that was given back, which only happens when the batch ends.
     published: bool,
+    /// The sums of this rank were formed on the way from the caller's buffer.
+    reduced: bool,
 }
 
 impl<'m> ExpertBatch<'m> {
     pub(super) fn new(moe: &'m Moe, epoch: u64, mut received: Box<Received>) -> Self {
         received.entries.clear();
-        ExpertBatch { moe, epoch, received: Some(received), published: false }
+        ExpertBatch { moe, epoch, received: Some(received), published: false, reduced: false }
     }
 
     fn received(&self) -> &Received {
@@ -266,8 +270,7 @@ impl<'m> ExpertBatch<'m> {
     }
 
     fn output<E: Element>(&mut self, row: &BatchRow) -> &mut [E] {
-        let layout = &self.moe.layout;
-        let offset = layout.slot(self.epoch).outputs + row.entry * layout.stride;
+        let offset = self.output_offset(row.entry);
         // SAFETY: peers read output rows of this epoch only after `combined` says so, and those of the last one in this slot
         // no more (see the module's protocol); each exchange has one batch, and `&mut self` makes the slice unique.
         unsafe { self.moe.outboxes.own.slice_mut(offset, self.moe.config.hidden) }
@@ -335,23 +338,45 @@ impl<'m> ExpertBatch<'m> {
         }
     }
 
-    pub(super) fn copy_outputs<E: Element>(&mut self, outputs: &[E]) -> Result<()> {
+    /// Takes the experts' outputs from a buffer in the batch's order: copies them, or sums them on the way.
+    pub(super) fn take_outputs<E: Element>(&mut self, outputs: &[E]) -> Result<()> {
         self.moe.check_rows("outputs", outputs, self.len())?;
         let hidden = self.moe.config.hidden;
-        for i in 0..self.len() {
-            let row = self.row(i);
-            self.output(&row).copy_from_slice(&outputs[i * hidden..(i + 1) * hidden]);
+        match self.moe.config.reduction {
+            Reduction::PerExpert => {
+                for (row, output) in self.rows_and_entries(hidden) {
+                    self.moe
+                        .outboxes
+                        .own
+                        .write(self.output_offset(output), bytemuck::cast_slice(&outputs[row..row + hidden]));
+                }
+            }
+            Reduction::PerRank => {
+                let mut place = vec![0; self.len()];
+                self.rows_and_entries(hidden).for_each(|(row, entry)| place[entry] = row);
+                self.reduce::<E>(|entry| outputs[place[entry]..place[entry] + hidden].as_ptr());
+            }
         }
+        self.reduced = true;
         Ok(())
+    }
+
+    /// For each row, in order: where it begins in a buffer of `stride` elements per row, and its entry.
+    fn rows_and_entries(&self, stride: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.rows().enumerate().map(move |(i, row)| (i * stride, row.entry))
+    }
+
+    fn output_offset(&self, entry: usize) -> usize {
+        self.moe.layout.slot(self.epoch).outputs + entry * self.moe.layout.stride
     }
 
     pub(super) fn publish(&mut self) {
         let (moe, epoch) = (self.moe, self.epoch);
-        if moe.config.reduction == Reduction::PerRank {
+        if moe.config.reduction == Reduction::PerRank && !self.reduced {
             match moe.config.dtype {
-                crate::DType::F32 => self.reduce::<f32>(),
-                crate::DType::F16 => self.reduce::<half::f16>(),
-                crate::DType::BF16 => self.reduce::<half::bf16>(),
+                DType::F32 => self.reduce_outbox::<f32>(),
+                DType::F16 => self.reduce_outbox::<f16>(),
+                DType::BF16 => self.reduce_outbox::<bf16>(),
             }
         }
         let slot = moe.layout.slot(epoch);
@@ -365,13 +390,16 @@ impl<'m> ExpertBatch<'m> {
         moe.comm.notify_all();
     }
 
+    fn reduce_outbox<E: Element>(&self) {
+        let stride = self.moe.layout.stride;
+        self.reduce(|entry| self.moe.outboxes.own.at(self.output_offset(entry), stride).cast::<E>());
+    }
+
     /// Forms, for each token of each source, the weighted sum over this rank's experts in ascending order, in the place of
-    /// the first of its output rows: where the source looks for it.
-    fn reduce<E: Element>(&mut self) {
+    /// the first of its output rows: where the source looks for it. `output` says where an entry's output is.
+    fn reduce<E: Element>(&self, output: impl Fn(usize) -> *const E) {
         const NONE: u32 = u32::MAX;
         let (moe, received) = (self.moe, self.received());
-        let layout = &moe.layout;
-        let outputs = layout.slot(self.epoch).outputs;
         let mut first = vec![NONE; moe.config.max_tokens];
         let mut next = vec![NONE; received.entries.len()];
         let mut sum = vec![E::zeroed(); moe.config.hidden];
@@ -392,13 +420,12 @@ impl<'m> ExpertBatch<'m> {
                 rows.clear();
                 let mut at = entry as u32;
                 while at != NONE {
-                    let from = moe.outboxes.own.at(outputs + at as usize * layout.stride, layout.stride);
-                    rows.push((from.cast::<E>(), received.entries[at as usize].weight));
+                    rows.push((output(at as usize), received.entries[at as usize].weight));
                     at = next[at as usize];
                 }
-                // SAFETY: `at` has checked each row; the sum is formed apart from them.
+                // SAFETY: `output` gives whole rows; the sum is formed apart from them.
                 unsafe { kernels::weighted_sum(&rows, &mut sum) };
-                moe.outboxes.own.write(outputs + entry * layout.stride, bytemuck::cast_slice(&sum));
+                moe.outboxes.own.write(self.output_offset(entry), bytemuck::cast_slice(&sum));
             }
         }
     }

@@ -8,9 +8,8 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::dtype::{DType, Element};
 
-/// Elements summed at a time: the accumulators of one block stay in the first-level cache, and each row is read in runs
-/// that are long enough for the hardware's prefetchers.
-const BLOCK: usize = 256;
+/// Elements summed at a time: few enough that the compiler keeps the sums in vector registers.
+const BLOCK: usize = 64;
 
 /// `out[i] = sum over rows, in order, of weight * row[i]`, accumulated in f32 and rounded once. No rows give zeros.
 ///
@@ -29,32 +28,76 @@ pub(super) unsafe fn weighted_sum<E: Element>(rows: &[(*const E, f32)], out: &mu
         }
     }
     // SAFETY: by the caller's promise.
-    unsafe { portable(rows, out) }
+    unsafe { portable(rows, out, 0) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn avx512<E: Element>(rows: &[(*const E, f32)], out: &mut [E]) {
+    let done = match E::DTYPE {
+        // SAFETY: by the caller's promise; the element type was just looked at.
+        DType::BF16 => unsafe { avx512_bf16(rows, out) },
+        _ => 0,
+    };
     // SAFETY: by the caller's promise.
-    unsafe { portable(rows, out) }
+    unsafe { portable(rows, out, done) }
+}
+
+/// The plain loop leaves its sums in memory and takes 256 bits at a time; with the sums of 128 elements in eight 512-bit
+/// registers, eight rows of 7168 take 0.3 of its time (rows in the third-level cache). Says how many elements it has done.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn avx512_bf16<E: Element>(rows: &[(*const E, f32)], out: &mut [E]) -> usize {
+    use std::arch::x86_64::*;
+    const VECTORS: usize = 8;
+    const LANES: usize = 16;
+    let out: &mut [u16] = bytemuck::cast_slice_mut(out);
+    let whole = out.len() / (VECTORS * LANES);
+    for block in 0..whole {
+        let at = block * VECTORS * LANES;
+        let mut sums = [_mm512_setzero_ps(); VECTORS];
+        for &(row, weight) in rows {
+            let (row, weight) = (row.cast::<u16>(), _mm512_set1_ps(weight));
+            for (v, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the block lies inside the row, by the loop's bound and the caller's promise.
+                let bits = unsafe { _mm256_loadu_si256(row.add(at + v * LANES).cast()) };
+                let wide = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
+                *sum = _mm512_add_ps(*sum, _mm512_mul_ps(weight, wide));
+            }
+        }
+        for (v, sum) in sums.into_iter().enumerate() {
+            let bits = _mm512_castps_si512(sum);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let rounded = _mm512_srli_epi32::<16>(rounded);
+            let quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x0040));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sum, sum);
+            let narrow = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
+            // SAFETY: the block lies inside `out`, by the loop's bound.
+            unsafe { _mm256_storeu_si256(out.as_mut_ptr().add(at + v * LANES).cast(), narrow) };
+        }
+    }
+    whole * VECTORS * LANES
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn avx2<E: Element>(rows: &[(*const E, f32)], out: &mut [E]) {
     // SAFETY: by the caller's promise.
-    unsafe { portable(rows, out) }
+    unsafe { portable(rows, out, 0) }
 }
 
+/// Sums from element `from` on.
 #[inline(always)]
-unsafe fn portable<E: Element>(rows: &[(*const E, f32)], out: &mut [E]) {
-    for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+unsafe fn portable<E: Element>(rows: &[(*const E, f32)], out: &mut [E], from: usize) {
+    for (block, out) in out[from..].chunks_mut(BLOCK).enumerate() {
         let mut sum = [0.0f32; BLOCK];
         let mut row = [E::zeroed(); BLOCK];
-        for &(from, weight) in rows {
+        for &(at, weight) in rows {
             // The peer that owns the row might be writing it, against the protocol: so copy first, then compute.
-            // SAFETY: `from` is valid for the whole row by the caller's promise; `row` holds a block.
-            unsafe { std::ptr::copy_nonoverlapping(from.add(block * BLOCK), row.as_mut_ptr(), out.len()) };
+            // SAFETY: `at` is valid for the whole row by the caller's promise; `row` holds a block.
+            unsafe { std::ptr::copy_nonoverlapping(at.add(from + block * BLOCK), row.as_mut_ptr(), out.len()) };
             add_weighted(&mut sum, &row, weight);
         }
         round(&sum[..out.len()], out);
@@ -131,7 +174,7 @@ mod tests {
         // SAFETY: each row has n elements.
         unsafe { weighted_sum(&pairs, &mut versions[0]) };
         // SAFETY: each row has n elements.
-        unsafe { portable(&pairs, &mut versions[1]) };
+        unsafe { portable(&pairs, &mut versions[1], 0) };
         for (i, (a, b)) in versions[0].iter().zip(&versions[1]).enumerate() {
             let mut sum = 0.0f32;
             for (row, w) in rows.iter().zip(weights) {

@@ -385,12 +385,12 @@ impl Moe {
     }
 
     /// As [`combine_send`](Self::combine_send), with the outputs in a buffer: `[batch.len(), hidden]` in the batch's order,
-    /// copied once.
+    /// copied once, or with [`Reduction::PerRank`] summed on the way.
     ///
     /// # Errors
     /// [`Error::Shape`] and [`Error::DTypeMismatch`] hand nothing out; the exchange is then given up.
     pub fn combine_send_from<E: Element>(&self, mut batch: ExpertBatch<'_>, outputs: &[E]) -> Result<()> {
-        batch.copy_outputs(outputs)?;
+        batch.take_outputs(outputs)?;
         self.combine_send(batch)
     }
 
