@@ -1,0 +1,97 @@
+//! Starts the processes of a test, and ends them.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// No test's process lives longer.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// What a process of a test ended with.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit code; `None` when a signal ended it.
+    pub code: Option<i32>,
+    /// What it wrote to standard error.
+    pub stderr: String,
+}
+
+/// The ranks of one job, each a process. Those still running are killed when it is dropped.
+pub struct Job {
+    ranks: Vec<Child>,
+}
+
+impl Job {
+    /// Starts `n` processes of `program` that play `scenario`, with further variables in their environment.
+    pub fn start(program: &str, n: usize, scenario: &str, env: &[(&str, &str)]) -> Job {
+        Job::start_some(program, n, 0..n, scenario, env)
+    }
+
+    /// As [`start`](Self::start), but only some of the `n` ranks.
+    pub fn start_some(
+        program: &str,
+        n: usize,
+        ranks: impl IntoIterator<Item = usize>,
+        scenario: &str,
+        env: &[(&str, &str)],
+    ) -> Job {
+        static JOBS: AtomicU32 = AtomicU32::new(0);
+        let job = format!("test-{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
+        let start = |rank: usize| {
+            Command::new(program)
+                .arg(scenario)
+                .env("XCCL_TIMEOUT", "20")
+                .envs(env.iter().copied())
+                .env("XCCL_RANK", rank.to_string())
+                .env("XCCL_WORLD_SIZE", n.to_string())
+                .env("XCCL_JOB", &job)
+                .stdin(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("the test's own program can be started")
+        };
+        Job { ranks: ranks.into_iter().map(start).collect() }
+    }
+
+    /// The process of the `i`-th rank that was started.
+    pub fn pid(&self, i: usize) -> u32 {
+        self.ranks[i].id()
+    }
+
+    /// `kill -9` of the `i`-th rank that was started.
+    pub fn kill(&mut self, i: usize) {
+        self.ranks[i].kill().expect("the rank is this process's child");
+    }
+
+    /// Waits for all to end, for a minute at most.
+    pub fn wait(mut self) -> Vec<Ended> {
+        let start = Instant::now();
+        let ended = self.ranks.iter_mut().map(|child| {
+            let status = loop {
+                match child.try_wait().expect("the rank is this process's child") {
+                    Some(status) => break status,
+                    None if start.elapsed() > LONGEST => {
+                        let _ = child.kill();
+                        break child.wait().expect("the rank is this process's child");
+                    }
+                    None => std::thread::sleep(Duration::from_millis(5)),
+                }
+            };
+            let mut stderr = String::new();
+            if let Some(mut from) = child.stderr.take() {
+                let _ = std::io::Read::read_to_string(&mut from, &mut stderr);
+            }
+            Ended { code: status.code(), stderr }
+        });
+        ended.collect()
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        for child in &mut self.ranks {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
