@@ -60,7 +60,8 @@ impl Communicator {
     /// # Errors
     /// [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet.
     pub fn send(&self, to: usize, tag: u32, data: &[u8]) -> Result<()> {
-        self.scope(|scope| scope.isend(to, tag, data)?.wait().map(|_| ()))
+        self.inner.check_rank(to)?;
+        self.inner.p2p.send(&self.inner, to, tag, data)
     }
 
     /// Receives the next message with `tag` from a rank, or from any. Blocks until it is there.
@@ -69,6 +70,10 @@ impl Communicator {
     /// [`Error::Truncated`](crate::Error::Truncated) when it is longer than `buffer`: it is kept, and can be received with a
     /// larger one. [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet.
     pub fn recv(&self, from: impl Into<Source>, tag: u32, buffer: &mut [u8]) -> Result<Status> {
-        self.scope(|scope| scope.irecv(from, tag, buffer)?.wait())
+        let from = from.into();
+        if let Source::Rank(rank) = from {
+            self.inner.check_rank(rank)?;
+        }
+        self.inner.p2p.recv(&self.inner, from, tag, buffer)
     }
 }
