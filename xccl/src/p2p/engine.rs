@@ -561,7 +561,7 @@ impl Incoming {
         ring::release(comm.fabric.outbox.word64(layout.consumed(source)), n + 1);
         // The sender sleeps only when slots or payload ran out. For slots it is enough to tell it now and then: the fence
         // costs a fifth of a short message. What is left untold meanwhile is found at the end of its slice of sleep.
-        if descriptor.kind != INLINE || n % (SLOTS as u64 / 4) == 0 {
+        if descriptor.kind != INLINE || n.is_multiple_of(SLOTS as u64 / 4) {
             comm.notify(source);
         }
         if let Some(held) = message {
