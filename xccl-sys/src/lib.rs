@@ -1,0 +1,29 @@
+//! The C ABI of XCCL, as `include/xccl.h` declares it (generated from these sources by `tests/header.rs`).
+//!
+//! Every entry point runs inside one panic boundary ([`boundary::guard`]), checks its pointers and values, and returns an
+//! [`xcclResult_t`]; the text of a failure is kept for the thread ([`xcclGetLastError`]). The documentation of the entry
+//! points is the header's, so it is written for C.
+
+// The names are C's. What a caller has to promise is the same for every entry point and is said once, in the header's
+// preamble: pointers are null or valid for the size that the parameter's text gives, for the length of the call.
+#![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::missing_safety_doc)]
+
+mod boundary;
+mod comm;
+mod handle;
+mod moe;
+mod p2p;
+mod result;
+
+pub use boundary::xcclGetLastError;
+pub use comm::{
+    XCCL_UNIQUE_ID_BYTES, XCCL_VERSION, xcclBarrier, xcclComm, xcclComm_t, xcclCommAbort, xcclCommCount,
+    xcclCommDestroy, xcclCommInitFromEnv, xcclCommInitRank, xcclCommUserRank, xcclGetUniqueId, xcclGetVersion,
+    xcclUniqueId,
+};
+pub use moe::{
+    xcclDataType_t, xcclMoe, xcclMoe_t, xcclMoeCombine, xcclMoeConfig_t, xcclMoeCreate, xcclMoeDestroy,
+    xcclMoeDispatch, xcclMoeLocalExperts, xcclReduction_t,
+};
+pub use p2p::{XCCL_ANY_SOURCE, xcclRecv, xcclSend, xcclStatus_t};
+pub use result::{xcclGetErrorString, xcclResult_t};
