@@ -119,16 +119,26 @@ impl Gathering {
     }
 
     fn hear_strangers(&mut self) -> Result<()> {
-        for stranger in std::mem::take(&mut self.strangers) {
-            match stranger.link.try_receive(&mut self.inbox)? {
-                Received::Nothing if stranger.since.elapsed() < SILENCE => self.strangers.push(stranger),
-                Received::Message(len, _) => {
-                    if let Some(ToRoot::Hello(hello)) = decode(self.inbox.message(len)) {
-                        self.admit(stranger.link, hello)?;
-                    }
-                }
-                _ => {}
+        let mut heard = std::mem::take(&mut self.strangers).into_iter();
+        while let Some(stranger) = heard.next() {
+            if let Err(error) = self.hear(stranger) {
+                // The others are still to be told of it: closing their connections would look like this rank's death.
+                self.strangers.extend(heard);
+                return Err(error);
             }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, stranger: Stranger) -> Result<()> {
+        match stranger.link.try_receive(&mut self.inbox)? {
+            Received::Nothing if stranger.since.elapsed() < SILENCE => self.strangers.push(stranger),
+            Received::Message(len, _) => {
+                if let Some(ToRoot::Hello(hello)) = decode(self.inbox.message(len)) {
+                    self.admit(stranger.link, hello)?;
+                }
+            }
+            _ => {}
         }
         Ok(())
     }
