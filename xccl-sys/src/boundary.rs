@@ -50,7 +50,7 @@ pub extern "C" fn xcclGetLastError() -> *const c_char {
 
 /// Runs the body of the entry point `call`: no panic leaves it, a failure's text is kept.
 pub(crate) fn guard(call: &'static str, body: impl FnOnce() -> Outcome) -> xcclResult_t {
-    // A panic in the middle of an exchange leaves its handle locked as poisoned, which later calls report.
+    // What a panic leaves in a handle is still sound: later calls take its lock all the same and check what they find.
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return xcclResult_t::xcclSuccess,
         Ok(Err(failure)) => failure,

@@ -241,9 +241,9 @@ pub unsafe extern "C" fn xcclMoeLocalExperts(moe: xcclMoe_t, local_experts: *mut
 /// Arrays without elements may be null. All memory stays the caller's; the tokens may be reused when the call returns.
 ///
 /// Bad input is xcclInvalidArgument and nothing is sent: the other ranks get xcclPeerRefused, and all may call again.
-/// After xcclTruncated (capacity_rows is below *rows, which is written), xcclTimeout or xcclPeerRefused the tokens stay sent:
-/// call again with the same num_tokens to receive; tokens, topk_ids and topk_weights are then not read. xcclInvalidUsage
-/// before the last exchange was combined.
+/// After xcclTruncated (capacity_rows is below *rows, which is written), xcclTimeout or xcclPeerRefused call again with the same
+/// arguments, and a larger capacity_rows after xcclTruncated: the tokens are sent once, by whichever call gets that far.
+/// xcclInvalidUsage before the last exchange was combined.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMoeDispatch(
     tokens: *const c_void,
