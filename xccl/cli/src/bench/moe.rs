@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng};
 use serde::Serialize;
 use xccl::{Communicator, DType, Element, ExpertBatch, Moe, MoeConfig, Reduction, Routing};
 
-use super::figures::{JsonLines, Percentiles, line_ns, slowest, timed};
+use super::figures::{JsonLines, Percentiles, line_ns, show_line, slowest, timed};
 use super::{Common, progress};
 
 #[derive(Args)]
@@ -156,13 +156,13 @@ impl MoeArgs {
         let line_ns = if comm.rank() == 0 { line_ns() } else { None };
         if comm.rank() == 0 {
             println!(
-                "# xccl bench moe: {} ranks, hidden {}, top-{} of {}, {}; time of the slowest rank, median; line handover {:.0} ns",
+                "# xccl bench moe: {} ranks, hidden {}, top-{} of {}, {}; time of the slowest rank, median; line handover {}",
                 comm.world_size(),
                 self.hidden,
                 self.topk,
                 self.experts,
                 self.dtype,
-                line_ns.unwrap_or(0.0)
+                show_line(line_ns)
             );
             println!(
                 "{:>8} {:>12} {:>8} {:>12} {:>8} {:>12} {:>12} {:>9}",

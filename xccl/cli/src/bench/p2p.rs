@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 use xccl::Communicator;
 
-use super::figures::{JsonLines, Percentiles, line_ns};
+use super::figures::{JsonLines, Percentiles, line_ns, show_line};
 use super::{Common, progress};
 
 #[derive(Args)]
@@ -51,11 +51,7 @@ impl P2pArgs {
         let line = if comm.rank() == 0 { line_ns() } else { None };
         comm.barrier()?;
         if comm.rank() == 0 {
-            println!(
-                "# xccl bench p2p: ranks 0 and 1 of {}; line handover {:.0} ns",
-                comm.world_size(),
-                line.unwrap_or(0.0)
-            );
+            println!("# xccl bench p2p: ranks 0 and 1 of {}; line handover {}", comm.world_size(), show_line(line));
             println!(
                 "{:>10} {:>12} {:>12} {:>9} {:>12} {:>9}",
                 "bytes", "half rtt us", "p90 us", "GB/s", "memcpy us", "verified"
