@@ -1,9 +1,8 @@
 //! `xccl`: start ranks, measure them, show what is configured.
 
 mod bench;
-mod guard;
 mod info;
-mod launch;
+mod run;
 
 use std::process::ExitCode;
 
@@ -18,14 +17,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Start local ranks of a program
-    Run(launch::RunArgs),
+    Run(run::RunArgs),
     /// Measure and verify exchanges
     #[command(subcommand)]
     Bench(bench::Bench),
     /// Show the machine, the memory plan and every option with its origin
     Info(info::InfoArgs),
-    #[command(name = guard::SUBCOMMAND, hide = true)]
+    #[command(name = run::GUARD, hide = true)]
     Guard,
 }
 
@@ -34,13 +32,13 @@ fn main() -> ExitCode {
         Command::Run(args) => args.run(),
         Command::Bench(bench) => bench.run(),
         Command::Info(args) => args.run().map(|()| 0),
-        Command::Guard => guard::watch().map(|()| 0),
+        Command::Guard => run::guard().map(|()| 0),
     };
     match outcome {
         Ok(code) => ExitCode::from(code),
         Err(err) => {
             eprintln!("xccl: {err:#}");
-            ExitCode::FAILURE
+            err.downcast_ref::<run::CannotStart>().map_or(ExitCode::FAILURE, |e| ExitCode::from(e.exit_code()))
         }
     }
 }

@@ -13,7 +13,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use xccl::{Communicator, Error, Launch};
 
-use crate::launch::{self, Ranks};
+use crate::run::{self, RunOptions};
 
 #[derive(Subcommand)]
 pub enum Bench {
@@ -69,13 +69,14 @@ impl Bench {
 fn start(common: &Common) -> Result<u8> {
     let exe = std::env::current_exe().context("finding this program")?;
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
-    launch::launch(&Ranks {
-        count: common.n as usize,
+    run::launch(RunOptions {
+        ranks: common.n as usize,
         bind: common.bind,
         prefix: false,
+        program: exe.into_os_string(),
+        args,
+        env: vec![],
         grace: Duration::from_secs(1),
-        program: exe.as_os_str(),
-        args: &args,
     })
 }
 

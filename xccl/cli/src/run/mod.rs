@@ -1,0 +1,113 @@
+//! `xccl run`: local ranks of a program, ended together.
+//!
+//! Three processes' worth of rules keep a job from leaving anything behind, whichever of them dies first:
+//!
+//! * A rank leads a process group of its own, and dies with the launcher (`PR_SET_PDEATHSIG`).
+//! * The guard is told of each group before the rank's program starts. It kills them, and whatever else carries the job's
+//!   id in its environment, once the launcher's end of their pipe is closed: by the launcher, or by its death.
+//! * The launcher reaps no rank before the guard is done. Until then a dead rank's number cannot be given to a process of
+//!   somebody else, so that no signal reaches a stranger.
+
+mod child;
+mod guard;
+mod output;
+mod signals;
+mod stdin;
+mod supervisor;
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Args;
+
+pub use child::CannotStart;
+pub use guard::{SUBCOMMAND as GUARD, watch as guard};
+
+use guard::Guard;
+use output::Output;
+use signals::Signals;
+
+/// Starts N ranks of a program on this machine and waits for them.
+///
+/// Each rank finds XCCL_RANK, XCCL_WORLD_SIZE, XCCL_LOCAL_RANK, XCCL_LOCAL_WORLD_SIZE and XCCL_JOB in its environment.
+/// Standard input goes to rank 0. Signals are passed on. The first rank that fails ends the others, and its exit code (or
+/// 128 plus its signal) becomes this command's. Nothing that a rank has started outlives the job.
+#[derive(Args)]
+pub struct RunArgs {
+    /// Number of ranks
+    #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    n: u32,
+    /// Bind rank i to the i-th usable core, round and round
+    #[arg(long)]
+    bind: bool,
+    /// Pass output on as it is, without the rank before each line
+    #[arg(long)]
+    no_prefix: bool,
+    /// Seconds between asking the other ranks to end and killing them, once one has failed (0 to 3600)
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
+    grace: Duration,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true)]
+    program: Vec<OsString>,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let value = text.parse::<f64>().ok().filter(|s| (0.0..=3600.0).contains(s));
+    value.map(Duration::from_secs_f64).ok_or_else(|| format!("{text:?} is not a number of seconds from 0 to 3600"))
+}
+
+impl RunArgs {
+    pub fn run(self) -> Result<u8> {
+        let mut words = self.program.into_iter();
+        launch(RunOptions {
+            ranks: self.n as usize,
+            bind: self.bind,
+            prefix: !self.no_prefix,
+            // Clap requires one word; no name at all is reported like a wrong one.
+            program: words.next().unwrap_or_default(),
+            args: words.collect(),
+            env: vec![],
+            grace: self.grace,
+        })
+    }
+}
+
+/// What to start, and how.
+pub struct RunOptions {
+    pub ranks: usize,
+    /// Bind rank i to the i-th usable core, round and round.
+    pub bind: bool,
+    /// Put the rank before each line; otherwise ranks write to the launcher's own streams.
+    pub prefix: bool,
+    pub program: OsString,
+    pub args: Vec<OsString>,
+    /// Set in every rank, besides what the launcher has and the `XCCL_…` of the rank.
+    pub env: Vec<(OsString, OsString)>,
+    /// Time between SIGTERM and SIGKILL for the others once a rank has failed.
+    pub grace: Duration,
+}
+
+/// Runs the ranks to their end; gives the exit code of the first that failed, or 0.
+///
+/// Call it from the main thread: ranks die with the thread that started them. An error that is [`CannotStart`] has the exit
+/// code that shells use for it.
+pub fn launch(options: RunOptions) -> Result<u8> {
+    let signals = Signals::catch()?;
+    let mut output = Output::new()?;
+    let job: String = rand::random::<[u8; 16]>().iter().map(|byte| format!("{byte:02x}")).collect();
+    let guard = Guard::start(&job)?;
+    let mut ranks = vec![];
+    let started = child::start(&options, &job, &guard, &signals, &mut output, &mut ranks);
+    // An early return closes the guard's pipe as well.
+    let output = output.forward()?;
+    let code = started.and_then(|()| supervisor::supervise(&ranks, &signals, options.grace, &output));
+    guard.end();
+    for rank in &mut ranks {
+        // It has ended: by itself, or by the guard.
+        let _ = rank.wait();
+    }
+    // What the ranks wrote is passed on to the end, unless a signal says that nobody waits for it.
+    let interrupted = signals.until_closed(output.finish())?;
+    Ok(interrupted.unwrap_or(code?))
+}
