@@ -41,6 +41,7 @@ impl Job {
             Command::new(program)
                 .arg(scenario)
                 .env("XCCL_TIMEOUT", "20")
+                .env("RUST_BACKTRACE", "0")
                 .envs(env.iter().copied())
                 .env("XCCL_RANK", rank.to_string())
                 .env("XCCL_WORLD_SIZE", n.to_string())
@@ -94,4 +95,20 @@ impl Drop for Job {
             let _ = child.wait();
         }
     }
+}
+
+/// Plays `scenario` with `n` ranks of `program`: all of them must end well.
+pub fn plays_well(program: &str, n: usize, scenario: &str, env: &[(&str, &str)]) {
+    let ended = Job::start(program, n, scenario, env).wait();
+    assert!(ended.iter().all(|e| e.code == Some(0)), "{scenario} with {n} ranks, {env:?}: {ended:#?}");
+}
+
+/// Segments' names that were left behind in `/dev/shm`.
+pub fn names_in_dev_shm() -> Vec<String> {
+    let entries = std::fs::read_dir("/dev/shm").expect("/dev/shm is there").flatten();
+    let names = entries.map(|e| e.file_name().to_string_lossy().into_owned());
+    // Other tests' jobs may be between creating and unlinking: what stays is what counts.
+    let ours: Vec<String> = names.filter(|n| n.starts_with("xccl")).collect();
+    std::thread::sleep(Duration::from_millis(200));
+    ours.into_iter().filter(|n| std::path::Path::new("/dev/shm").join(n).exists()).collect()
 }

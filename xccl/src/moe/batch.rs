@@ -386,7 +386,7 @@ impl<'m> ExpertBatch<'m> {
         }
         self.published = true;
         self.end();
-        epoch::publish(moe.outboxes.own.word64(moe.layout.combined), epoch);
+        epoch::publish(moe.outboxes.own.word64(slot.combined), epoch);
         moe.comm.notify_all();
     }
 

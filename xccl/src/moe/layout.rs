@@ -23,12 +23,8 @@ const _: () = assert!(size_of::<Entry>() == 8 && align_of::<Entry>() == 4);
 pub(super) struct MoeLayout {
     /// Epoch word: tokens and lists of this exchange are complete. Read by all ranks.
     pub(super) dispatched: usize,
-    /// Epoch word: outputs of this exchange are complete, and its tokens are no longer read here. Read by all ranks.
-    pub(super) combined: usize,
     /// The exchange whose input was refused here. Read by all ranks that wait for it.
     pub(super) refused: usize,
-    /// The last exchange that was given up here before combining. Read by all ranks.
-    pub(super) abandoned: usize,
     slots: [SlotLayout; SLOTS],
     /// Bytes from one row to the next.
     pub(super) stride: usize,
@@ -40,6 +36,11 @@ pub(super) struct MoeLayout {
 /// One exchange's part of the outbox.
 #[derive(Clone, Copy)]
 pub(super) struct SlotLayout {
+    /// Epoch word: outputs of this exchange are complete, and its tokens are no longer read here. Read by all ranks. One per
+    /// slot, since the two exchanges in flight may be combined in either order.
+    pub(super) combined: usize,
+    /// The exchange of this slot that was given up here before combining. Read by all ranks, after `combined`.
+    pub(super) abandoned: usize,
     /// u32: tokens of this rank.
     pub(super) tokens: usize,
     /// u32 per expert position, and one more: where its entries begin.
@@ -61,8 +62,10 @@ impl MoeLayout {
         let worst = world_size * config.max_tokens * config.topk;
         let output_rows = config.max_expert_rows.unwrap_or(worst).min(worst);
         let mut layout = Layout::default();
-        let [dispatched, combined, refused, abandoned] = std::array::from_fn(|_| layout.add(LINE));
+        let [dispatched, refused] = std::array::from_fn(|_| layout.add(LINE));
         let slots = std::array::from_fn(|_| SlotLayout {
+            combined: layout.add(LINE),
+            abandoned: layout.add(LINE),
             tokens: layout.add(4),
             starts: layout.add((config.experts + 1) * 4),
             entries: layout.add(config.max_tokens * config.topk * size_of::<Entry>()),
@@ -71,7 +74,7 @@ impl MoeLayout {
             outputs: layout.add_aligned(output_rows * stride, 4096),
         });
         let bytes = layout.bytes();
-        MoeLayout { dispatched, combined, refused, abandoned, slots, stride, output_rows, bytes }
+        MoeLayout { dispatched, refused, slots, stride, output_rows, bytes }
     }
 
     /// The part of the outbox that exchange `epoch` uses.

@@ -7,7 +7,8 @@
 //! - *dispatch_recv*: for each source, wait for `dispatched >= e`, copy its part of the lists out, check it. Rows stay where
 //!   they are. Source by source an area of output rows is assigned.
 //! - *combine_send*: the rank has written expert outputs into its own outbox; it writes where each source's area begins and
-//!   publishes `combined = e`.
+//!   publishes `combined = e`, a word of the slot: dispatches go in order, the two exchanges in flight may be combined in
+//!   either one.
 //! - *combine_recv*: for each rank that had entries of this one, wait for `combined >= e`, then read the rows.
 //!
 //! Who may overwrite what: token rows and lists of `e` are rewritten in `dispatch_send(e + 2)`, which first waits until every
@@ -248,15 +249,16 @@ impl Moe {
     /// Rows of the outbox for the next exchange: the engine computes its `tokens` tokens there.
     ///
     /// # Errors
-    /// [`Error::TooManyTokens`], [`Error::DTypeMismatch`], [`Error::TooManyInFlight`]; it blocks as
-    /// [`dispatch_send`](Self::dispatch_send) does.
+    /// [`Error::TooManyTokens`] and [`Error::DTypeMismatch`], which ranks that wait for this one are told, and
+    /// [`Error::TooManyInFlight`]; it blocks as [`dispatch_send`](Self::dispatch_send) does.
     pub fn input_rows<E: Element>(&self, tokens: usize) -> Result<InputRows<'_, E>> {
-        self.check_dtype::<E>("input_rows")?;
-        if tokens > self.config.max_tokens {
-            return Err(Error::TooManyTokens { given: tokens, limit: self.config.max_tokens });
-        }
         let epoch = self.claim()?;
-        Ok(InputRows { moe: self, tokens, epoch, element: PhantomData })
+        self.check_dtype::<E>("input_rows")
+            .and_then(|()| match tokens <= self.config.max_tokens {
+                true => Ok(InputRows { moe: self, tokens, epoch, element: PhantomData }),
+                false => Err(Error::TooManyTokens { given: tokens, limit: self.config.max_tokens }),
+            })
+            .inspect_err(|_| self.refuse(epoch))
     }
 
     /// As [`dispatch_send`](Self::dispatch_send), for tokens that lie in the outbox already.
@@ -292,7 +294,7 @@ impl Moe {
         }
         let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > 0) else { return Ok(epoch) };
         for peer in 0..self.comm.world_size {
-            let word = self.outboxes.peers[peer].word64(self.layout.combined);
+            let word = self.outboxes.peers[peer].word64(self.layout.slot(previous).combined);
             let what = Waiting { operation: Operation::DispatchSend, epoch, peer: Some(peer) };
             self.comm.wait(what, || epoch::reached(word, previous).then_some(()))?;
         }
@@ -306,12 +308,16 @@ impl Moe {
         fill_rows: impl FnOnce(usize) -> Result<()>,
     ) -> Result<Exchange<'_>> {
         let sent = self.fill(epoch, routing, fill_rows);
-        match sent {
-            Ok(()) => epoch::publish(self.outboxes.own.word64(self.layout.dispatched), epoch),
-            Err(_) => self.outboxes.own.word64(self.layout.refused).store(epoch, Release),
-        }
+        sent.inspect_err(|_| self.refuse(epoch))?;
+        epoch::publish(self.outboxes.own.word64(self.layout.dispatched), epoch);
         self.comm.notify_all();
-        sent.map(|()| Exchange { moe: self, epoch })
+        Ok(Exchange { moe: self, epoch })
+    }
+
+    /// Tells the ranks that wait for this one's tokens that its input was bad.
+    fn refuse(&self, epoch: u64) {
+        self.outboxes.own.word64(self.layout.refused).store(epoch, Release);
+        self.comm.notify_all();
     }
 
     fn fill<I: ExpertId>(
@@ -427,13 +433,14 @@ impl Moe {
                 continue;
             }
             let outbox = &self.outboxes.peers[peer];
-            let word = outbox.word64(self.layout.combined);
+            let slot = self.layout.slot(epoch);
+            let word = outbox.word64(slot.combined);
             let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
             self.comm.wait(what, || epoch::reached(word, epoch).then_some(()))?;
-            if outbox.word64(self.layout.abandoned).load(Acquire) == epoch {
+            if outbox.word64(slot.abandoned).load(Acquire) == epoch {
                 return Err(Error::PeerAbandoned { rank: peer, epoch });
             }
-            bases[peer] = outbox.word32(self.layout.slot(epoch).bases + self.comm.rank * 4).load(Relaxed);
+            bases[peer] = outbox.word32(slot.bases + self.comm.rank * 4).load(Relaxed);
         }
         Ok(bases)
     }
@@ -513,8 +520,9 @@ impl Moe {
 
     /// Tells the peers that this rank's outputs of `epoch` will not come, and that its tokens may be overwritten.
     fn abandon(&self, epoch: u64) {
-        self.outboxes.own.word64(self.layout.abandoned).store(epoch, Release);
-        epoch::publish(self.outboxes.own.word64(self.layout.combined), epoch);
+        let slot = self.layout.slot(epoch);
+        self.outboxes.own.word64(slot.abandoned).store(epoch, Release);
+        epoch::publish(self.outboxes.own.word64(slot.combined), epoch);
         self.comm.notify_all();
     }
 }

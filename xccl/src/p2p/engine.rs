@@ -392,13 +392,8 @@ impl Outgoing {
             let mut descriptor = Descriptor::new(send.tag, INLINE, data.len(), [0; 2]);
             descriptor.body[..data.len()].copy_from_slice(data);
             descriptor
-        } else if send.done == 0 && data.len() >= comm.config.rendezvous_bytes && self.source(comm, to, data).is_some()
-        {
+        } else if let Some((kind, at)) = self.source(comm, to, send).filter(|_| self.may_describe()) {
             let rendezvous = self.rendezvous + 1;
-            if rendezvous > SLOTS as u64 && self.described.iter().any(|&(_, r)| r + SLOTS as u64 <= rendezvous) {
-                return (false, false);
-            }
-            let (kind, at) = self.source(comm, to, data).unwrap_or((PRIVATE, 0));
             self.rendezvous = rendezvous;
             self.described.push((send.number, rendezvous));
             comm.counters.rendezvous.fetch_add(1, Relaxed);
@@ -428,8 +423,18 @@ impl Outgoing {
         (true, is_done)
     }
 
-    /// How the receiver can reach the payload itself, if it can.
-    fn source(&self, comm: &CommInner, to: usize, data: &[u8]) -> Option<(u32, u64)> {
+    /// Whether the next rendezvous' word is free. If not, the payload goes through the ring: a receiver that wants a later
+    /// message first would otherwise wait for ever.
+    fn may_describe(&self) -> bool {
+        self.described.iter().all(|&(_, r)| r + SLOTS as u64 > self.rendezvous + 1)
+    }
+
+    /// How the receiver can reach the payload itself, if it can and that pays.
+    fn source(&self, comm: &CommInner, to: usize, send: &PendingSend) -> Option<(u32, u64)> {
+        let data = send.bytes.as_slice();
+        if send.done > 0 || data.len() < comm.config.rendezvous_bytes {
+            return None;
+        }
         let heap = &comm.fabric.peer(comm.rank).heap;
         let (start, address) = (heap.at(0, 0) as usize, data.as_ptr() as usize);
         if address >= start && address + data.len() <= start + heap.len() {

@@ -1,0 +1,46 @@
+//! A rank that is killed, and what the others say of it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use xccl::{Communicator, DType, Error, Moe, MoeConfig, Routing, Source};
+
+/// The last rank kills itself at the point that the scenario names; the others expect to be told.
+pub(crate) fn die(comm: &Communicator, scenario: &str) -> Result<()> {
+    let last = comm.world_size() - 1;
+    let moe = Moe::new(comm, MoeConfig::new(1, 8, 1, comm.world_size(), DType::F32))?;
+    comm.barrier()?;
+    let kill = || nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+    let dies = comm.rank() == last;
+    let routing = ([last as i32], [1.0f32]);
+    if dies && scenario != "die-in-combine" {
+        // The others are asleep by then.
+        std::thread::sleep(Duration::from_millis(300));
+        kill()?;
+    }
+    let start = Instant::now();
+    let outcome = match scenario {
+        "die-in-barrier" => comm.barrier(),
+        "die-in-recv" => comm.recv(last, 1, &mut [0; 8]).map(|_| ()),
+        "die-in-recv-any" => comm.recv(Source::Any, 1, &mut [0; 8]).map(|_| ()),
+        _ => {
+            let sent = moe.dispatch_send(&[1.0f32; 8], &Routing::new(&routing.0, &routing.1))?;
+            let batch = moe.dispatch_recv(&sent);
+            if dies {
+                std::thread::sleep(Duration::from_millis(300));
+                kill()?;
+            }
+            match batch {
+                Err(err) => Err(err),
+                Ok(batch) => moe.combine_send(batch).and_then(|()| moe.combine_recv(sent, &mut [0.0f32; 8])),
+            }
+        }
+    };
+    let Err(Error::PeerDied { rank, .. }) = outcome else { bail!("{outcome:?}") };
+    ensure!(start.elapsed() < Duration::from_secs(5), "told only after {:?}", start.elapsed());
+    ensure!(rank == last, "rank {rank} was blamed, rank {last} died");
+    // Later calls say the same.
+    let again = comm.barrier();
+    ensure!(matches!(again, Err(Error::PeerDied { rank, .. }) if rank == last), "{again:?}");
+    Ok(())
+}
