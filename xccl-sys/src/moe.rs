@@ -334,7 +334,7 @@ unsafe fn dispatch<E: Element>(held: &mut Held, input: Input, output: Output) ->
         let sent = held.sent.as_ref().ok_or_else(|| Failure::usage("no exchange was sent"))?;
         held.batch = Some(moe.dispatch_recv(sent)?);
     }
-    let batch = held.batch.as_ref().ok_or_else(|| Failure::usage("no exchange was received"))?;
+    let batch = held.batch.as_mut().ok_or_else(|| Failure::usage("no exchange was received"))?;
     rows.set(batch.len());
     counts.copy_from_slice(batch.counts());
     if batch.len() > output.capacity_rows {

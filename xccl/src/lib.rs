@@ -41,7 +41,7 @@ pub use crate::{
     dtype::{DType, Element, ExpertId},
     error::{Error, Result},
     memory::MemoryFlavour,
-    moe::{BatchRow, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction, Routing},
+    moe::{Arrivals, BatchRow, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction, Routing, TokenSum},
     p2p::{Request, Scope, Source, Status, wait_all},
     sync::Operation,
 };

@@ -96,18 +96,3 @@ impl Mapping {
         self.read(offset, bytemuck::cast_slice_mut(to));
     }
 }
-
-impl Mapping {
-    /// `n` plain values at `offset`, to be changed by this process.
-    ///
-    /// # Safety
-    /// For as long as the slice lives, nothing else in this process refers to these bytes, and the protocol keeps peers
-    /// from relying on them.
-    #[expect(clippy::mut_from_ref, reason = "shared memory: uniqueness is the caller's promise, stated above")]
-    pub(crate) unsafe fn slice_mut<T: bytemuck::Pod>(&self, offset: usize, n: usize) -> &mut [T] {
-        let at = self.at_mut(offset, n * size_of::<T>()).cast::<T>();
-        assert!(at.is_aligned(), "values at odd offset {offset}");
-        // SAFETY: in bounds and aligned as checked, any bytes are a valid `T`, unique by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(at, n) }
-    }
-}

@@ -3,11 +3,13 @@
 //! Every rank owns an *outbox*, which it alone writes and which its peers map read-only, and a *symmetric heap*, which any
 //! rank may write. Only offsets cross a process, and every access below is checked against the mapping's length.
 
+pub(crate) mod area;
 pub(crate) mod fd;
 pub(crate) mod heap;
 pub(crate) mod layout;
 pub(crate) mod machine;
 pub(crate) mod mapping;
+pub(crate) mod row;
 pub(crate) mod segment;
 
 pub use segment::MemoryFlavour;

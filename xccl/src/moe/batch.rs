@@ -2,64 +2,16 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::layout::{Entry, SLOTS};
-use super::{Moe, Phase, Reduction, kernels};
 use half::{bf16, f16};
 
+use super::layout::{Entry, SLOTS};
+use super::received::Received;
+use super::{Moe, Phase, Reduction, kernels};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::memory::row::Row;
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
-
-/// Lists copied out of the senders' memory and checked; kept from exchange to exchange.
-pub(super) struct Received {
-    world_size: usize,
-    local: usize,
-    /// `[source][local expert]`, and one more per source: indices into `entries`. An entry's index is also the index of its
-    /// output row.
-    starts: Vec<u32>,
-    entries: Vec<Entry>,
-    /// Rows per local expert.
-    counts: Vec<u32>,
-    /// Prefix sums of `counts`.
-    offsets: Vec<u32>,
-    /// Rows before each (local expert, source), and one more: the batch's order.
-    runs: Vec<u32>,
-}
-
-impl Received {
-    pub(super) fn new(world_size: usize, local: usize) -> Self {
-        Received {
-            world_size,
-            local,
-            starts: vec![0; world_size * (local + 1)],
-            entries: vec![],
-            counts: vec![0; local],
-            offsets: vec![0; local + 1],
-            runs: vec![0; local * world_size + 1],
-        }
-    }
-
-    /// Entries of `source` for local expert `expert`.
-    fn range(&self, source: usize, expert: usize) -> std::ops::Range<usize> {
-        let at = source * (self.local + 1) + expert;
-        self.starts[at] as usize..self.starts[at + 1] as usize
-    }
-
-    fn order(&mut self) {
-        let mut rows = 0;
-        for expert in 0..self.local {
-            self.offsets[expert] = rows;
-            for source in 0..self.world_size {
-                self.runs[expert * self.world_size + source] = rows;
-                rows += self.range(source, expert).len() as u32;
-            }
-            self.counts[expert] = rows - self.offsets[expert];
-        }
-        self.offsets[self.local] = rows;
-        self.runs[self.local * self.world_size] = rows;
-    }
-}
 
 /// One row of a batch: a token that one of this rank's experts is to work on.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,8 +24,36 @@ pub struct BatchRow {
     pub token: usize,
     /// The expert's factor in the token's sum.
     pub weight: f32,
-    /// The entry's index, and its output row's.
-    entry: usize,
+}
+
+/// The sum that one token of one source gets from this rank: see [`ExpertBatch::sums`].
+#[derive(Clone, Copy)]
+pub struct TokenSum<'b> {
+    /// The rank that sent the token.
+    pub source: usize,
+    /// The token's index there.
+    pub token: usize,
+    received: &'b Received,
+    entries: &'b [u32],
+}
+
+impl TokenSum<'_> {
+    /// The rows of the batch that belong to the sum, by local expert, with their weights.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = (usize, f32)> + '_ {
+        let weight = |entry: u32| self.received.entries[entry as usize].weight;
+        self.entries.iter().map(move |&entry| (self.received.row_of(entry) as usize, weight(entry)))
+    }
+}
+
+/// How a batch's outputs come to be published.
+#[derive(Clone, Copy, PartialEq)]
+enum Outputs {
+    /// The outbox's output rows, in the batch's order.
+    InOrder,
+    /// The outbox's output rows, in the order of arrival.
+    AsArrived,
+    /// The sums are in the outbox.
+    Summed,
 }
 
 /// The rows for this rank's experts in one exchange, ordered by local expert, then source rank, then token.
@@ -84,55 +64,80 @@ pub struct BatchRow {
 pub struct ExpertBatch<'m> {
     moe: &'m Moe,
     epoch: u64,
+    /// `None` once it was given back, which only happens when the batch ends.
     received: Option<Box<Received>>,
-    /// Stands in for `received` once that was given back, which only happens when the batch ends.
     published: bool,
-    /// The sums of this rank were formed on the way from the caller's buffer.
-    reduced: bool,
+    outputs: Outputs,
 }
 
 impl<'m> ExpertBatch<'m> {
     pub(super) fn new(moe: &'m Moe, epoch: u64, mut received: Box<Received>) -> Self {
-        received.entries.clear();
-        ExpertBatch { moe, epoch, received: Some(received), published: false, reduced: false }
+        received.clear();
+        ExpertBatch { moe, epoch, received: Some(received), published: false, outputs: Outputs::InOrder }
     }
 
     fn received(&self) -> &Received {
         self.received.as_deref().expect("a batch holds its lists until it ends")
     }
 
+    fn received_mut(&mut self) -> &mut Received {
+        self.received.as_deref_mut().expect("a batch holds its lists until it ends")
+    }
+
     pub(super) fn is_of(&self, moe: &Moe) -> bool {
         std::ptr::eq(self.moe, moe)
     }
 
+    /// Whether `source` has sent its tokens, or refused to.
+    fn has_sent(&self, source: usize) -> Option<Result<()>> {
+        let (moe, epoch) = (self.moe, self.epoch);
+        let outbox = &moe.peers[source];
+        let (dispatched, refused) = (outbox.word64(moe.layout.dispatched), outbox.word64(moe.layout.refused));
+        if epoch::reached(dispatched, epoch) {
+            return Some(Ok(()));
+        }
+        // A refusal that was followed by a good send is over: look at the epoch word again.
+        let is_refused = refused.load(Relaxed) == epoch && !epoch::reached(dispatched, epoch);
+        is_refused.then_some(Err(Error::PeerRefused { rank: source, epoch }))
+    }
+
     /// Waits for one source and takes its part of the lists.
     pub(super) fn receive(&mut self, source: usize) -> Result<()> {
-        let (moe, epoch) = (self.moe, self.epoch);
-        let outbox = &moe.outboxes.peers[source];
-        let (dispatched, refused) = (outbox.word64(moe.layout.dispatched), outbox.word64(moe.layout.refused));
-        let what = Waiting { operation: Operation::DispatchRecv, epoch, peer: Some(source) };
-        moe.comm.wait(what, || {
-            if epoch::reached(dispatched, epoch) {
-                return Some(Ok(()));
-            }
-            // A refusal that was followed by a good send is over: look at the epoch word again.
-            let is_refused = refused.load(Relaxed) == epoch && !epoch::reached(dispatched, epoch);
-            is_refused.then_some(Err(Error::PeerRefused { rank: source, epoch }))
+        let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: Some(source) };
+        self.moe.comm.wait(what, || self.has_sent(source))??;
+        self.take_lists(source)
+    }
+
+    /// Waits for any source whose lists have not been taken, and takes them. `None` when all have.
+    pub(super) fn receive_any(&mut self) -> Result<Option<usize>> {
+        let pending = |source: &usize| !self.received().has(*source);
+        if !(0..self.moe.comm.world_size).any(|source| pending(&source)) {
+            return Ok(None);
+        }
+        let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: None };
+        let source = self.moe.comm.wait(what, || {
+            let mut sources = (0..self.moe.comm.world_size).filter(pending);
+            sources.find_map(|source| Some(self.has_sent(source)?.map(|()| source)))
         })??;
-        let slot = moe.layout.slot(epoch);
+        self.take_lists(source)?;
+        Ok(Some(source))
+    }
+
+    fn take_lists(&mut self, source: usize) -> Result<()> {
+        let (moe, epoch) = (self.moe, self.epoch);
+        let (outbox, slot) = (&moe.peers[source], moe.layout.slot(epoch));
         let corrupt = |what, value: u32, limit: usize| {
             Err(Error::Corrupt { rank: source, what, value: value.into(), limit: limit as u64 })
         };
-
         let tokens = outbox.word32(slot.tokens).load(Relaxed);
         if tokens as usize > moe.config.max_tokens {
             return corrupt("a number of tokens", tokens, moe.config.max_tokens);
         }
         let first_expert = moe.placement.starts[moe.comm.rank];
-        let received = self.received.as_deref_mut().expect("a batch holds its lists until it ends");
-        let local = received.local;
+        let local = moe.placement.local(moe.comm.rank).len();
+        let received = self.received_mut();
         let starts = &mut received.starts[source * (local + 1)..(source + 1) * (local + 1)];
-        outbox.read_into(slot.starts + first_expert * 4, starts);
+        outbox.read_into(slot.starts.start + first_expert * 4, starts);
         let all = tokens as usize * moe.config.topk;
         if starts.windows(2).any(|w| w[0] > w[1]) || starts[local] as usize > all {
             return corrupt("the end of a list", starts[local], all);
@@ -145,19 +150,51 @@ impl<'m> ExpertBatch<'m> {
         starts.iter_mut().for_each(|s| *s = *s - begin + base as u32);
         received.entries.resize(base + count, Entry::default());
         let entries = &mut received.entries[base..];
-        outbox.read_into(slot.entries + begin as usize * size_of::<Entry>(), entries);
+        outbox.read_into(slot.entries.start + begin as usize * size_of::<Entry>(), entries);
         let largest = entries.iter().fold(0, |most, e| most.max(e.token));
         if count > 0 && largest >= tokens {
+            received.entries.truncate(base);
             return corrupt("a token's index", largest, tokens as usize);
         }
+        received.arrive(source);
         Ok(())
+    }
+
+    /// From now on outputs lie in the order of arrival.
+    pub(super) fn answer_as_arrived(&mut self) {
+        self.outputs = Outputs::AsArrived;
+    }
+
+    /// The entries of a source, none before it has come.
+    pub(super) fn rows_of(&self, source: usize) -> std::ops::Range<usize> {
+        assert!(source < self.moe.comm.world_size, "source {source} of {}", self.moe.comm.world_size);
+        if self.received().has(source) { self.received().entries_of(source) } else { 0..0 }
+    }
+
+    pub(super) fn arrived_row(&self, entry: usize) -> BatchRow {
+        let source = (0..self.moe.comm.world_size).find(|&source| self.rows_of(source).contains(&entry));
+        let source = source.unwrap_or_else(|| panic!("row {entry} has not arrived"));
+        let mut experts = 0..self.local_experts().len();
+        let expert = experts.find(|&expert| self.received().range(source, expert).contains(&entry));
+        self.describe(expert.expect("a source's entries are its experts'"), source, entry)
+    }
+
+    pub(super) fn copy_arrived<E: Element>(&self, entry: usize, to: &mut [E]) -> Result<()> {
+        self.moe.check_rows("the row's buffer", to, 1)?;
+        let BatchRow { source, token, .. } = self.arrived_row(entry);
+        self.token_row(source, token).copy_to(to);
+        Ok(())
+    }
+
+    pub(super) fn arrived_output<E: Element>(&mut self, entry: usize) -> Result<&mut [E]> {
+        self.moe.check_dtype::<E>("output_row")?;
+        assert!(entry < self.len(), "row {entry} has not arrived");
+        Ok(self.output(entry))
     }
 
     /// Brings the rows of all sources into the batch's order.
     pub(super) fn complete(&mut self) {
-        if let Some(received) = self.received.as_deref_mut() {
-            received.order();
-        }
+        self.received_mut().order();
     }
 
     /// The exchange's number.
@@ -196,23 +233,29 @@ impl<'m> ExpertBatch<'m> {
     /// When `i` is not below [`len`](Self::len).
     pub fn row(&self, i: usize) -> BatchRow {
         assert!(i < self.len(), "row {i} of {}", self.len());
-        let received = self.received();
-        let run = received.runs.partition_point(|&before| before as usize <= i) - 1;
-        let (expert, source) = (run / received.world_size, run % received.world_size);
-        let entry = received.range(source, expert).start + (i - received.runs[run] as usize);
+        let (expert, source, entry) = self.locate(i);
         self.describe(expert, source, entry)
+    }
+
+    /// The local expert, the source and the entry of row `i`.
+    fn locate(&self, i: usize) -> (usize, usize, usize) {
+        let (received, sources) = (self.received(), self.moe.comm.world_size);
+        let run = received.runs.partition_point(|&before| before as usize <= i) - 1;
+        let (expert, source) = (run / sources, run % sources);
+        (expert, source, received.range(source, expert).start + (i - received.runs[run] as usize))
     }
 
     /// All rows, in order.
     pub fn rows(&self) -> impl Iterator<Item = BatchRow> + '_ {
         let received = self.received();
-        let runs = (0..received.local).flat_map(|e| (0..received.world_size).map(move |s| (e, s)));
+        let sources = self.moe.comm.world_size;
+        let runs = (0..received.counts.len()).flat_map(move |e| (0..sources).map(move |s| (e, s)));
         runs.flat_map(move |(e, s)| received.range(s, e).map(move |entry| self.describe(e, s, entry)))
     }
 
     fn describe(&self, expert: usize, source: usize, entry: usize) -> BatchRow {
         let Entry { token, weight } = self.received().entries[entry];
-        BatchRow { expert, source, token: token as usize, weight, entry }
+        BatchRow { expert, source, token: token as usize, weight }
     }
 
     /// Copies row `i` out: `hidden` elements.
@@ -224,16 +267,15 @@ impl<'m> ExpertBatch<'m> {
     /// When `i` is not below [`len`](Self::len).
     pub fn copy_row<E: Element>(&self, i: usize, to: &mut [E]) -> Result<()> {
         self.moe.check_rows("the row's buffer", to, 1)?;
-        self.copy(&self.row(i), to);
+        let BatchRow { source, token, .. } = self.row(i);
+        self.token_row(source, token).copy_to(to);
         Ok(())
     }
 
-    fn copy<E: Element>(&self, row: &BatchRow, to: &mut [E]) {
-        self.moe.outboxes.peers[row.source].read(self.offset(row), bytemuck::cast_slice_mut(to));
-    }
-
-    fn offset(&self, row: &BatchRow) -> usize {
-        self.moe.layout.slot(self.epoch).rows + row.token * self.moe.layout.stride
+    /// A token of `source`; the index was checked when the lists were taken.
+    fn token_row<E: Element>(&self, source: usize, token: usize) -> Row<'m, E> {
+        let moe = self.moe;
+        moe.peers[source].row(moe.layout.slot(self.epoch).rows.start + token * moe.layout.stride, moe.config.hidden)
     }
 
     /// Row `i` where it lies, in the sender's memory: `hidden` elements, aligned to 64 bytes.
@@ -249,10 +291,9 @@ impl<'m> ExpertBatch<'m> {
     /// broken sender may change the values while they are looked at, and uses them as numbers only.
     pub unsafe fn row_slice<E: Element>(&self, i: usize) -> Result<&[E]> {
         self.moe.check_dtype::<E>("row_slice")?;
-        let row = self.row(i);
-        let at = self.moe.outboxes.peers[row.source].at(self.offset(&row), self.moe.layout.stride);
-        // SAFETY: inside the mapping, aligned to a line; unchanged for the batch's lifetime by the caller's acceptance.
-        Ok(unsafe { std::slice::from_raw_parts(at.cast(), self.moe.config.hidden) })
+        let BatchRow { source, token, .. } = self.row(i);
+        // SAFETY: unchanged for as long as the batch is borrowed, by the caller's acceptance.
+        Ok(unsafe { self.token_row(source, token).as_slice() })
     }
 
     /// The row of this rank's outbox that the output for row `i` is to be written to: `hidden` elements, aligned to 64 bytes,
@@ -265,15 +306,40 @@ impl<'m> ExpertBatch<'m> {
     /// When `i` is not below [`len`](Self::len).
     pub fn output_row<E: Element>(&mut self, i: usize) -> Result<&mut [E]> {
         self.moe.check_dtype::<E>("output_row")?;
-        let row = self.row(i);
-        Ok(self.output(&row))
+        assert!(i < self.len(), "row {i} of {}", self.len());
+        let row = self.output_index(i);
+        Ok(self.output(row))
     }
 
-    fn output<E: Element>(&mut self, row: &BatchRow) -> &mut [E] {
-        let offset = self.output_offset(row.entry);
-        // SAFETY: peers read output rows of this epoch only after `combined` says so, and those of the last one in this slot
-        // no more (see the module's protocol); each exchange has one batch, and `&mut self` makes the slice unique.
-        unsafe { self.moe.outboxes.own.slice_mut(offset, self.moe.config.hidden) }
+    /// The row of the outbox for the output of row `i`.
+    fn output_index(&self, i: usize) -> usize {
+        if self.outputs == Outputs::AsArrived { self.locate(i).2 } else { i }
+    }
+
+    fn output<E: Element>(&mut self, row: usize) -> &mut [E] {
+        let (stride, hidden) = (self.moe.layout.stride, self.moe.config.hidden);
+        self.received_mut().outputs.slice_mut(row * stride, hidden)
+    }
+
+    /// All output rows at once, for a matrix product that writes where the peers read: `[len, row_stride]` in the batch's
+    /// order, of which each row's first `hidden` elements count.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`]; [`Error::WrongOrder`] for a batch that was received source by source, whose outputs lie in
+    /// the order of arrival.
+    pub fn output_matrix<E: Element>(&mut self) -> Result<&mut [E]> {
+        self.moe.check_dtype::<E>("output_matrix")?;
+        if self.outputs == Outputs::AsArrived {
+            let expected = "a batch of dispatch_recv";
+            return Err(Error::WrongOrder { call: "output_matrix", epoch: self.epoch, expected });
+        }
+        let elements = self.len() * self.row_stride();
+        Ok(self.received_mut().outputs.slice_mut(0, elements))
+    }
+
+    /// Elements from one row of [`output_matrix`](Self::output_matrix) to the next: `hidden`, rounded up to 64 bytes.
+    pub fn row_stride(&self) -> usize {
+        self.moe.layout.stride / self.moe.config.dtype.size()
     }
 
     /// Rows that [`copy_into`](Self::copy_into) needs room for.
@@ -286,15 +352,17 @@ impl<'m> ExpertBatch<'m> {
     ///
     /// # Errors
     /// [`Error::Shape`] when `to` is too small, [`Error::DTypeMismatch`].
-    pub fn copy_into<E: Element>(&self, to: &mut [E], align: usize) -> Result<()> {
+    pub fn copy_into<E: Element>(&mut self, to: &mut [E], align: usize) -> Result<()> {
         let align = align.max(1);
-        let mut start = 0;
         self.check_room(to, self.aligned_rows(align))?;
-        self.copy_experts(to, |_, count| {
-            let at = start;
-            start += count.next_multiple_of(align);
-            at
+        let mut end = 0;
+        let places = self.counts().iter().map(|&count| {
+            let begin = end;
+            end += (count as usize).next_multiple_of(align);
+            begin
         });
+        let places = places.collect::<Vec<_>>();
+        self.copy_experts(to, &places);
         Ok(())
     }
 
@@ -304,12 +372,13 @@ impl<'m> ExpertBatch<'m> {
     /// # Errors
     /// [`Error::CapacityExceeded`] names an expert with more rows, before anything is written; [`Error::Shape`],
     /// [`Error::DTypeMismatch`].
-    pub fn copy_padded<E: Element>(&self, to: &mut [E], capacity: usize) -> Result<()> {
+    pub fn copy_padded<E: Element>(&mut self, to: &mut [E], capacity: usize) -> Result<()> {
         if let Some((expert, &rows)) = self.counts().iter().enumerate().find(|&(_, &rows)| rows as usize > capacity) {
             return Err(Error::CapacityExceeded { expert, rows: rows as usize, capacity });
         }
         self.check_room(to, self.counts().len() * capacity)?;
-        self.copy_experts(to, |expert, _| expert * capacity);
+        let places = (0..self.counts().len()).map(|expert| expert * capacity).collect::<Vec<_>>();
+        self.copy_experts(to, &places);
         Ok(())
     }
 
@@ -323,111 +392,121 @@ impl<'m> ExpertBatch<'m> {
         Err(Error::Shape { what: "the layout's buffer", given: to.len(), expected })
     }
 
-    /// Copies each expert's rows to where `place(expert, count)` says that they begin.
-    fn copy_experts<E: Element>(&self, to: &mut [E], mut place: impl FnMut(usize, usize) -> usize) {
-        let hidden = self.moe.config.hidden;
-        let received = self.received();
-        for expert in 0..received.local {
-            let begin = place(expert, received.counts[expert] as usize);
-            let mut places = to[begin * hidden..].chunks_exact_mut(hidden);
-            for source in 0..received.world_size {
-                for (entry, to) in received.range(source, expert).zip(&mut places) {
-                    self.copy(&self.describe(expert, source, entry), to);
+    /// Copies each expert's rows to where `places` says that they begin: token by token, so that a row that several experts
+    /// work on comes over from its sender once and is then in this core's cache.
+    fn copy_experts<E: Element>(&mut self, to: &mut [E], places: &[usize]) {
+        self.received_mut().index_tokens();
+        let (received, hidden) = (self.received(), self.moe.config.hidden);
+        let streaming = self.len() * hidden * size_of::<E>() >= kernels::STREAMING_BYTES;
+        for span in received.tokens() {
+            let row = self.token_row::<E>(span.source as usize, span.token as usize);
+            let mut expert = 0;
+            for &entry in received.entries_at(span) {
+                let at = received.row_of(entry);
+                while received.offsets[expert + 1] <= at {
+                    expert += 1;
                 }
+                let at = (places[expert] + (at - received.offsets[expert]) as usize) * hidden;
+                let to = &mut to[at..at + hidden];
+                if streaming { kernels::stream(row, to) } else { row.copy_to(to) }
             }
         }
+        if streaming {
+            kernels::end_streaming();
+        }
+    }
+
+    /// The sums that [`Reduction::PerRank`] asks of this rank, by source, then token: for an engine that forms them itself, in
+    /// [`sum_row`](Self::sum_row)s, and then calls [`Moe::combine_send_sums`].
+    pub fn sums(&mut self) -> impl ExactSizeIterator<Item = TokenSum<'_>> + '_ {
+        self.received_mut().index_tokens();
+        let received = self.received();
+        received.tokens().iter().map(|span| TokenSum {
+            source: span.source as usize,
+            token: span.token as usize,
+            received,
+            entries: received.entries_at(span),
+        })
+    }
+
+    /// The row of this rank's outbox for the `i`-th of [`sums`](Self::sums): `hidden` elements, aligned to 64 bytes, with the
+    /// contents that an earlier exchange left there.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`]; [`Error::WrongOrder`] without [`Reduction::PerRank`].
+    ///
+    /// # Panics
+    /// When `i` is not below the number of sums.
+    pub fn sum_row<E: Element>(&mut self, i: usize) -> Result<&mut [E]> {
+        self.moe.check_dtype::<E>("sum_row")?;
+        self.check_sums("sum_row")?;
+        let (stride, hidden) = (self.moe.layout.stride, self.moe.config.hidden);
+        let received = self.received_mut();
+        received.index_tokens();
+        let sums = received.tokens().len();
+        assert!(i < sums, "sum {i} of {sums}");
+        Ok(received.sums.slice_mut(i * stride, hidden))
+    }
+
+    fn check_sums(&self, call: &'static str) -> Result<()> {
+        if self.moe.config.reduction == Reduction::PerRank {
+            return Ok(());
+        }
+        Err(Error::WrongOrder { call, epoch: self.epoch, expected: "a handle made with Reduction::PerRank" })
+    }
+
+    /// Notes that the engine has formed the sums.
+    pub(super) fn take_sums(&mut self) -> Result<()> {
+        self.check_sums("combine_send_sums")?;
+        self.outputs = Outputs::Summed;
+        Ok(())
     }
 
     /// Takes the experts' outputs from a buffer in the batch's order: copies them, or sums them on the way.
     pub(super) fn take_outputs<E: Element>(&mut self, outputs: &[E]) -> Result<()> {
         self.moe.check_rows("outputs", outputs, self.len())?;
-        let hidden = self.moe.config.hidden;
+        let (stride, hidden) = (self.moe.layout.stride, self.moe.config.hidden);
         match self.moe.config.reduction {
             Reduction::PerExpert => {
-                for (row, output) in self.rows_and_entries(hidden) {
-                    self.moe
-                        .outboxes
-                        .own
-                        .write(self.output_offset(output), bytemuck::cast_slice(&outputs[row..row + hidden]));
+                let rows = outputs.chunks_exact(hidden).enumerate();
+                for (i, output) in rows {
+                    let row = self.output_index(i);
+                    self.received_mut().outputs.slice_mut(row * stride, hidden).copy_from_slice(output);
                 }
             }
             Reduction::PerRank => {
-                let mut place = vec![0; self.len()];
-                self.rows_and_entries(hidden).for_each(|(row, entry)| place[entry] = row);
-                self.reduce::<E>(|entry| outputs[place[entry]..place[entry] + hidden].as_ptr());
+                self.received_mut().sum_buffer(outputs, hidden, stride);
+                self.outputs = Outputs::Summed;
             }
         }
-        self.reduced = true;
         Ok(())
-    }
-
-    /// For each row, in order: where it begins in a buffer of `stride` elements per row, and its entry.
-    fn rows_and_entries(&self, stride: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
-        self.rows().enumerate().map(move |(i, row)| (i * stride, row.entry))
-    }
-
-    fn output_offset(&self, entry: usize) -> usize {
-        self.moe.layout.slot(self.epoch).outputs + entry * self.moe.layout.stride
     }
 
     pub(super) fn publish(&mut self) {
         let (moe, epoch) = (self.moe, self.epoch);
-        if moe.config.reduction == Reduction::PerRank && !self.reduced {
+        let slot = moe.layout.slot(epoch);
+        if moe.config.reduction == Reduction::PerRank && self.outputs != Outputs::Summed {
             match moe.config.dtype {
-                DType::F32 => self.reduce_outbox::<f32>(),
-                DType::F16 => self.reduce_outbox::<f16>(),
-                DType::BF16 => self.reduce_outbox::<bf16>(),
+                DType::F32 => self.sum_outbox::<f32>(),
+                DType::F16 => self.sum_outbox::<f16>(),
+                DType::BF16 => self.sum_outbox::<bf16>(),
             }
         }
-        let slot = moe.layout.slot(epoch);
-        for source in 0..moe.comm.world_size {
-            let base = self.received().starts[source * (self.received().local + 1)];
-            moe.outboxes.own.word32(slot.bases + source * 4).store(base, Relaxed);
+        let in_order = self.outputs == Outputs::InOrder;
+        match moe.config.reduction {
+            Reduction::PerExpert => self.received_mut().write_bases(&moe.layout, slot, in_order),
+            Reduction::PerRank => self.received_mut().write_sum_bases(&moe.layout, slot),
         }
         self.published = true;
         self.end();
-        epoch::publish(moe.outboxes.own.word64(slot.combined), epoch);
+        epoch::publish(moe.own.word64(slot.combined), epoch);
         moe.comm.notify_all();
     }
 
-    fn reduce_outbox<E: Element>(&self) {
-        let stride = self.moe.layout.stride;
-        self.reduce(|entry| self.moe.outboxes.own.at(self.output_offset(entry), stride).cast::<E>());
-    }
-
-    /// Forms, for each token of each source, the weighted sum over this rank's experts in ascending order, in the place of
-    /// the first of its output rows: where the source looks for it. `output` says where an entry's output is.
-    fn reduce<E: Element>(&self, output: impl Fn(usize) -> *const E) {
-        const NONE: u32 = u32::MAX;
-        let (moe, received) = (self.moe, self.received());
-        let mut first = vec![NONE; moe.config.max_tokens];
-        let mut next = vec![NONE; received.entries.len()];
-        let mut sum = vec![E::zeroed(); moe.config.hidden];
-        let mut rows = Vec::with_capacity(moe.config.topk);
-        for source in 0..received.world_size {
-            let base = source * (received.local + 1);
-            let entries = received.starts[base] as usize..received.starts[base + received.local] as usize;
-            first.fill(NONE);
-            for entry in entries.clone().rev() {
-                let token = received.entries[entry].token as usize;
-                next[entry] = std::mem::replace(&mut first[token], entry as u32);
-            }
-            for entry in entries {
-                let token = received.entries[entry].token as usize;
-                if first[token] as usize != entry {
-                    continue;
-                }
-                rows.clear();
-                let mut at = entry as u32;
-                while at != NONE {
-                    rows.push((output(at as usize), received.entries[at as usize].weight));
-                    at = next[at as usize];
-                }
-                // SAFETY: `output` gives whole rows; the sum is formed apart from them.
-                unsafe { kernels::weighted_sum(&rows, &mut sum) };
-                moe.outboxes.own.write(self.output_offset(entry), bytemuck::cast_slice(&sum));
-            }
-        }
+    fn sum_outbox<E: Element>(&mut self) {
+        let (stride, hidden) = (self.moe.layout.stride, self.moe.config.hidden);
+        let in_order = self.outputs == Outputs::InOrder;
+        self.received_mut().sum_outbox::<E>(in_order, hidden, stride);
     }
 
     /// Gives the lists back without ending the exchange: `dispatch_recv` may be called again.

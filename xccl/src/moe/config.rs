@@ -62,7 +62,8 @@ impl MoeConfig {
     /// [`Error::Config`] as when the handle is made.
     pub fn outbox_bytes(&self, world_size: usize) -> Result<usize> {
         self.check(world_size)?;
-        Ok(super::layout::MoeLayout::new(self, world_size).bytes)
+        let placement = super::placement::Placement::new(self, world_size);
+        Ok(super::layout::MoeLayout::new(self, &placement, world_size).bytes)
     }
 
     pub(super) fn check(&self, world_size: usize) -> Result<()> {

@@ -1,9 +1,14 @@
 //! What lies where in a MoE handle's outbox.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
-use super::MoeConfig;
+use super::placement::Placement;
+use super::{MoeConfig, Reduction};
+use crate::memory::area::{self, Area, Words};
 use crate::memory::layout::{LINE, Layout};
+use crate::memory::mapping::Mapping;
 
 /// Exchanges that may be in flight.
 pub(super) const SLOTS: usize = 2;
@@ -30,11 +35,15 @@ pub(super) struct MoeLayout {
     pub(super) stride: usize,
     /// Rows of the output area.
     pub(super) output_rows: usize,
+    /// Rows of the area of sums.
+    pub(super) sum_rows: usize,
+    /// Entries of `bases` per source.
+    pub(super) bases_per_source: usize,
     pub(super) bytes: usize,
 }
 
 /// One exchange's part of the outbox.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct SlotLayout {
     /// Epoch word: outputs of this exchange are complete, and its tokens are no longer read here. Read by all ranks. One per
     /// slot, since the two exchanges in flight may be combined in either order.
@@ -44,37 +53,73 @@ pub(super) struct SlotLayout {
     /// u32: tokens of this rank.
     pub(super) tokens: usize,
     /// u32 per expert position, and one more: where its entries begin.
-    pub(super) starts: usize,
+    pub(super) starts: Range<usize>,
     /// The entries, sorted by expert position, then token.
-    pub(super) entries: usize,
-    /// u32 per source rank: the first output row of its entries.
-    pub(super) bases: usize,
+    pub(super) entries: Range<usize>,
+    /// u32 per source rank and local expert: the output row of its first entry. With [`Reduction::PerRank`] the first one of
+    /// each source counts: the row of its first sum.
+    pub(super) bases: Range<usize>,
     /// The token rows.
-    pub(super) rows: usize,
+    pub(super) rows: Range<usize>,
     /// The expert output rows.
-    pub(super) outputs: usize,
+    pub(super) outputs: Range<usize>,
+    /// The sums of this rank's experts, one row per source and token, with [`Reduction::PerRank`] only.
+    pub(super) sums: Range<usize>,
+}
+
+/// Areas of one slot.
+pub(super) const AREAS: usize = 6;
+
+impl SlotLayout {
+    /// Everything that only one value at a time may write, in the order of their offsets.
+    pub(super) fn areas(&self) -> [Range<usize>; AREAS] {
+        let SlotLayout { starts, entries, bases, rows, outputs, sums, .. } = self.clone();
+        [starts, entries, bases, rows, outputs, sums]
+    }
 }
 
 impl MoeLayout {
-    pub(super) fn new(config: &MoeConfig, world_size: usize) -> Self {
+    pub(super) fn new(config: &MoeConfig, placement: &Placement, world_size: usize) -> Self {
         let stride = (config.hidden * config.dtype.size()).next_multiple_of(LINE);
-        // A token's experts on one rank are at most topk, and at most the experts there are.
         let worst = world_size * config.max_tokens * config.topk;
         let output_rows = config.max_expert_rows.unwrap_or(worst).min(worst);
+        let sum_rows = match config.reduction {
+            Reduction::PerExpert => 0,
+            Reduction::PerRank => (world_size * config.max_tokens).min(output_rows),
+        };
+        let bases_per_source = (0..world_size).map(|rank| placement.local(rank).len()).fold(1, usize::max);
+
         let mut layout = Layout::default();
         let [dispatched, refused] = std::array::from_fn(|_| layout.add(LINE));
-        let slots = std::array::from_fn(|_| SlotLayout {
-            combined: layout.add(LINE),
-            abandoned: layout.add(LINE),
-            tokens: layout.add(4),
-            starts: layout.add((config.experts + 1) * 4),
-            entries: layout.add(config.max_tokens * config.topk * size_of::<Entry>()),
-            bases: layout.add(world_size * 4),
-            rows: layout.add_aligned(config.max_tokens * stride, 4096),
-            outputs: layout.add_aligned(output_rows * stride, 4096),
+        let words: [[usize; 3]; SLOTS] = std::array::from_fn(|_| std::array::from_fn(|_| layout.add(LINE)));
+        let slots = words.map(|[combined, abandoned, tokens]| {
+            let mut area = |bytes: usize, align: usize| {
+                let start = layout.add_aligned(bytes, align);
+                start..start + bytes
+            };
+            SlotLayout {
+                combined,
+                abandoned,
+                tokens,
+                starts: area((config.experts + 1) * 4, LINE),
+                entries: area(config.max_tokens * config.topk * size_of::<Entry>(), LINE),
+                bases: area(world_size * bases_per_source * 4, LINE),
+                rows: area(config.max_tokens * stride, PAGE),
+                outputs: area(output_rows * stride, PAGE),
+                sums: area(sum_rows * stride, PAGE),
+            }
         });
         let bytes = layout.bytes();
-        MoeLayout { dispatched, refused, slots, stride, output_rows, bytes }
+        MoeLayout { dispatched, refused, slots, stride, output_rows, sum_rows, bases_per_source, bytes }
+    }
+
+    /// Takes this rank's outbox apart: the words, and each slot's areas.
+    pub(super) fn split(&self, own: Mapping) -> (Words, [[Area; AREAS]; SLOTS]) {
+        let [first, second] = self.slots.each_ref().map(SlotLayout::areas);
+        let [a, b, c, d, e, f] = first;
+        let [g, h, i, j, k, l] = second;
+        let (words, [a, b, c, d, e, f, g, h, i, j, k, l]) = area::split(own, [a, b, c, d, e, f, g, h, i, j, k, l]);
+        (words, [[a, b, c, d, e, f], [g, h, i, j, k, l]])
     }
 
     /// The part of the outbox that exchange `epoch` uses.
@@ -82,3 +127,5 @@ impl MoeLayout {
         &self.slots[(epoch % SLOTS as u64) as usize]
     }
 }
+
+const PAGE: usize = 4096;

@@ -16,11 +16,13 @@
 //! `dispatch_recv(e + 2)` has seen `dispatched >= e + 2` of every source, which a source publishes only after its
 //! `combine_recv(e)`. So no word exists just to give memory back.
 
+mod arrivals;
 mod batch;
 mod config;
 mod kernels;
 mod layout;
 mod placement;
+mod received;
 mod routing;
 
 use std::cell::RefCell;
@@ -28,11 +30,13 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use batch::Received;
-pub use batch::{BatchRow, ExpertBatch};
+pub use arrivals::Arrivals;
+pub use batch::{BatchRow, ExpertBatch, TokenSum};
+use config::MAX_TOPK;
 pub use config::{MoeConfig, Reduction};
-use layout::{Entry, MoeLayout, SLOTS};
+use layout::{AREAS, MoeLayout, SLOTS};
 use placement::Placement;
+use received::{Received, SendAreas};
 pub use routing::Routing;
 use routing::{Choice, ListBuilder, NOWHERE};
 
@@ -40,7 +44,10 @@ use crate::comm::Communicator;
 use crate::comm::inner::CommInner;
 use crate::dtype::{Element, ExpertId};
 use crate::error::{Error, Result};
-use crate::fabric::{self, Outboxes};
+use crate::fabric;
+use crate::memory::area::{Area, Words};
+use crate::memory::mapping::Mapping;
+use crate::memory::row::Row;
 use crate::memory::segment::Writers;
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
@@ -64,15 +71,34 @@ struct Flight {
     phase: Phase,
     tokens: usize,
     choices: Vec<Choice>,
+    lists: Lists,
+    /// The token rows, unless an [`InputRows`] has them.
+    rows: Option<Area>,
+    /// The receiver's side, unless a batch has it.
     received: Option<Box<Received>>,
     /// The source's side was dropped while the batch was still out.
     orphaned: bool,
+}
+
+/// Where the sender writes its lists.
+struct Lists {
+    starts: Area,
+    entries: Area,
 }
 
 struct State {
     next: u64,
     flights: [Flight; SLOTS],
     builder: ListBuilder,
+    first_rows: FirstRows,
+}
+
+/// Where the peers say that their output rows for this rank begin; kept from exchange to exchange.
+struct FirstRows {
+    /// By expert position; with [`Reduction::PerRank`] by rank.
+    first: Vec<u32>,
+    /// Sums taken so far, by rank.
+    taken: Vec<u32>,
 }
 
 /// A handle for the exchanges of one MoE shape over one communicator. Two exchanges may be in flight.
@@ -110,7 +136,10 @@ pub struct Moe {
     config: MoeConfig,
     layout: MoeLayout,
     placement: Placement,
-    outboxes: Outboxes,
+    /// The words of this rank's outbox for the handle.
+    own: Words,
+    /// Every rank's outbox for the handle.
+    peers: Vec<Mapping>,
     state: RefCell<State>,
 }
 
@@ -131,10 +160,14 @@ impl Exchange<'_> {
 }
 
 /// Rows of this rank's outbox, to compute tokens in, so that [`Moe::dispatch_send_rows`] copies nothing.
+///
+/// Dropping them gives them back.
 pub struct InputRows<'m, E> {
     moe: &'m Moe,
     tokens: usize,
     epoch: u64,
+    /// `None` once they were given back.
+    rows: Option<Area>,
     element: PhantomData<E>,
 }
 
@@ -155,12 +188,21 @@ impl<E: Element> InputRows<'_, E> {
     /// When `token` is not below [`len`](Self::len).
     pub fn row(&mut self, token: usize) -> &mut [E] {
         assert!(token < self.tokens, "row {token} of {}", self.tokens);
-        let layout = &self.moe.layout;
-        let offset = layout.slot(self.epoch).rows + token * layout.stride;
-        // SAFETY: no exchange uses this slot (`claim` has seen to that), there is one `InputRows` at a time (it is consumed
-        // by the send that starts the exchange, and another one made meanwhile is for the same epoch, which the send checks),
-        // and `&mut self` makes the slice unique among this value's.
-        unsafe { self.moe.outboxes.own.slice_mut(offset, self.moe.config.hidden) }
+        let rows = self.rows.as_mut().expect("held until dropped");
+        rows.slice_mut(token * self.moe.layout.stride, self.moe.config.hidden)
+    }
+}
+
+impl<E> Drop for InputRows<'_, E> {
+    fn drop(&mut self) {
+        self.moe.state.borrow_mut().flight(self.epoch).rows = self.rows.take();
+    }
+}
+
+impl State {
+    /// The exchange that uses `epoch`'s slot.
+    fn flight(&mut self, epoch: u64) -> &mut Flight {
+        &mut self.flights[(epoch % SLOTS as u64) as usize]
     }
 }
 
@@ -173,7 +215,8 @@ impl Moe {
     pub fn new(comm: &Communicator, config: MoeConfig) -> Result<Self> {
         let comm = comm.inner.clone();
         config.check(comm.world_size)?;
-        let layout = MoeLayout::new(&config, comm.world_size);
+        let placement = Placement::new(&config, comm.world_size);
+        let layout = MoeLayout::new(&config, &placement, comm.world_size);
         let deadline = comm.deadline();
         let outboxes = {
             let mut star = comm.star();
@@ -187,19 +230,26 @@ impl Moe {
             fabric::check_memory("the MoE handle", layout.bytes, comm.world_size)?;
             fabric::exchange_segments(&mut star, &comm.config, Writers::Owner, layout.bytes, deadline)?
         };
-        let placement = Placement::new(&config, comm.world_size);
+        let (own, areas) = layout.split(outboxes.own);
         let local = placement.local(comm.rank).len();
-        let choices = config.max_tokens * config.topk;
-        let flights = std::array::from_fn(|_| Flight {
-            epoch: 0,
-            phase: Phase::Free,
-            tokens: 0,
-            choices: Vec::with_capacity(choices),
-            received: Some(Box::new(Received::new(comm.world_size, local))),
-            orphaned: false,
+        let flights = areas.map(|areas: [Area; AREAS]| {
+            let (received, SendAreas { starts, entries, rows }) = Received::new(comm.world_size, local, areas);
+            Flight {
+                epoch: 0,
+                phase: Phase::Free,
+                tokens: 0,
+                choices: Vec::with_capacity(config.max_tokens * config.topk),
+                lists: Lists { starts, entries },
+                rows: Some(rows),
+                received: Some(Box::new(received)),
+                orphaned: false,
+            }
         });
-        let state = State { next: 1, flights, builder: ListBuilder::new(config.experts) };
-        Ok(Moe { comm, config, layout, placement, outboxes, state: RefCell::new(state) })
+        let builder = ListBuilder::new(config.experts);
+        let first = vec![0; config.experts.max(comm.world_size)];
+        let first_rows = FirstRows { first, taken: vec![0; comm.world_size] };
+        let state = RefCell::new(State { next: 1, flights, builder, first_rows });
+        Ok(Moe { comm, config, layout, placement, own, peers: outboxes.peers, state })
     }
 
     /// The configuration.
@@ -230,16 +280,14 @@ impl Moe {
         routing: &Routing<'_, I>,
     ) -> Result<Exchange<'_>> {
         let epoch = self.claim()?;
-        self.send(epoch, routing, |count| {
+        self.send(epoch, routing, |count, rows| {
             self.check_rows("tokens", tokens, count)?;
-            let rows = self.layout.slot(epoch).rows;
-            let row_bytes = self.config.hidden * size_of::<E>();
-            let bytes: &[u8] = bytemuck::cast_slice(tokens);
-            if row_bytes == self.layout.stride {
-                self.outboxes.own.write(rows, bytes);
+            let (hidden, stride) = (self.config.hidden, self.layout.stride);
+            if hidden * size_of::<E>() == stride {
+                rows.slice_mut(0, tokens.len()).copy_from_slice(tokens);
             } else {
-                for (i, row) in bytes.chunks_exact(row_bytes).enumerate() {
-                    self.outboxes.own.write(rows + i * self.layout.stride, row);
+                for (i, token) in tokens.chunks_exact(hidden).enumerate() {
+                    rows.slice_mut(i * stride, hidden).copy_from_slice(token);
                 }
             }
             Ok(())
@@ -253,12 +301,17 @@ impl Moe {
     /// [`Error::TooManyInFlight`]; it blocks as [`dispatch_send`](Self::dispatch_send) does.
     pub fn input_rows<E: Element>(&self, tokens: usize) -> Result<InputRows<'_, E>> {
         let epoch = self.claim()?;
-        self.check_dtype::<E>("input_rows")
-            .and_then(|()| match tokens <= self.config.max_tokens {
-                true => Ok(InputRows { moe: self, tokens, epoch, element: PhantomData }),
-                false => Err(Error::TooManyTokens { given: tokens, limit: self.config.max_tokens }),
-            })
-            .inspect_err(|_| self.refuse(epoch))
+        let take = || {
+            self.check_dtype::<E>("input_rows")?;
+            if tokens > self.config.max_tokens {
+                return Err(Error::TooManyTokens { given: tokens, limit: self.config.max_tokens });
+            }
+            let expected = "the earlier input_rows to be sent or dropped first";
+            let rows = self.state.borrow_mut().flight(epoch).rows.take();
+            rows.ok_or(Error::WrongOrder { call: "input_rows", epoch, expected })
+        };
+        let rows = take().inspect_err(|_| self.refuse(epoch))?;
+        Ok(InputRows { moe: self, tokens, epoch, rows: Some(rows), element: PhantomData })
     }
 
     /// As [`dispatch_send`](Self::dispatch_send), for tokens that lie in the outbox already.
@@ -271,16 +324,15 @@ impl Moe {
         rows: InputRows<'m, E>,
         routing: &Routing<'_, I>,
     ) -> Result<Exchange<'m>> {
-        let epoch = self.claim()?;
+        let (epoch, tokens) = (self.claim()?, rows.tokens);
         if !std::ptr::eq(rows.moe, self) || rows.epoch != epoch {
             let expected = "rows from input_rows of the same handle, made for this exchange";
             return Err(Error::WrongOrder { call: "dispatch_send_rows", epoch, expected });
         }
-        self.send(epoch, routing, |count| match count == rows.tokens {
+        drop(rows);
+        self.send(epoch, routing, |count, _| match count == tokens {
             true => Ok(()),
-            false => {
-                Err(Error::Shape { what: "topk_ids / topk", given: count, expected: format!("{} (rows)", rows.tokens) })
-            }
+            false => Err(Error::Shape { what: "topk_ids / topk", given: count, expected: format!("{tokens} (rows)") }),
         })
     }
 
@@ -294,7 +346,7 @@ impl Moe {
         }
         let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > 0) else { return Ok(epoch) };
         for peer in 0..self.comm.world_size {
-            let word = self.outboxes.peers[peer].word64(self.layout.slot(previous).combined);
+            let word = self.peers[peer].word64(self.layout.slot(previous).combined);
             let what = Waiting { operation: Operation::DispatchSend, epoch, peer: Some(peer) };
             self.comm.wait(what, || epoch::reached(word, previous).then_some(()))?;
         }
@@ -305,18 +357,18 @@ impl Moe {
         &self,
         epoch: u64,
         routing: &Routing<'_, I>,
-        fill_rows: impl FnOnce(usize) -> Result<()>,
+        fill_rows: impl FnOnce(usize, &mut Area) -> Result<()>,
     ) -> Result<Exchange<'_>> {
         let sent = self.fill(epoch, routing, fill_rows);
         sent.inspect_err(|_| self.refuse(epoch))?;
-        epoch::publish(self.outboxes.own.word64(self.layout.dispatched), epoch);
+        epoch::publish(self.own.word64(self.layout.dispatched), epoch);
         self.comm.notify_all();
         Ok(Exchange { moe: self, epoch })
     }
 
     /// Tells the ranks that wait for this one's tokens that its input was bad.
     fn refuse(&self, epoch: u64) {
-        self.outboxes.own.word64(self.layout.refused).store(epoch, Release);
+        self.own.word64(self.layout.refused).store(epoch, Release);
         self.comm.notify_all();
     }
 
@@ -324,21 +376,20 @@ impl Moe {
         &self,
         epoch: u64,
         routing: &Routing<'_, I>,
-        fill_rows: impl FnOnce(usize) -> Result<()>,
+        fill_rows: impl FnOnce(usize, &mut Area) -> Result<()>,
     ) -> Result<()> {
-        let (config, own, slot) = (&self.config, &self.outboxes.own, self.layout.slot(epoch));
+        let config = &self.config;
         let tokens = routing.tokens(config.topk, config.max_tokens)?;
         let mut state = self.state.borrow_mut();
-        let State { next, flights, builder } = &mut *state;
+        let State { next, flights, builder, .. } = &mut *state;
         let flight = &mut flights[(epoch % SLOTS as u64) as usize];
-        // SAFETY: no exchange uses this slot (`claim`), and the two slices are disjoint areas of it that nothing else refers
-        // to until the epoch is published.
-        let (starts, entries) = unsafe {
-            (own.slice_mut(slot.starts, config.experts + 1), own.slice_mut::<Entry>(slot.entries, tokens * config.topk))
-        };
+        let expected = "the rows of input_rows to be sent or dropped first";
+        let rows = flight.rows.as_mut().ok_or(Error::WrongOrder { call: "dispatch_send", epoch, expected })?;
+        let starts = flight.lists.starts.slice_mut(0, config.experts + 1);
+        let entries = flight.lists.entries.slice_mut(0, tokens * config.topk);
         builder.build(routing, config.topk, &self.placement, starts, entries, &mut flight.choices)?;
-        fill_rows(tokens)?;
-        own.word32(slot.tokens).store(tokens as u32, Relaxed);
+        fill_rows(tokens, rows)?;
+        self.own.word32(self.layout.slot(epoch).tokens).store(tokens as u32, Relaxed);
         (flight.epoch, flight.phase, flight.tokens, flight.orphaned) = (epoch, Phase::Sent, tokens, false);
         *next = epoch + 1;
         self.comm.counters.tokens.fetch_add(tokens as u64, Relaxed);
@@ -351,7 +402,7 @@ impl Moe {
     /// [`Error::Timeout`], [`Error::PeerDied`] and the like name the rank that was waited for; [`Error::PeerRefused`] one
     /// whose input was bad. The call may be repeated.
     pub fn dispatch_recv<'m>(&'m self, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
-        let mut batch = self.dispatch_recv_by_source(sent)?;
+        let mut batch = self.start_batch("dispatch_recv", sent)?;
         match (0..self.comm.world_size).try_for_each(|source| batch.receive(source)) {
             Ok(()) => {
                 batch.complete();
@@ -364,13 +415,21 @@ impl Moe {
         }
     }
 
-    fn dispatch_recv_by_source<'m>(&'m self, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
-        let epoch =
-            self.check_exchange("dispatch_recv", sent, Phase::Sent, "dispatch_recv once, after dispatch_send")?;
+    /// As [`dispatch_recv`](Self::dispatch_recv), source by source in the order of arrival, so that work on the first tokens
+    /// begins while the last are still on their way. Never blocks: [`Arrivals::next_source`] does.
+    ///
+    /// # Errors
+    /// [`Error::WrongOrder`].
+    pub fn dispatch_recv_by_source<'m>(&'m self, sent: &Exchange<'m>) -> Result<Arrivals<'m>> {
+        Ok(Arrivals::new(self.start_batch("dispatch_recv_by_source", sent)?))
+    }
+
+    fn start_batch<'m>(&'m self, call: &'static str, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
+        let epoch = self.check_exchange(call, sent, Phase::Sent, "to be called once, after dispatch_send")?;
         let mut state = self.state.borrow_mut();
-        let flight = &mut state.flights[(epoch % SLOTS as u64) as usize];
-        let expected = "dispatch_recv once at a time";
-        let received = flight.received.take().ok_or(Error::WrongOrder { call: "dispatch_recv", epoch, expected })?;
+        let flight = state.flight(epoch);
+        let expected = "to be called once at a time";
+        let received = flight.received.take().ok_or(Error::WrongOrder { call, epoch, expected })?;
         flight.phase = Phase::Received;
         Ok(ExpertBatch::new(self, epoch, received))
     }
@@ -400,6 +459,15 @@ impl Moe {
         self.combine_send(batch)
     }
 
+    /// As [`combine_send`](Self::combine_send), with the sums formed by the engine, in [`ExpertBatch::sum_row`]s.
+    ///
+    /// # Errors
+    /// [`Error::WrongOrder`] for a batch of another handle, and without [`Reduction::PerRank`]; the exchange is then given up.
+    pub fn combine_send_sums(&self, mut batch: ExpertBatch<'_>) -> Result<()> {
+        batch.take_sums()?;
+        self.combine_send(batch)
+    }
+
     /// Receives the experts' outputs and writes `out[t] = sum over k of weight[t, k] * output[t, k]`, `[T, hidden]`, summed in
     /// f32 and rounded once. Tokens without experts get zeros. Blocks until the ranks that had tokens of this one have
     /// published.
@@ -409,81 +477,104 @@ impl Moe {
     /// waiting can meet. The exchange has ended then.
     pub fn combine_recv<E: Element>(&self, sent: Exchange<'_>, out: &mut [E]) -> Result<()> {
         let epoch = self.check_exchange("combine_recv", &sent, Phase::Combined, "combine_recv after combine_send")?;
-        let state = self.state.borrow();
-        let flight = &state.flights[(epoch % SLOTS as u64) as usize];
+        let mut state = self.state.borrow_mut();
+        let State { flights, first_rows, .. } = &mut *state;
+        let flight = &mut flights[(epoch % SLOTS as u64) as usize];
         self.check_rows("out", out, flight.tokens)?;
-        let bases = self.await_outputs(epoch, &flight.choices)?;
-        let topk = self.config.topk;
-        for (choices, out) in flight.choices.chunks_exact(topk).zip(out.chunks_exact_mut(self.config.hidden)) {
+        self.await_outputs(flight, first_rows)?;
+        let hidden = self.config.hidden;
+        for (choices, out) in flight.choices.chunks_exact(self.config.topk).zip(out.chunks_exact_mut(hidden)) {
             match self.config.reduction {
-                Reduction::PerExpert => self.sum_experts(epoch, &bases, choices, out)?,
-                Reduction::PerRank => self.sum_ranks(epoch, &bases, choices, out)?,
+                Reduction::PerExpert => self.sum_experts(epoch, first_rows, choices, out)?,
+                Reduction::PerRank => self.sum_ranks(epoch, first_rows, choices, out)?,
             }
         }
         self.comm.counters.exchanges.fetch_add(1, Relaxed);
         Ok(())
     }
 
-    /// Waits for every rank that had entries of this one; returns where its output rows for this rank begin.
-    fn await_outputs(&self, epoch: u64, choices: &[Choice]) -> Result<Vec<u32>> {
-        let mut bases = vec![NOWHERE; self.comm.world_size];
-        for choice in choices.iter().filter(|c| c.rank != NOWHERE) {
-            let peer = choice.rank as usize;
-            if bases[peer] != NOWHERE {
+    /// Waits for every rank that had entries of this one; notes where its output rows for this rank begin.
+    fn await_outputs(&self, flight: &mut Flight, first_rows: &mut FirstRows) -> Result<()> {
+        let (epoch, slot) = (flight.epoch, self.layout.slot(flight.epoch));
+        let starts = flight.lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
+        first_rows.taken.fill(0);
+        for (peer, outbox) in self.peers.iter().enumerate() {
+            let positions = self.placement.starts[peer]..self.placement.starts[peer + 1];
+            if starts[positions.start] == starts[positions.end] {
                 continue;
             }
-            let outbox = &self.outboxes.peers[peer];
-            let slot = self.layout.slot(epoch);
             let word = outbox.word64(slot.combined);
             let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
             self.comm.wait(what, || epoch::reached(word, epoch).then_some(()))?;
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
                 return Err(Error::PeerAbandoned { rank: peer, epoch });
             }
-            bases[peer] = outbox.word32(slot.bases + self.comm.rank * 4).load(Relaxed);
+            let first = match self.config.reduction {
+                Reduction::PerExpert => &mut first_rows.first[positions],
+                Reduction::PerRank => &mut first_rows.first[peer..peer + 1],
+            };
+            let at = self.comm.rank * self.layout.bases_per_source * 4;
+            outbox.row::<u32>(slot.bases.start + at, first.len()).copy_to(first);
         }
-        Ok(bases)
-    }
-
-    fn sum_experts<E: Element>(&self, epoch: u64, bases: &[u32], choices: &[Choice], out: &mut [E]) -> Result<()> {
-        let mut rows = [(std::ptr::null(), 0.0); config::MAX_TOPK];
-        let mut n = 0;
-        for choice in choices.iter().filter(|c| c.rank != NOWHERE) {
-            rows[n] = (self.output_at::<E>(epoch, bases, choice)?, choice.weight);
-            n += 1;
-        }
-        // SAFETY: `output_at` has checked that each row lies inside its mapping, which `self` keeps alive.
-        unsafe { kernels::weighted_sum(&rows[..n], out) };
         Ok(())
     }
 
-    /// One row per rank, ascending: the one that stands where the token's first entry there stood.
-    fn sum_ranks<E: Element>(&self, epoch: u64, bases: &[u32], choices: &[Choice], out: &mut [E]) -> Result<()> {
-        let mut firsts = [Choice { rank: NOWHERE, index: 0, weight: 1.0 }; config::MAX_TOPK];
+    fn sum_experts<E: Element>(
+        &self,
+        epoch: u64,
+        first_rows: &FirstRows,
+        choices: &[Choice],
+        out: &mut [E],
+    ) -> Result<()> {
+        let mut rows = [(Row::from(&[][..]), 0.0); MAX_TOPK];
         let mut n = 0;
-        for choice in choices.iter().filter(|c| c.rank != NOWHERE) {
-            match firsts[..n].iter_mut().find(|f| f.rank == choice.rank) {
-                Some(first) => first.index = first.index.min(choice.index),
-                None => {
-                    firsts[n] = Choice { weight: 1.0, ..*choice };
-                    n += 1;
-                }
-            }
+        for choice in choices.iter().filter(|c| c.position != NOWHERE) {
+            let rank = self.placement.rank[choice.position as usize] as usize;
+            let row = first_rows.first[choice.position as usize] as usize + choice.index as usize;
+            let area = (self.layout.slot(epoch).outputs.start, self.layout.output_rows);
+            rows[n] = (self.peer_row(rank, area, row)?, choice.weight);
+            n += 1;
         }
-        firsts[..n].sort_unstable_by_key(|f| f.rank);
-        self.sum_experts(epoch, bases, &firsts[..n], out)
+        kernels::weighted_sum(&rows[..n], out);
+        Ok(())
     }
 
-    /// The output row of one choice, in the memory of the rank that computed it.
-    fn output_at<E>(&self, epoch: u64, bases: &[u32], choice: &Choice) -> Result<*const E> {
-        let rank = choice.rank as usize;
-        let row = bases[rank] as usize + choice.index as usize;
-        if row >= self.layout.output_rows {
-            let limit = self.layout.output_rows as u64;
-            return Err(Error::Corrupt { rank, what: "an output row's index", value: row as u64, limit });
+    /// One row per rank, ascending. Each rank's sums are those of the tokens that have entries there, in order.
+    fn sum_ranks<E: Element>(
+        &self,
+        epoch: u64,
+        first_rows: &mut FirstRows,
+        choices: &[Choice],
+        out: &mut [E],
+    ) -> Result<()> {
+        let mut ranks = [0; MAX_TOPK];
+        let mut n = 0;
+        for choice in choices.iter().filter(|c| c.position != NOWHERE) {
+            let rank = self.placement.rank[choice.position as usize];
+            if !ranks[..n].contains(&rank) {
+                ranks[n] = rank;
+                n += 1;
+            }
         }
-        let offset = self.layout.slot(epoch).outputs + row * self.layout.stride;
-        Ok(self.outboxes.peers[rank].at(offset, self.layout.stride).cast())
+        ranks[..n].sort_unstable();
+        let mut rows = [(Row::from(&[][..]), 1.0); MAX_TOPK];
+        for (row, &rank) in rows.iter_mut().zip(&ranks[..n]) {
+            let taken = &mut first_rows.taken[rank as usize];
+            let at = first_rows.first[rank as usize] as usize + *taken as usize;
+            *taken += 1;
+            let area = (self.layout.slot(epoch).sums.start, self.layout.sum_rows);
+            row.0 = self.peer_row(rank as usize, area, at)?;
+        }
+        kernels::weighted_sum(&rows[..n], out);
+        Ok(())
+    }
+
+    /// Row `row` of an area (offset, rows) of a peer's outbox; `row` is what the peer says.
+    fn peer_row<E: Element>(&self, rank: usize, (start, rows): (usize, usize), row: usize) -> Result<Row<'_, E>> {
+        if row >= rows {
+            return Err(Error::Corrupt { rank, what: "an output row's index", value: row as u64, limit: rows as u64 });
+        }
+        Ok(self.peers[rank].row(start + row * self.layout.stride, self.config.hidden))
     }
 
     fn check_exchange(
@@ -521,8 +612,8 @@ impl Moe {
     /// Tells the peers that this rank's outputs of `epoch` will not come, and that its tokens may be overwritten.
     fn abandon(&self, epoch: u64) {
         let slot = self.layout.slot(epoch);
-        self.outboxes.own.word64(slot.abandoned).store(epoch, Release);
-        epoch::publish(self.outboxes.own.word64(slot.combined), epoch);
+        self.own.word64(slot.abandoned).store(epoch, Release);
+        epoch::publish(self.own.word64(slot.combined), epoch);
         self.comm.notify_all();
     }
 }
@@ -530,7 +621,7 @@ impl Moe {
 impl Drop for Exchange<'_> {
     fn drop(&mut self) {
         let mut state = self.moe.state.borrow_mut();
-        let flight = &mut state.flights[(self.epoch % SLOTS as u64) as usize];
+        let flight = state.flight(self.epoch);
         // A batch that is still out abandons for itself when it is dropped, or combines after all.
         let abandons = flight.phase == Phase::Sent;
         match flight.phase {

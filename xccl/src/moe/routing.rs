@@ -58,14 +58,14 @@ impl<'a, I: ExpertId> Routing<'a, I> {
 /// Where one choice of one token went.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Choice {
-    /// The rank that holds the expert, or [`NOWHERE`].
-    pub(super) rank: u32,
-    /// Index among this rank's entries for that rank.
+    /// The position of the expert in the order by rank, or [`NOWHERE`].
+    pub(super) position: u32,
+    /// Index among this rank's entries for that expert.
     pub(super) index: u32,
     pub(super) weight: f32,
 }
 
-/// The rank of a choice that names no expert.
+/// The position of a choice that names no expert.
 pub(super) const NOWHERE: u32 = u32::MAX;
 
 /// Memory for building lists, kept from exchange to exchange.
@@ -82,7 +82,7 @@ impl ListBuilder {
     }
 
     /// Fills `starts` (one per expert position and one more), `entries` (sorted by position, then token) and `choices` (one
-    /// per id). Nothing else has been changed when it fails.
+    /// per id). `choices` is all that has been changed when it fails.
     pub(super) fn build<I: ExpertId>(
         &mut self,
         routing: &Routing<'_, I>,
@@ -96,38 +96,42 @@ impl ListBuilder {
         self.cursor.fill(0);
         choices.clear();
         let experts = placement.position.len();
-        for (token, ids) in routing.ids.chunks_exact(topk).enumerate() {
+        for (token, (ids, weights)) in
+            routing.ids.chunks_exact(topk).zip(routing.weights.chunks_exact(topk)).enumerate()
+        {
+            let mark = token as u32 + 1;
             let active = routing.active.is_none_or(|a| a[token]);
-            for (k, id) in ids.iter().enumerate() {
+            for (k, (id, &weight)) in ids.iter().zip(weights).enumerate() {
                 let expert = id.to_i64();
-                let weight = routing.weights[token * topk + k];
                 if expert == -1 || !active {
-                    choices.push(Choice { rank: NOWHERE, index: 0, weight });
+                    choices.push(Choice { position: NOWHERE, index: 0, weight });
                     continue;
                 }
                 let position = usize::try_from(expert).ok().and_then(|e| placement.position.get(e));
                 let &position = position.ok_or(Error::ExpertOutOfRange { token, k, expert, experts })?;
-                if self.last_token[position as usize] == token as u32 + 1 {
+                let last = &mut self.last_token[position as usize];
+                if *last == mark {
                     return Err(Error::DuplicateExpert { token, k, expert });
                 }
-                self.last_token[position as usize] = token as u32 + 1;
-                self.cursor[position as usize] += 1;
-                // For now the position; the second pass turns it into an index.
-                choices.push(Choice { rank: placement.rank[position as usize], index: position, weight });
+                *last = mark;
+                let index = self.cursor[position as usize];
+                self.cursor[position as usize] = index + 1;
+                choices.push(Choice { position, index, weight });
             }
         }
         let mut at = 0;
-        for (cursor, start) in self.cursor.iter_mut().zip(starts.iter_mut()) {
+        for (cursor, start) in self.cursor.iter().zip(starts.iter_mut()) {
             *start = at;
-            at += *cursor;
-            *cursor = *start;
+            at += cursor;
         }
         starts[experts] = at;
-        for (i, choice) in choices.iter_mut().enumerate().filter(|(_, c)| c.rank != NOWHERE) {
-            let cursor = &mut self.cursor[choice.index as usize];
-            entries[*cursor as usize] = Entry { token: (i / topk) as u32, weight: choice.weight };
-            choice.index = *cursor - starts[placement.starts[choice.rank as usize]];
-            *cursor += 1;
+        // The lists are read from the cursor, not from `starts`: those lie in shared memory.
+        self.cursor.copy_from_slice(&starts[..experts]);
+        for (token, choices) in choices.chunks_exact(topk).enumerate() {
+            for choice in choices.iter().filter(|c| c.position != NOWHERE) {
+                let at = self.cursor[choice.position as usize] + choice.index;
+                entries[at as usize] = Entry { token: token as u32, weight: choice.weight };
+            }
         }
         Ok(())
     }
@@ -185,11 +189,11 @@ mod tests {
             prop_assert_eq!(&entries[..plain_entries.len()], &plain_entries[..]);
             for (i, choice) in choices.iter().enumerate() {
                 if ids[i] < 0 {
-                    prop_assert_eq!(choice.rank, NOWHERE);
+                    prop_assert_eq!(choice.position, NOWHERE);
                 } else {
-                    let rank = choice.rank as usize;
-                    prop_assert!(placement.local(rank).contains(&(ids[i] as usize)));
-                    let entry = entries[starts[placement.starts[rank]] as usize + choice.index as usize];
+                    let position = choice.position as usize;
+                    prop_assert_eq!(placement.expert[position], ids[i] as usize);
+                    let entry = entries[(starts[position] + choice.index) as usize];
                     prop_assert_eq!(entry, Entry { token: (i / topk) as u32, weight: i as f32 });
                 }
             }

@@ -2,11 +2,14 @@
 
 use std::fs::File;
 use std::io::BufReader;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use half::{bf16, f16};
+use memmap2::{Advice, MmapMut};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
@@ -42,7 +45,10 @@ pub struct MoeArgs {
     layout: Layout,
     /// Where the tokens are before the dispatch
     #[arg(long, value_enum, default_value = "copy")]
-    input: Input,
+    input: Place,
+    /// Where the experts' outputs are before the combine; in-place takes them from the outbox in any case
+    #[arg(long, value_enum, default_value = "copy")]
+    output: Place,
     /// Where sums are formed
     #[arg(long, value_enum, default_value = "per-rank")]
     reduction: Reduce,
@@ -67,7 +73,7 @@ enum Layout {
 
 #[derive(Clone, Copy, ValueEnum, Serialize, PartialEq)]
 #[serde(rename_all = "kebab-case")]
-enum Input {
+enum Place {
     /// In the caller's buffer: copied once
     Copy,
     /// In the outbox: not copied
@@ -77,8 +83,12 @@ enum Input {
 #[derive(Clone, Copy, ValueEnum, Serialize, PartialEq)]
 #[serde(rename_all = "kebab-case")]
 enum Reduce {
+    /// On the token's rank, one row per expert
     PerExpert,
+    /// On the experts' rank, then one row per rank on the token's
     PerRank,
+    /// As per-rank, the sums on the experts' rank being the engine's work
+    Engine,
 }
 
 #[derive(Clone)]
@@ -121,7 +131,8 @@ struct Point {
     experts: usize,
     dtype: String,
     layout: Layout,
-    input: Input,
+    input: Place,
+    output: Place,
     reduction: Reduce,
     dispatch_us: Percentiles,
     combine_us: Percentiles,
@@ -193,7 +204,7 @@ impl MoeArgs {
     fn point<E: Element>(&self, comm: &Communicator, tokens: &[usize], line_ns: Option<f64>) -> Result<Option<Point>> {
         let reduction = match self.reduction {
             Reduce::PerExpert => Reduction::PerExpert,
-            Reduce::PerRank => Reduction::PerRank,
+            Reduce::PerRank | Reduce::Engine => Reduction::PerRank,
         };
         let most = tokens.iter().copied().max().unwrap_or(0).max(1);
         let config = MoeConfig { reduction, ..MoeConfig::new(most, self.hidden, self.topk, self.experts, self.dtype) };
@@ -231,12 +242,17 @@ impl MoeArgs {
             dtype: self.dtype.to_string(),
             layout: self.layout,
             input: self.input,
+            output: self.output(),
             reduction: self.reduction,
             dispatch_us,
             combine_us,
             limit: Limit { dispatch_us: limit_dispatch.median, combine_us: limit_combine.median, line_ns },
             verified,
         }))
+    }
+
+    fn output(&self) -> Place {
+        if self.layout == Layout::InPlace || self.reduction == Reduce::Engine { Place::Outbox } else { self.output }
     }
 
     /// The ids of one rank: the same wherever they are computed.
@@ -294,27 +310,55 @@ fn value(rank: usize, token: usize, column: usize) -> f32 {
     ((rank * 31 + token * 7 + column) % 251) as f32 / 16.0 - 8.0
 }
 
+/// Zeros in huge pages, where the kernel gives them: what an engine would use, so that address translation is not measured.
+struct Buffer<E> {
+    memory: MmapMut,
+    elements: PhantomData<E>,
+}
+
+impl<E: Element> Buffer<E> {
+    fn new(elements: usize) -> Result<Self> {
+        let memory = MmapMut::map_anon((elements * size_of::<E>()).max(1)).context("reserving a buffer")?;
+        let _ = memory.advise(Advice::HugePage); // Without them it is just slower.
+        Ok(Buffer { memory, elements: PhantomData })
+    }
+}
+
+impl<E: Element> Deref for Buffer<E> {
+    type Target = [E];
+
+    fn deref(&self) -> &[E] {
+        bytemuck::cast_slice(&self.memory[..self.memory.len() / size_of::<E>() * size_of::<E>()])
+    }
+}
+
+impl<E: Element> DerefMut for Buffer<E> {
+    fn deref_mut(&mut self) -> &mut [E] {
+        let bytes = self.memory.len() / size_of::<E>() * size_of::<E>();
+        bytemuck::cast_slice_mut(&mut self.memory[..bytes])
+    }
+}
+
 /// One rank's buffers for one point.
 struct Run<'a, E> {
     args: &'a MoeArgs,
     comm: &'a Communicator,
     moe: &'a Moe,
-    tokens: Vec<E>,
+    tokens: Buffer<E>,
     ids: Vec<i32>,
     weights: Vec<f32>,
     /// Where the rows are copied to, and the experts' outputs are taken from.
-    rows: Vec<E>,
+    rows: Buffer<E>,
     capacity: usize,
-    out: Vec<E>,
-    /// Two in turn, like the outbox's slots: for the limit.
-    scratch: [Vec<E>; 2],
+    out: Buffer<E>,
+    /// Two in turn, like the outbox's slots, of as many rows as this rank sends or sums: for the limits.
+    scratch: [Buffer<E>; 2],
     round: usize,
 }
 
 impl<'a, E: Element> Run<'a, E> {
     fn new(args: &'a MoeArgs, comm: &'a Communicator, moe: &'a Moe, tokens: &[usize]) -> Result<Self> {
         let (hidden, mine) = (args.hidden, tokens[comm.rank()]);
-        let row = |t: usize| (0..hidden).map(move |c| E::from_f32(value(comm.rank(), t, c)));
         // Room for what this rank's experts are going to get, which every rank can work out.
         let local = moe.experts_of(comm.rank())?;
         let mut counts = vec![0usize; args.experts];
@@ -327,22 +371,34 @@ impl<'a, E: Element> Run<'a, E> {
             Layout::ExpertMajor => local.iter().map(|&e| counts[e]).sum(),
             Layout::Padded => local.len() * capacity,
         };
-        Ok(Run {
+        let scratch = || Buffer::new(tokens.iter().sum::<usize>().max(1) * hidden);
+        let mut run = Run {
             args,
             comm,
             moe,
-            tokens: (0..mine).flat_map(row).collect(),
+            tokens: Buffer::new(mine * hidden)?,
             ids: args.ids(comm.rank(), mine)?,
             weights: (0..mine * args.topk).map(weight).collect(),
-            rows: vec![E::from_f32(0.0); rows * hidden],
+            rows: Buffer::new(rows * hidden)?,
             capacity,
-            out: vec![E::from_f32(0.0); mine * hidden],
-            scratch: [vec![E::from_f32(1.0); mine * hidden], vec![E::from_f32(1.0); mine * hidden]],
+            out: Buffer::new(mine * hidden)?,
+            scratch: [scratch()?, scratch()?],
             round: 0,
-        })
+        };
+        for (t, token) in run.tokens.chunks_exact_mut(hidden).enumerate().take(mine) {
+            token.iter_mut().enumerate().for_each(|(c, x)| *x = E::from_f32(value(comm.rank(), t, c)));
+        }
+        // Pages are taken now, not in the first rounds.
+        run.scratch.iter_mut().chain([&mut run.rows, &mut run.out]).for_each(|buffer| buffer.fill(E::from_f32(1.0)));
+        Ok(run)
     }
 
-    fn copy_rows(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
+    /// This rank's tokens.
+    fn mine(&self) -> usize {
+        self.ids.len() / self.args.topk
+    }
+
+    fn copy_rows(&mut self, batch: &mut ExpertBatch<'_>) -> Result<()> {
         match self.args.layout {
             Layout::InPlace => Ok(()),
             Layout::ExpertMajor => Ok(batch.copy_into(&mut self.rows, 1)?),
@@ -353,14 +409,14 @@ impl<'a, E: Element> Run<'a, E> {
     /// Times of dispatch, combine, and their limits, in microseconds.
     fn iteration(&mut self) -> Result<[f64; 4]> {
         self.round += 1;
-        let (moe, comm, hidden) = (self.moe, self.comm, self.args.hidden);
+        let (moe, comm, hidden, mine) = (self.moe, self.comm, self.args.hidden, self.mine());
         let (ids, weights) = (self.ids.clone(), self.weights.clone());
         let routing = Routing::new(&ids, &weights);
         let mut input = None;
-        if self.args.input == Input::Outbox {
-            let mut rows = moe.input_rows::<E>(self.tokens.len() / hidden)?;
-            for t in 0..rows.len() {
-                rows.row(t).copy_from_slice(&self.tokens[t * hidden..(t + 1) * hidden]);
+        if self.args.input == Place::Outbox {
+            let mut rows = moe.input_rows::<E>(mine)?;
+            for (t, token) in self.tokens.chunks_exact(hidden).enumerate().take(mine) {
+                rows.row(t).copy_from_slice(token);
             }
             input = Some(rows);
         }
@@ -368,10 +424,10 @@ impl<'a, E: Element> Run<'a, E> {
         let (dispatch, (sent, mut batch)) = timed(|| {
             let sent = match input {
                 Some(rows) => moe.dispatch_send_rows(rows, &routing)?,
-                None => moe.dispatch_send(&self.tokens, &routing)?,
+                None => moe.dispatch_send(&self.tokens[..mine * hidden], &routing)?,
             };
-            let batch = moe.dispatch_recv(&sent)?;
-            self.copy_rows(&batch)?;
+            let mut batch = moe.dispatch_recv(&sent)?;
+            self.copy_rows(&mut batch)?;
             Ok((sent, batch))
         })?;
 
@@ -380,47 +436,56 @@ impl<'a, E: Element> Run<'a, E> {
         comm.barrier()?;
         let (limit_combine, ()) = timed(|| self.copy_as_combine(&batch))?;
 
-        // The experts' work: outputs are written afresh, by the core that would have computed them.
-        if self.args.layout == Layout::InPlace {
-            for i in 0..batch.len() {
-                // SAFETY: the senders keep the protocol: this program is all ranks.
-                let row = unsafe { batch.row_slice::<E>(i)? }.as_ptr();
-                // SAFETY: the row lies in another segment or slot area than the output row, and stays until the batch ends.
-                let row = unsafe { std::slice::from_raw_parts(row, hidden) };
-                batch.output_row::<E>(i)?.copy_from_slice(row);
-            }
-        } else {
-            self.copy_rows(&batch)?;
-        }
-        let outputs = match self.args.layout {
-            Layout::InPlace => None,
-            Layout::ExpertMajor => Some(self.rows.as_slice()),
-            Layout::Padded => {
-                let mut offset = 0;
-                for (e, &count) in batch.counts().iter().enumerate() {
-                    let (from, n) = (e * self.capacity * hidden, count as usize * hidden);
-                    self.rows.copy_within(from..from + n, offset);
-                    offset += n;
-                }
-                Some(&self.rows[..offset])
-            }
-        };
+        let outputs = self.work(&mut batch)?;
         comm.barrier()?;
         let (combine, ()) = timed(|| {
-            match outputs {
-                None => moe.combine_send(batch)?,
-                Some(outputs) => moe.combine_send_from(batch, outputs)?,
+            match (outputs, self.args.reduction) {
+                (Some(rows), _) => moe.combine_send_from(batch, &self.rows[..rows * hidden])?,
+                (None, Reduce::Engine) => moe.combine_send_sums(batch)?,
+                (None, _) => moe.combine_send(batch)?,
             }
-            Ok(moe.combine_recv(sent, &mut self.out)?)
+            Ok(moe.combine_recv(sent, &mut self.out[..mine * hidden])?)
         })?;
         Ok([dispatch, combine, limit_dispatch, limit_combine])
+    }
+
+    /// The experts' work: outputs are written afresh, by the core that would have computed them. Gives the number of rows where
+    /// they are in the caller's buffer.
+    fn work(&mut self, batch: &mut ExpertBatch<'_>) -> Result<Option<usize>> {
+        let (hidden, rows) = (self.args.hidden, batch.len());
+        if self.args.reduction == Reduce::Engine {
+            let first: Vec<usize> = batch.sums().filter_map(|sum| sum.rows().next()).map(|(row, _)| row).collect();
+            for (i, row) in first.into_iter().enumerate() {
+                batch.copy_row(row, &mut self.scratch[0][..hidden])?;
+                batch.sum_row::<E>(i)?.copy_from_slice(&self.scratch[0][..hidden]);
+            }
+            return Ok(None);
+        }
+        if self.args.output() == Place::Outbox {
+            for i in 0..rows {
+                batch.copy_row(i, &mut self.scratch[0][..hidden])?;
+                batch.output_row::<E>(i)?.copy_from_slice(&self.scratch[0][..hidden]);
+            }
+            return Ok(None);
+        }
+        self.copy_rows(batch)?;
+        if self.args.layout == Layout::Padded {
+            let mut offset = 0;
+            for (e, &count) in batch.counts().iter().enumerate() {
+                let (from, n) = (e * self.capacity * hidden, count as usize * hidden);
+                self.rows.copy_within(from..from + n, offset);
+                offset += n;
+            }
+        }
+        Ok(Some(rows))
     }
 
     /// Plain copies of the rows that a dispatch moves, between the same memories.
     fn copy_as_dispatch(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
         let hidden = self.args.hidden;
-        if self.args.input == Input::Copy {
-            self.scratch[self.round % 2].copy_from_slice(&self.tokens);
+        if self.args.input == Place::Copy {
+            let elements = self.mine() * hidden;
+            self.scratch[self.round % 2][..elements].copy_from_slice(&self.tokens[..elements]);
         }
         if self.args.layout != Layout::InPlace {
             for (i, to) in self.rows.chunks_exact_mut(hidden).enumerate().take(batch.len()) {
@@ -432,26 +497,33 @@ impl<'a, E: Element> Run<'a, E> {
         Ok(())
     }
 
-    /// Plain copies of as many rows as a combine reads, from the peers' freshly written memory, into the result's rows.
+    /// Plain copies of as many rows as a combine reads: the experts' outputs, where this rank sums or hands them over, and what
+    /// comes back from the peers' memory, into as many rows as are written.
     fn copy_as_combine(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
-        let hidden = self.args.hidden;
-        let mut places = std::iter::repeat_with(|| ()).take(batch.len());
-        let tokens = (self.out.len() / hidden).max(1);
-        let reads = match self.args.reduction {
-            Reduce::PerExpert => batch.len(),
+        let (hidden, mine, rows) = (self.args.hidden, self.mine(), batch.len());
+        let sums = (mine * self.comm.world_size()).min(rows);
+        let handed_over = self.args.output() == Place::Copy || self.args.reduction == Reduce::PerRank;
+        let (written, back) = match self.args.reduction {
+            Reduce::PerExpert => (rows, rows),
             // One row per token and rank that holds some of its experts.
-            Reduce::PerRank => (tokens * self.comm.world_size()).min(batch.len()),
+            Reduce::PerRank | Reduce::Engine => (sums, sums),
         };
-        for i in 0..reads {
-            places.next();
-            let at = i * tokens / reads.max(1) * hidden;
-            // SAFETY: the senders keep the protocol: this program is all ranks.
-            let row = unsafe { batch.row_slice::<E>(i * batch.len() / reads)? };
-            if let Some(to) = self.out.get_mut(at..at + hidden) {
-                to.copy_from_slice(row);
+        if handed_over {
+            let room = self.scratch[0].len() / hidden;
+            for i in 0..rows {
+                let at = i * written / rows % room * hidden;
+                let to = &mut self.scratch[self.round % 2][at..at + hidden];
+                match self.rows.get(i * hidden..(i + 1) * hidden) {
+                    Some(row) => to.copy_from_slice(row),
+                    None => batch.copy_row(i, to)?,
+                }
             }
         }
-        std::hint::black_box(&mut self.out);
+        for i in 0..back {
+            let at = i * mine / back * hidden;
+            batch.copy_row(i * rows / back, &mut self.out[at..at + hidden])?;
+        }
+        std::hint::black_box((&mut self.out, &mut self.scratch));
         Ok(())
     }
 
@@ -459,7 +531,8 @@ impl<'a, E: Element> Run<'a, E> {
     fn verify(&mut self, tokens: &[usize]) -> Result<bool> {
         let (moe, hidden, topk) = (self.moe, self.args.hidden, self.args.topk);
         let routing = Routing::new(&self.ids, &self.weights);
-        let sent = moe.dispatch_send(&self.tokens, &routing)?;
+        let mine = self.mine();
+        let sent = moe.dispatch_send(&self.tokens[..mine * hidden], &routing)?;
         let mut batch = moe.dispatch_recv(&sent)?;
         let mut expected = vec![];
         for &expert in batch.local_experts() {
@@ -491,10 +564,16 @@ impl<'a, E: Element> Run<'a, E> {
                 *y = E::from_f32(x.to_f32() * scale);
             }
         }
-        moe.combine_send(batch)?;
+        match self.args.reduction {
+            Reduce::Engine => {
+                self.form_sums(&mut batch)?;
+                moe.combine_send_sums(batch)?;
+            }
+            _ => moe.combine_send(batch)?,
+        }
         self.out.fill(E::from_f32(f32::NAN));
-        moe.combine_recv(sent, &mut self.out)?;
-        for t in 0..self.out.len() / hidden {
+        moe.combine_recv(sent, &mut self.out[..mine * hidden])?;
+        for t in 0..mine {
             for c in 0..hidden {
                 let expected = self.expected_sum(t, c)?;
                 let found = self.out[t * hidden + c];
@@ -507,6 +586,19 @@ impl<'a, E: Element> Run<'a, E> {
             }
         }
         Ok(true)
+    }
+
+    /// What `Reduction::PerRank` asks of an engine that forms the sums, in the plainest way.
+    fn form_sums(&self, batch: &mut ExpertBatch<'_>) -> Result<()> {
+        let sums: Vec<Vec<(usize, f32)>> = batch.sums().map(|sum| sum.rows().collect()).collect();
+        for (i, rows) in sums.into_iter().enumerate() {
+            let mut sum = vec![0.0f32; self.args.hidden];
+            for (row, weight) in rows {
+                sum.iter_mut().zip(batch.output_row::<E>(row)?).for_each(|(s, y)| *s += weight * y.to_f32());
+            }
+            batch.sum_row::<E>(i)?.iter_mut().zip(sum).for_each(|(y, s)| *y = E::from_f32(s));
+        }
+        Ok(())
     }
 
     fn expected_sum(&self, t: usize, c: usize) -> Result<E> {

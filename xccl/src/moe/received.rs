@@ -1,0 +1,314 @@
+//! The receiver's side of a slot: the lists that came, and the areas that answers are written to.
+
+use super::config::MAX_TOPK;
+use super::kernels;
+use super::layout::{AREAS, Entry, MoeLayout, SlotLayout};
+use crate::dtype::Element;
+use crate::memory::area::Area;
+use crate::memory::row::Row;
+
+/// Lists copied out of the senders' memory and checked; kept from exchange to exchange.
+pub(super) struct Received {
+    world_size: usize,
+    local: usize,
+    /// `[source][local expert]`, and one more per source: indices into `entries`.
+    pub(super) starts: Vec<u32>,
+    /// Source by source in the order of arrival; of each one by local expert, then token.
+    pub(super) entries: Vec<Entry>,
+    /// Which sources have come.
+    arrived: Vec<bool>,
+    /// Rows per local expert.
+    pub(super) counts: Vec<u32>,
+    /// Prefix sums of `counts`.
+    pub(super) offsets: Vec<u32>,
+    /// `[local expert][source]`, and one more: rows of the batch before those.
+    pub(super) runs: Vec<u32>,
+    /// The same entries by source and token, made when somebody needs them.
+    by_token: ByToken,
+    /// This rank's expert outputs.
+    pub(super) outputs: Area,
+    /// This rank's sums.
+    pub(super) sums: Area,
+    /// Where each source finds its rows.
+    bases: Area,
+}
+
+/// The entries of each token of each source.
+#[derive(Default)]
+struct ByToken {
+    ready: bool,
+    tokens: Vec<Span>,
+    /// Entries, in each span in ascending order, hence by local expert.
+    entries: Vec<u32>,
+    /// Per token of one source: its entries, while they are counted.
+    counts: Vec<u32>,
+    /// Per entry: its row in the batch's order.
+    rows: Vec<u32>,
+}
+
+/// The entries of one token of one source: `first..end` in [`ByToken::entries`].
+#[derive(Clone, Copy)]
+pub(super) struct Span {
+    pub(super) source: u32,
+    pub(super) token: u32,
+    first: u32,
+    end: u32,
+}
+
+/// The sender's areas of a slot.
+pub(super) struct SendAreas {
+    pub(super) starts: Area,
+    pub(super) entries: Area,
+    pub(super) rows: Area,
+}
+
+impl Received {
+    /// Shares a slot's areas between its two sides.
+    pub(super) fn new(world_size: usize, local: usize, areas: [Area; AREAS]) -> (Self, SendAreas) {
+        let [starts, entries, bases, rows, outputs, sums] = areas;
+        let received = Received {
+            world_size,
+            local,
+            starts: vec![0; world_size * (local + 1)],
+            entries: vec![],
+            arrived: vec![false; world_size],
+            counts: vec![0; local],
+            offsets: vec![0; local + 1],
+            runs: vec![0; local * world_size + 1],
+            by_token: ByToken::default(),
+            outputs,
+            sums,
+            bases,
+        };
+        (received, SendAreas { starts, entries, rows })
+    }
+
+    /// Forgets the last exchange.
+    pub(super) fn clear(&mut self) {
+        self.entries.clear();
+        self.arrived.fill(false);
+        self.by_token.ready = false;
+    }
+
+    pub(super) fn has(&self, source: usize) -> bool {
+        self.arrived[source]
+    }
+
+    pub(super) fn arrive(&mut self, source: usize) {
+        self.arrived[source] = true;
+    }
+
+    /// Entries of `source` for local expert `expert`.
+    pub(super) fn range(&self, source: usize, expert: usize) -> std::ops::Range<usize> {
+        let at = source * (self.local + 1) + expert;
+        self.starts[at] as usize..self.starts[at + 1] as usize
+    }
+
+    /// All entries of `source`.
+    pub(super) fn entries_of(&self, source: usize) -> std::ops::Range<usize> {
+        let at = source * (self.local + 1);
+        self.starts[at] as usize..self.starts[at + self.local] as usize
+    }
+
+    /// Brings the rows of all sources into the batch's order.
+    pub(super) fn order(&mut self) {
+        let (local, world_size) = (self.local, self.world_size);
+        let mut rows = 0;
+        for (expert, runs) in self.runs[..local * world_size].chunks_exact_mut(world_size).enumerate() {
+            self.offsets[expert] = rows;
+            for (run, starts) in runs.iter_mut().zip(self.starts.chunks_exact(local + 1)) {
+                *run = rows;
+                rows += starts[expert + 1] - starts[expert];
+            }
+            self.counts[expert] = rows - self.offsets[expert];
+        }
+        self.offsets[local] = rows;
+        self.runs[local * world_size] = rows;
+    }
+
+    /// Tells the sources where they find their rows: in the batch's order, or in that of the entries.
+    pub(super) fn write_bases(&mut self, layout: &MoeLayout, slot: &SlotLayout, in_order: bool) {
+        let per_source = layout.bases_per_source;
+        let bases = self.bases.slice_mut::<u32>(0, slot.bases.len() / 4);
+        for (source, bases) in bases.chunks_exact_mut(per_source).enumerate() {
+            for (expert, base) in bases[..self.local].iter_mut().enumerate() {
+                *base = match in_order {
+                    true => self.runs[expert * self.world_size + source],
+                    false => self.starts[source * (self.local + 1) + expert],
+                };
+            }
+        }
+    }
+
+    /// Tells the sources where their sums begin.
+    pub(super) fn write_sum_bases(&mut self, layout: &MoeLayout, slot: &SlotLayout) {
+        self.index_tokens();
+        let (world_size, per_source) = (self.world_size, layout.bases_per_source);
+        let bases = self.bases.slice_mut::<u32>(0, slot.bases.len() / 4);
+        for (source, bases) in bases.chunks_exact_mut(per_source).enumerate().take(world_size) {
+            bases[0] = self.by_token.tokens.partition_point(|span| (span.source as usize) < source) as u32;
+        }
+    }
+
+    /// Sorts the entries by source and token, unless that was done.
+    pub(super) fn index_tokens(&mut self) {
+        let mut by_token = std::mem::take(&mut self.by_token);
+        if !by_token.ready {
+            by_token.fill(self);
+            by_token.ready = true;
+        }
+        self.by_token = by_token;
+    }
+
+    /// Forms each token's weighted sum over this rank's experts, in ascending order, from outputs in the batch's order.
+    pub(super) fn sum_buffer<E: Element>(&mut self, outputs: &[E], hidden: usize, stride: usize) {
+        self.index_tokens();
+        let Received { by_token, entries, sums, .. } = self;
+        by_token.sum(entries, sums, hidden, stride, |_, row| Row::from(&outputs[row * hidden..(row + 1) * hidden]));
+    }
+
+    /// As [`sum_buffer`](Self::sum_buffer), from the outputs in the outbox, in the batch's order or in that of the entries.
+    pub(super) fn sum_outbox<E: Element>(&mut self, in_order: bool, hidden: usize, stride: usize) {
+        self.index_tokens();
+        let Received { by_token, entries, outputs, sums, .. } = self;
+        let output = |entry, row| outputs.row::<E>(if in_order { row } else { entry } * stride, hidden);
+        by_token.sum(entries, sums, hidden, stride, output);
+    }
+
+    /// The tokens that have entries here, by source, then token: after [`index_tokens`](Self::index_tokens).
+    pub(super) fn tokens(&self) -> &[Span] {
+        &self.by_token.tokens
+    }
+
+    /// The entries of one of them, ascending, hence by local expert.
+    pub(super) fn entries_at(&self, span: &Span) -> &[u32] {
+        &self.by_token.entries[span.first as usize..span.end as usize]
+    }
+
+    /// The row of an entry in the batch's order: after [`index_tokens`](Self::index_tokens).
+    pub(super) fn row_of(&self, entry: u32) -> u32 {
+        self.by_token.rows[entry as usize]
+    }
+}
+
+impl ByToken {
+    /// `output(entry, row)` is the output of an entry, which is a row of the batch.
+    fn sum<'o, E: Element>(
+        &self,
+        entries: &[Entry],
+        sums: &mut Area,
+        hidden: usize,
+        stride: usize,
+        output: impl Fn(usize, usize) -> Row<'o, E>,
+    ) {
+        let mut rows = Vec::with_capacity(MAX_TOPK);
+        for (i, span) in self.tokens.iter().enumerate() {
+            rows.clear();
+            rows.extend(self.entries[span.first as usize..span.end as usize].iter().map(|&entry| {
+                let entry = entry as usize;
+                (output(entry, self.rows[entry] as usize), entries[entry].weight)
+            }));
+            kernels::weighted_sum(&rows, sums.slice_mut(i * stride, hidden));
+        }
+    }
+
+    fn fill(&mut self, received: &Received) {
+        let total = received.entries.len();
+        self.tokens.clear();
+        self.entries.resize(total, 0);
+        self.rows.resize(total, 0);
+        let mut at = 0;
+        for source in 0..received.world_size {
+            let range = received.entries_of(source);
+            let entries = &received.entries[range.clone()];
+            let tokens = entries.iter().fold(0, |most, e| most.max(e.token as usize + 1));
+            self.counts.clear();
+            self.counts.resize(tokens, 0);
+            entries.iter().for_each(|e| self.counts[e.token as usize] += 1);
+            for (token, count) in self.counts.iter_mut().enumerate().filter(|(_, count)| **count > 0) {
+                let (first, end) = (at, at + *count);
+                self.tokens.push(Span { source: source as u32, token: token as u32, first, end });
+                *count = first;
+                at = end;
+            }
+            for (entry, e) in range.zip(entries) {
+                let cursor = &mut self.counts[e.token as usize];
+                self.entries[*cursor as usize] = entry as u32;
+                *cursor += 1;
+            }
+            for expert in 0..received.local {
+                let run = received.runs[expert * received.world_size + source];
+                for (row, entry) in (run..).zip(received.range(source, expert)) {
+                    self.rows[entry] = row;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+    use crate::memory::area;
+    use crate::memory::segment::{MemoryFlavour, OwnSegment, Writers};
+    use crate::moe::MoeConfig;
+    use crate::moe::placement::Placement;
+    use proptest::prelude::*;
+
+    fn received(world: usize, local: usize) -> Received {
+        let config = MoeConfig::new(4, 8, 1, world * local, DType::F32);
+        let layout = MoeLayout::new(&config, &Placement::new(&config, world), world);
+        let mapping = OwnSegment::create(MemoryFlavour::Memfd, Writers::Owner, layout.bytes, false).unwrap().mapping;
+        Received::new(world, local, area::split(mapping, layout.slot(0).areas()).1).0
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn the_orders_agree_with_a_plain_reference(
+            // Per source and local expert, which of eight tokens it is to work on; and the order of arrival.
+            (local, lists, order) in (1usize..5, 1usize..5).prop_flat_map(|(local, world)| (
+                Just(local),
+                prop::collection::vec(prop::collection::vec(prop::collection::btree_set(0u32..8, 0..8), local), world),
+                Just((0..world).collect::<Vec<_>>()).prop_shuffle(),
+            ))
+        ) {
+            let world = lists.len();
+            let mut received = received(world, local);
+            received.clear();
+            for &source in &order {
+                for (expert, tokens) in lists[source].iter().enumerate() {
+                    received.starts[source * (local + 1) + expert] = received.entries.len() as u32;
+                    received.entries.extend(tokens.iter().map(|&token| Entry { token, weight: 0.0 }));
+                }
+                received.starts[source * (local + 1) + local] = received.entries.len() as u32;
+            }
+            received.order();
+            received.index_tokens();
+
+            let mut in_order = vec![];
+            for expert in 0..local {
+                prop_assert_eq!(received.offsets[expert] as usize, in_order.len());
+                for (source, lists) in lists.iter().enumerate() {
+                    in_order.extend(lists[expert].iter().map(|&token| (expert, source, token)));
+                }
+            }
+            let mut by_token = vec![];
+            for source in 0..world {
+                for token in 0..8 {
+                    let rows: Vec<usize> =
+                        (0..in_order.len()).filter(|&i| (in_order[i].1, in_order[i].2) == (source, token)).collect();
+                    if !rows.is_empty() {
+                        by_token.push((source as u32, token, rows));
+                    }
+                }
+            }
+            let found: Vec<_> = received.tokens().iter().map(|span| {
+                let rows = received.entries_at(span).iter().map(|&e| received.row_of(e) as usize).collect::<Vec<_>>();
+                (span.source, span.token, rows)
+            }).collect();
+            prop_assert_eq!(found, by_token);
+        }
+    }
+}
