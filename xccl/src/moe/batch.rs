@@ -143,19 +143,19 @@ impl<'m> ExpertBatch<'m> {
             return corrupt("the end of a list", starts[local], all);
         }
         let (begin, count) = (starts[0], (starts[local] - starts[0]) as usize);
-        let base = received.entries.len();
+        let base = received.len;
         if base + count > moe.layout.output_rows {
             return Err(Error::TooManyExpertRows { rows: base + count, limit: moe.layout.output_rows, epoch });
         }
         starts.iter_mut().for_each(|s| *s = *s - begin + base as u32);
-        received.entries.resize(base + count, Entry::default());
-        let entries = &mut received.entries[base..];
+        received.entries.resize(received.entries.len().max(base + count), Entry::default());
+        let entries = &mut received.entries[base..base + count];
         outbox.read_into(slot.entries.start + begin as usize * size_of::<Entry>(), entries);
         let largest = entries.iter().fold(0, |most, e| most.max(e.token));
         if count > 0 && largest >= tokens {
-            received.entries.truncate(base);
             return corrupt("a token's index", largest, tokens as usize);
         }
+        received.len += count;
         received.arrive(source);
         Ok(())
     }
@@ -204,7 +204,7 @@ impl<'m> ExpertBatch<'m> {
 
     /// The number of rows.
     pub fn len(&self) -> usize {
-        self.received().entries.len()
+        self.received().len
     }
 
     /// Whether there are none.
@@ -233,16 +233,8 @@ impl<'m> ExpertBatch<'m> {
     /// When `i` is not below [`len`](Self::len).
     pub fn row(&self, i: usize) -> BatchRow {
         assert!(i < self.len(), "row {i} of {}", self.len());
-        let (expert, source, entry) = self.locate(i);
+        let (expert, source, entry) = self.received().locate(i);
         self.describe(expert, source, entry)
-    }
-
-    /// The local expert, the source and the entry of row `i`.
-    fn locate(&self, i: usize) -> (usize, usize, usize) {
-        let (received, sources) = (self.received(), self.moe.comm.world_size);
-        let run = received.runs.partition_point(|&before| before as usize <= i) - 1;
-        let (expert, source) = (run / sources, run % sources);
-        (expert, source, received.range(source, expert).start + (i - received.runs[run] as usize))
     }
 
     /// All rows, in order.
@@ -313,7 +305,7 @@ impl<'m> ExpertBatch<'m> {
 
     /// The row of the outbox for the output of row `i`.
     fn output_index(&self, i: usize) -> usize {
-        if self.outputs == Outputs::AsArrived { self.locate(i).2 } else { i }
+        if self.outputs == Outputs::AsArrived { self.received().locate(i).2 } else { i }
     }
 
     fn output<E: Element>(&mut self, row: usize) -> &mut [E] {

@@ -38,7 +38,7 @@ use layout::{AREAS, MoeLayout, SLOTS};
 use placement::Placement;
 use received::{Received, SendAreas};
 pub use routing::Routing;
-use routing::{Choice, ListBuilder, NOWHERE};
+use routing::{Choice, ListBuilder, NONE};
 
 use crate::comm::Communicator;
 use crate::comm::inner::CommInner;
@@ -95,10 +95,12 @@ struct State {
 
 /// Where the peers say that their output rows for this rank begin; kept from exchange to exchange.
 struct FirstRows {
-    /// By expert position; with [`Reduction::PerRank`] by rank.
+    /// By expert; with [`Reduction::PerRank`] by rank.
     first: Vec<u32>,
     /// Sums taken so far, by rank.
     taken: Vec<u32>,
+    /// What one peer says, before it is put in its places.
+    copied: Vec<u32>,
 }
 
 /// A handle for the exchanges of one MoE shape over one communicator. Two exchanges may be in flight.
@@ -247,7 +249,7 @@ impl Moe {
         });
         let builder = ListBuilder::new(config.experts);
         let first = vec![0; config.experts.max(comm.world_size)];
-        let first_rows = FirstRows { first, taken: vec![0; comm.world_size] };
+        let first_rows = FirstRows { first, taken: vec![0; comm.world_size], copied: vec![0; config.experts] };
         let state = RefCell::new(State { next: 1, flights, builder, first_rows });
         Ok(Moe { comm, config, layout, placement, own, peers: outboxes.peers, state })
     }
@@ -385,10 +387,10 @@ impl Moe {
         let flight = &mut flights[(epoch % SLOTS as u64) as usize];
         let expected = "the rows of input_rows to be sent or dropped first";
         let rows = flight.rows.as_mut().ok_or(Error::WrongOrder { call: "dispatch_send", epoch, expected })?;
-        let starts = flight.lists.starts.slice_mut(0, config.experts + 1);
-        let entries = flight.lists.entries.slice_mut(0, tokens * config.topk);
-        builder.build(routing, config.topk, &self.placement, starts, entries, &mut flight.choices)?;
+        let (starts, entries) = builder.build(routing, config.topk, &self.placement, &mut flight.choices)?;
         fill_rows(tokens, rows)?;
+        flight.lists.starts.slice_mut(0, starts.len()).copy_from_slice(starts);
+        flight.lists.entries.slice_mut(0, entries.len()).copy_from_slice(entries);
         self.own.word32(self.layout.slot(epoch).tokens).store(tokens as u32, Relaxed);
         (flight.epoch, flight.phase, flight.tokens, flight.orphaned) = (epoch, Phase::Sent, tokens, false);
         *next = epoch + 1;
@@ -509,12 +511,16 @@ impl Moe {
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
                 return Err(Error::PeerAbandoned { rank: peer, epoch });
             }
-            let first = match self.config.reduction {
-                Reduction::PerExpert => &mut first_rows.first[positions],
-                Reduction::PerRank => &mut first_rows.first[peer..peer + 1],
-            };
-            let at = self.comm.rank * self.layout.bases_per_source * 4;
-            outbox.row::<u32>(slot.bases.start + at, first.len()).copy_to(first);
+            let at = slot.bases.start + self.comm.rank * self.layout.bases_per_source * 4;
+            match self.config.reduction {
+                Reduction::PerExpert => {
+                    let experts = &self.placement.expert[positions];
+                    let copied = &mut first_rows.copied[..experts.len()];
+                    outbox.row(at, copied.len()).copy_to(copied);
+                    experts.iter().zip(copied).for_each(|(&expert, row)| first_rows.first[expert] = *row);
+                }
+                Reduction::PerRank => outbox.row(at, 1).copy_to(&mut first_rows.first[peer..peer + 1]),
+            }
         }
         Ok(())
     }
@@ -528,9 +534,9 @@ impl Moe {
     ) -> Result<()> {
         let mut rows = [(Row::from(&[][..]), 0.0); MAX_TOPK];
         let mut n = 0;
-        for choice in choices.iter().filter(|c| c.position != NOWHERE) {
-            let rank = self.placement.rank[choice.position as usize] as usize;
-            let row = first_rows.first[choice.position as usize] as usize + choice.index as usize;
+        for choice in choices.iter().filter(|c| c.expert != NONE) {
+            let rank = self.placement.rank[choice.expert as usize] as usize;
+            let row = first_rows.first[choice.expert as usize] as usize + choice.index as usize;
             let area = (self.layout.slot(epoch).outputs.start, self.layout.output_rows);
             rows[n] = (self.peer_row(rank, area, row)?, choice.weight);
             n += 1;
@@ -549,8 +555,8 @@ impl Moe {
     ) -> Result<()> {
         let mut ranks = [0; MAX_TOPK];
         let mut n = 0;
-        for choice in choices.iter().filter(|c| c.position != NOWHERE) {
-            let rank = self.placement.rank[choice.position as usize];
+        for choice in choices.iter().filter(|c| c.expert != NONE) {
+            let rank = self.placement.rank[choice.expert as usize];
             if !ranks[..n].contains(&rank) {
                 ranks[n] = rank;
                 n += 1;

@@ -7,11 +7,9 @@ use super::MoeConfig;
 
 /// The order of experts by rank.
 pub(super) struct Placement {
-    /// Position of each expert in the order.
-    pub(super) position: Vec<u32>,
     /// The expert at each position.
     pub(super) expert: Vec<usize>,
-    /// The rank of each position.
+    /// The rank of each expert.
     pub(super) rank: Vec<u32>,
     /// Where each rank's part begins; one more entry for the end.
     pub(super) starts: Vec<usize>,
@@ -27,11 +25,9 @@ impl Placement {
         let rank_of = |expert: usize| config.placement.as_ref().map_or_else(|| even(expert), |p| p[expert]);
         let mut expert: Vec<usize> = (0..config.experts).collect();
         expert.sort_by_key(|&e| (rank_of(e), e));
-        let rank: Vec<u32> = expert.iter().map(|&e| rank_of(e) as u32).collect();
-        let starts = (0..=world_size).map(|r| rank.partition_point(|&x| (x as usize) < r)).collect();
-        let mut position = vec![0; config.experts];
-        expert.iter().enumerate().for_each(|(at, &e)| position[e] = at as u32);
-        Placement { position, expert, rank, starts }
+        let starts = (0..=world_size).map(|r| expert.partition_point(|&e| rank_of(e) < r)).collect();
+        let rank = (0..config.experts).map(|e| rank_of(e) as u32).collect();
+        Placement { expert, rank, starts }
     }
 
     /// The global ids of `rank`'s experts.

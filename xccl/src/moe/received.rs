@@ -21,8 +21,10 @@ pub(super) struct Received {
     pub(super) counts: Vec<u32>,
     /// Prefix sums of `counts`.
     pub(super) offsets: Vec<u32>,
-    /// `[local expert][source]`, and one more: rows of the batch before those.
-    pub(super) runs: Vec<u32>,
+    /// `[source][local expert]`: rows of the batch before those.
+    runs: Vec<u32>,
+    /// How many of `entries` count.
+    pub(super) len: usize,
     /// The same entries by source and token, made when somebody needs them.
     by_token: ByToken,
     /// This rank's expert outputs.
@@ -74,7 +76,8 @@ impl Received {
             arrived: vec![false; world_size],
             counts: vec![0; local],
             offsets: vec![0; local + 1],
-            runs: vec![0; local * world_size + 1],
+            runs: vec![0; local * world_size],
+            len: 0,
             by_token: ByToken::default(),
             outputs,
             sums,
@@ -85,7 +88,7 @@ impl Received {
 
     /// Forgets the last exchange.
     pub(super) fn clear(&mut self) {
-        self.entries.clear();
+        self.len = 0;
         self.arrived.fill(false);
         self.by_token.ready = false;
     }
@@ -112,18 +115,38 @@ impl Received {
 
     /// Brings the rows of all sources into the batch's order.
     pub(super) fn order(&mut self) {
-        let (local, world_size) = (self.local, self.world_size);
-        let mut rows = 0;
-        for (expert, runs) in self.runs[..local * world_size].chunks_exact_mut(world_size).enumerate() {
-            self.offsets[expert] = rows;
-            for (run, starts) in runs.iter_mut().zip(self.starts.chunks_exact(local + 1)) {
-                *run = rows;
-                rows += starts[expert + 1] - starts[expert];
-            }
-            self.counts[expert] = rows - self.offsets[expert];
+        let Received { local, starts, counts, offsets, runs, .. } = self;
+        if *local == 0 {
+            return;
         }
-        self.offsets[local] = rows;
-        self.runs[local * world_size] = rows;
+        counts.fill(0);
+        for starts in starts.chunks_exact(*local + 1) {
+            counts.iter_mut().zip(starts.windows(2)).for_each(|(count, s)| *count += s[1] - s[0]);
+        }
+        let mut rows = 0;
+        for (offset, count) in offsets.iter_mut().zip(counts.iter()) {
+            *offset = rows;
+            rows += count;
+        }
+        offsets[*local] = rows;
+        runs[..*local].copy_from_slice(&offsets[..*local]);
+        for (source, starts) in starts.chunks_exact(*local + 1).enumerate().take(self.world_size - 1) {
+            let (before, after) = runs[source * *local..].split_at_mut(*local);
+            for ((after, before), s) in after.iter_mut().zip(before).zip(starts.windows(2)) {
+                *after = *before + (s[1] - s[0]);
+            }
+        }
+    }
+
+    /// The local expert, the source and the entry of row `row` of the batch.
+    pub(super) fn locate(&self, row: usize) -> (usize, usize, usize) {
+        let expert = self.offsets.partition_point(|&before| before as usize <= row) - 1;
+        let within = |source: usize| {
+            let index = row.checked_sub(self.runs[source * self.local + expert] as usize)?;
+            let range = self.range(source, expert);
+            (index < range.len()).then_some((expert, source, range.start + index))
+        };
+        (0..self.world_size).find_map(within).expect("the runs of an expert cover its rows")
     }
 
     /// Tells the sources where they find their rows: in the batch's order, or in that of the entries.
@@ -131,12 +154,11 @@ impl Received {
         let per_source = layout.bases_per_source;
         let bases = self.bases.slice_mut::<u32>(0, slot.bases.len() / 4);
         for (source, bases) in bases.chunks_exact_mut(per_source).enumerate() {
-            for (expert, base) in bases[..self.local].iter_mut().enumerate() {
-                *base = match in_order {
-                    true => self.runs[expert * self.world_size + source],
-                    false => self.starts[source * (self.local + 1) + expert],
-                };
-            }
+            let first_rows = match in_order {
+                true => &self.runs[source * self.local..],
+                false => &self.starts[source * (self.local + 1)..],
+            };
+            bases[..self.local].copy_from_slice(&first_rows[..self.local]);
         }
     }
 
@@ -213,7 +235,7 @@ impl ByToken {
     }
 
     fn fill(&mut self, received: &Received) {
-        let total = received.entries.len();
+        let total = received.len;
         self.tokens.clear();
         self.entries.resize(total, 0);
         self.rows.resize(total, 0);
@@ -237,7 +259,7 @@ impl ByToken {
                 *cursor += 1;
             }
             for expert in 0..received.local {
-                let run = received.runs[expert * received.world_size + source];
+                let run = received.runs[source * received.local + expert];
                 for (row, entry) in (run..).zip(received.range(source, expert)) {
                     self.rows[entry] = row;
                 }
@@ -281,6 +303,7 @@ mod tests {
                 for (expert, tokens) in lists[source].iter().enumerate() {
                     received.starts[source * (local + 1) + expert] = received.entries.len() as u32;
                     received.entries.extend(tokens.iter().map(|&token| Entry { token, weight: 0.0 }));
+                    received.len = received.entries.len();
                 }
                 received.starts[source * (local + 1) + local] = received.entries.len() as u32;
             }
@@ -293,6 +316,10 @@ mod tests {
                 for (source, lists) in lists.iter().enumerate() {
                     in_order.extend(lists[expert].iter().map(|&token| (expert, source, token)));
                 }
+            }
+            for (row, &(expert, source, token)) in in_order.iter().enumerate() {
+                let (e, s, entry) = received.locate(row);
+                prop_assert_eq!((e, s, received.entries[entry].token), (expert, source, token));
             }
             let mut by_token = vec![];
             for source in 0..world {

@@ -58,82 +58,89 @@ impl<'a, I: ExpertId> Routing<'a, I> {
 /// Where one choice of one token went.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Choice {
-    /// The position of the expert in the order by rank, or [`NOWHERE`].
-    pub(super) position: u32,
+    /// The expert, or [`NONE`].
+    pub(super) expert: u32,
     /// Index among this rank's entries for that expert.
     pub(super) index: u32,
     pub(super) weight: f32,
 }
 
-/// The position of a choice that names no expert.
-pub(super) const NOWHERE: u32 = u32::MAX;
+/// The expert of a choice that names none.
+pub(super) const NONE: u32 = u32::MAX;
 
 /// Memory for building lists, kept from exchange to exchange.
 pub(super) struct ListBuilder {
-    /// Per expert position, the last token that named it, plus one: finds duplicates without comparing pairs.
-    last_token: Vec<u32>,
-    /// Per expert position: how many entries, then where the next one goes.
-    cursor: Vec<u32>,
+    tallies: Vec<Tally>,
+    /// Per expert position, and one more: where its entries begin.
+    starts: Vec<u32>,
+    /// The entries. They are put in order here, not in shared memory: there each store to another line would have to wait for
+    /// that line to come back from its last reader.
+    entries: Vec<Entry>,
+}
+
+/// What is known of one expert.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    /// The last token that named it, plus one: finds duplicates without comparing pairs.
+    last: u32,
+    /// Tokens so far; then where its entries begin.
+    count: u32,
 }
 
 impl ListBuilder {
     pub(super) fn new(experts: usize) -> Self {
-        ListBuilder { last_token: vec![0; experts], cursor: vec![0; experts] }
+        ListBuilder { tallies: vec![Tally::default(); experts], starts: vec![0; experts + 1], entries: vec![] }
     }
 
-    /// Fills `starts` (one per expert position and one more), `entries` (sorted by position, then token) and `choices` (one
-    /// per id). `choices` is all that has been changed when it fails.
+    /// Makes `starts` (one per expert position and one more) and `entries` (sorted by position, then token), and fills
+    /// `choices`, one per id.
     pub(super) fn build<I: ExpertId>(
         &mut self,
         routing: &Routing<'_, I>,
         topk: usize,
         placement: &Placement,
-        starts: &mut [u32],
-        entries: &mut [Entry],
         choices: &mut Vec<Choice>,
-    ) -> Result<()> {
-        self.last_token.fill(0);
-        self.cursor.fill(0);
-        choices.clear();
-        let experts = placement.position.len();
-        for (token, (ids, weights)) in
-            routing.ids.chunks_exact(topk).zip(routing.weights.chunks_exact(topk)).enumerate()
-        {
+    ) -> Result<(&[u32], &[Entry])> {
+        let ListBuilder { tallies, starts, entries } = self;
+        let experts = tallies.len();
+        tallies.fill(Tally::default());
+        let nowhere = Choice { expert: NONE, index: 0, weight: 0.0 };
+        choices.resize(routing.ids.len(), nowhere);
+        let tokens = routing.ids.chunks_exact(topk).zip(routing.weights.chunks_exact(topk));
+        for (token, ((ids, weights), choices)) in tokens.zip(choices.chunks_exact_mut(topk)).enumerate() {
+            if routing.active.is_some_and(|active| !active[token]) {
+                // Ids of tokens that go nowhere are not looked at.
+                choices.fill(nowhere);
+                continue;
+            }
             let mark = token as u32 + 1;
-            let active = routing.active.is_none_or(|a| a[token]);
-            for (k, (id, &weight)) in ids.iter().zip(weights).enumerate() {
+            for (k, ((id, &weight), choice)) in ids.iter().zip(weights).zip(choices).enumerate() {
                 let expert = id.to_i64();
-                if expert == -1 || !active {
-                    choices.push(Choice { position: NOWHERE, index: 0, weight });
-                    continue;
+                match usize::try_from(expert).ok().and_then(|expert| tallies.get_mut(expert)) {
+                    Some(tally) if tally.last != mark => {
+                        *choice = Choice { expert: expert as u32, index: tally.count, weight };
+                        *tally = Tally { last: mark, count: tally.count + 1 };
+                    }
+                    Some(_) => return Err(Error::DuplicateExpert { token, k, expert }),
+                    None if expert == -1 => *choice = nowhere,
+                    None => return Err(Error::ExpertOutOfRange { token, k, expert, experts }),
                 }
-                let position = usize::try_from(expert).ok().and_then(|e| placement.position.get(e));
-                let &position = position.ok_or(Error::ExpertOutOfRange { token, k, expert, experts })?;
-                let last = &mut self.last_token[position as usize];
-                if *last == mark {
-                    return Err(Error::DuplicateExpert { token, k, expert });
-                }
-                *last = mark;
-                let index = self.cursor[position as usize];
-                self.cursor[position as usize] = index + 1;
-                choices.push(Choice { position, index, weight });
             }
         }
-        let mut at = 0;
-        for (cursor, start) in self.cursor.iter().zip(starts.iter_mut()) {
-            *start = at;
-            at += cursor;
+        let mut total = 0;
+        for (start, &expert) in starts.iter_mut().zip(&placement.expert) {
+            *start = total;
+            total += std::mem::replace(&mut tallies[expert].count, total);
         }
-        starts[experts] = at;
-        // The lists are read from the cursor, not from `starts`: those lie in shared memory.
-        self.cursor.copy_from_slice(&starts[..experts]);
+        starts[experts] = total;
+        entries.resize(entries.len().max(total as usize), Entry::default());
         for (token, choices) in choices.chunks_exact(topk).enumerate() {
-            for choice in choices.iter().filter(|c| c.position != NOWHERE) {
-                let at = self.cursor[choice.position as usize] + choice.index;
+            for choice in choices.iter().filter(|c| c.expert != NONE) {
+                let at = tallies[choice.expert as usize].count + choice.index;
                 entries[at as usize] = Entry { token: token as u32, weight: choice.weight };
             }
         }
-        Ok(())
+        Ok((starts, &entries[..total as usize]))
     }
 }
 
@@ -180,19 +187,23 @@ mod tests {
             let config = MoeConfig { placement, ..MoeConfig::new(32, 8, topk, experts, DType::F32) };
             let placement = Placement::new(&config, world);
             let weights: Vec<f32> = (0..ids.len()).map(|i| i as f32).collect();
-            let (mut starts, mut entries, mut choices) = (vec![0; experts + 1], vec![Entry::default(); ids.len()], vec![]);
-            ListBuilder::new(experts)
-                .build(&Routing::new(&ids, &weights), topk, &placement, &mut starts, &mut entries, &mut choices)
-                .unwrap();
+            let mut choices = vec![];
+            let mut builder = ListBuilder::new(experts);
+            // What an earlier exchange, good or bad, has left behind does not matter.
+            let all: Vec<i64> = (0..experts as i64).collect();
+            builder.build(&Routing::new(&all, &vec![1.0; experts]), experts, &placement, &mut choices).unwrap();
+            builder.build(&Routing::new(&[0i64, -7], &[1.0; 2]), 1, &placement, &mut choices).unwrap_err();
+            let (starts, entries) =
+                builder.build(&Routing::new(&ids, &weights), topk, &placement, &mut choices).unwrap();
             let (plain_starts, plain_entries) = plainly(&ids, &weights, topk, &placement);
-            prop_assert_eq!(&starts, &plain_starts);
-            prop_assert_eq!(&entries[..plain_entries.len()], &plain_entries[..]);
+            prop_assert_eq!(starts, &plain_starts);
+            prop_assert_eq!(entries, &plain_entries);
             for (i, choice) in choices.iter().enumerate() {
                 if ids[i] < 0 {
-                    prop_assert_eq!(choice.position, NOWHERE);
+                    prop_assert_eq!(choice.expert, NONE);
                 } else {
-                    let position = choice.position as usize;
-                    prop_assert_eq!(placement.expert[position], ids[i] as usize);
+                    prop_assert_eq!(choice.expert as i64, ids[i]);
+                    let position = placement.expert.iter().position(|&e| e as i64 == ids[i]).unwrap();
                     let entry = entries[(starts[position] + choice.index) as usize];
                     prop_assert_eq!(entry, Entry { token: (i / topk) as u32, weight: i as f32 });
                 }
@@ -205,15 +216,7 @@ mod tests {
         let placement = Placement::new(&MoeConfig::new(8, 8, 2, 4, DType::F32), 2);
         let build = |ids: &[i32]| {
             let weights = vec![1.0; ids.len()];
-            let (mut starts, mut entries) = (vec![0; 5], vec![Entry::default(); ids.len()]);
-            ListBuilder::new(4).build(
-                &Routing::new(ids, &weights),
-                2,
-                &placement,
-                &mut starts,
-                &mut entries,
-                &mut vec![],
-            )
+            ListBuilder::new(4).build(&Routing::new(ids, &weights), 2, &placement, &mut vec![]).map(|_| ())
         };
         assert!(matches!(build(&[0, 1, 2, 4]), Err(Error::ExpertOutOfRange { token: 1, k: 1, expert: 4, experts: 4 })));
         assert!(matches!(build(&[0, -2]), Err(Error::ExpertOutOfRange { token: 0, k: 1, expert: -2, experts: 4 })));
