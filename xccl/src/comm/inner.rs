@@ -33,11 +33,6 @@ const NO_DEADLINE: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Counters of one rank of one communicator.
 #[derive(Default)]
 pub(crate) struct Counters {
-    pub(crate) messages_sent: AtomicU64,
-    pub(crate) bytes_sent: AtomicU64,
-    pub(crate) messages_received: AtomicU64,
-    pub(crate) bytes_received: AtomicU64,
-    pub(crate) rendezvous: AtomicU64,
     pub(crate) exchanges: AtomicU64,
     pub(crate) tokens: AtomicU64,
     pub(crate) waits: AtomicU64,
@@ -169,7 +164,7 @@ impl CommInner {
     /// Waits until `ready` gives a value, or until there is a reason to give up.
     #[inline]
     pub(crate) fn wait<T>(&self, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
-        match ready() {
+        match wait::briefly(&mut ready) {
             Some(value) => Ok(value),
             None => self.wait_slowly(what, ready),
         }

@@ -132,38 +132,17 @@ impl Communicator {
     /// What this rank has done so far.
     pub fn statistics(&self) -> Statistics {
         let c = &self.inner.counters;
-        let [
-            messages_sent,
-            bytes_sent,
-            messages_received,
-            bytes_received,
-            rendezvous,
-            exchanges,
-            tokens,
-            waits,
-            waited_us,
-        ] = [
-            &c.messages_sent,
-            &c.bytes_sent,
-            &c.messages_received,
-            &c.bytes_received,
-            &c.rendezvous,
-            &c.exchanges,
-            &c.tokens,
-            &c.waits,
-            &c.waited_us,
-        ]
-        .map(|counter| counter.load(Relaxed));
+        let (sent, received, rendezvous) = self.inner.p2p.traffic();
         Statistics {
-            messages_sent,
-            bytes_sent,
-            messages_received,
-            bytes_received,
+            messages_sent: sent.messages,
+            bytes_sent: sent.bytes,
+            messages_received: received.messages,
+            bytes_received: received.bytes,
             rendezvous,
-            exchanges,
-            tokens,
-            waits,
-            waited_us,
+            exchanges: c.exchanges.load(Relaxed),
+            tokens: c.tokens.load(Relaxed),
+            waits: c.waits.load(Relaxed),
+            waited_us: c.waited_us.load(Relaxed),
         }
     }
 

@@ -25,7 +25,7 @@ use crate::comm::layout::SLOTS;
 use crate::error::{Error, Result};
 use crate::fabric::cma;
 use crate::sync::progress::{Operation, Waiting};
-use crate::sync::ring;
+use crate::sync::{ring, wait};
 
 const INLINE_BYTES: usize = 40;
 /// Payloads start on cache lines, so that sender and receiver do not meet on one.
@@ -60,6 +60,12 @@ impl Descriptor {
         let mut body = [0; INLINE_BYTES];
         body[..16].copy_from_slice(bytemuck::bytes_of(&words));
         Descriptor { tag, kind, len: len as u64, body }
+    }
+
+    fn inline(tag: u32, data: &[u8]) -> Self {
+        let mut descriptor = Descriptor { tag, kind: INLINE, len: data.len() as u64, body: [0; INLINE_BYTES] };
+        descriptor.body[..data.len()].copy_from_slice(data);
+        descriptor
     }
 
     fn words(&self) -> [u64; 2] {
@@ -101,8 +107,23 @@ struct PendingSend {
     done: usize,
 }
 
+/// Messages and bytes: counted under the lock that is held anyway.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Traffic {
+    pub(crate) messages: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Traffic {
+    fn count(&mut self, bytes: usize) {
+        self.messages += 1;
+        self.bytes += bytes as u64;
+    }
+}
+
 /// The sending side of one pair.
 struct Outgoing {
+    traffic: Traffic,
     /// Slots filled.
     next: u64,
     /// Slots that the receiver had consumed when last looked at: its word is read again only when this leaves no room,
@@ -166,6 +187,7 @@ unsafe impl Send for Posted {}
 /// The receiving side, all sources.
 #[derive(Default)]
 struct Incoming {
+    traffic: Traffic,
     /// Slots consumed, per source.
     next: Vec<u64>,
     /// The long message that is being put together, per source, with its bytes still missing.
@@ -187,6 +209,7 @@ pub(crate) struct P2p {
 impl P2p {
     pub(crate) fn new(world_size: usize) -> Self {
         let outgoing = || Outgoing {
+            traffic: Traffic::default(),
             next: 0,
             consumed: 0,
             head: 0,
@@ -215,9 +238,8 @@ impl P2p {
     /// `data` stays readable and unchanged until [`wait`](Self::wait) or [`test`](Self::test) says that the request is done,
     /// or [`cancel`](Self::cancel) returns.
     pub(crate) unsafe fn start_send(&self, comm: &CommInner, to: usize, tag: u32, data: &[u8]) -> Result<Ticket> {
-        comm.counters.messages_sent.fetch_add(1, Relaxed);
-        comm.counters.bytes_sent.fetch_add(data.len() as u64, Relaxed);
         let mut out = lock(&self.outgoing[to]);
+        out.traffic.count(data.len());
         let number = out.started;
         out.started += 1;
         if to == comm.rank {
@@ -311,8 +333,23 @@ impl P2p {
         self.unsent.fetch_sub(before - out.waiting.len(), Relaxed);
     }
 
+    /// What this rank has sent and received, and how many rendezvous it has begun.
+    pub(crate) fn traffic(&self) -> (Traffic, Traffic, u64) {
+        let (mut sent, mut rendezvous) = (Traffic::default(), 0);
+        for out in &self.outgoing {
+            let out = lock(out);
+            sent.messages += out.traffic.messages;
+            sent.bytes += out.traffic.bytes;
+            rendezvous += out.rendezvous;
+        }
+        (sent, lock(&self.incoming).traffic, rendezvous)
+    }
+
     /// Sends and waits.
     pub(crate) fn send(&self, comm: &CommInner, to: usize, tag: u32, data: &[u8]) -> Result<()> {
+        if to != comm.rank && data.len() <= INLINE_BYTES && self.send_at_once(comm, to, tag, data) {
+            return Ok(());
+        }
         // SAFETY: `data` is borrowed until the request has been waited for and, if that failed, cancelled.
         let ticket = unsafe { self.start_send(comm, to, tag, data)? };
         let sent = self.wait(comm, ticket);
@@ -322,8 +359,70 @@ impl P2p {
         sent.map(|_| ())
     }
 
+    /// Sends a short message if there is room for it now and nothing stands before it: no request has to be kept.
+    fn send_at_once(&self, comm: &CommInner, to: usize, tag: u32, data: &[u8]) -> bool {
+        let mut out = lock(&self.outgoing[to]);
+        if !out.waiting.is_empty() || !out.has_slot(comm, to) {
+            return false;
+        }
+        out.fill_slot(comm, to, &Descriptor::inline(tag, data));
+        out.traffic.count(data.len());
+        drop(out);
+        comm.notify(to);
+        true
+    }
+
+    /// Receives a short message straight from its slot, if nothing else is asked for or kept. Waits for the next message of
+    /// `from`, whatever it is, without a lock if that takes long; `None` when it is not such a one.
+    fn recv_at_once(
+        &self,
+        comm: &CommInner,
+        from: usize,
+        tag: u32,
+        buffer: &mut [u8],
+        what: Waiting,
+    ) -> Result<Option<Status>> {
+        let mut incoming = lock(&self.incoming);
+        if !incoming.is_idle(from) || self.unsent.load(Relaxed) > 0 {
+            return Ok(None);
+        }
+        let n = incoming.next[from];
+        let slot = comm.layout.slot(comm.rank, n);
+        let turn = comm.fabric.peer(from).outbox.word64(slot);
+        let has_come = || ring::reached(turn, n).then_some(());
+        // The lock is kept for less than it takes to get it again.
+        if wait::briefly(has_come).is_none() {
+            drop(incoming);
+            comm.wait(what, has_come)?;
+            incoming = lock(&self.incoming);
+            // Another thread may have taken it meanwhile, or asked for something.
+            if incoming.next[from] != n || !incoming.is_idle(from) {
+                return Ok(None);
+            }
+        }
+        let mut descriptor = [Descriptor::zeroed()];
+        comm.fabric.peer(from).outbox.read_into(slot + 8, &mut descriptor);
+        let [Descriptor { tag: theirs, kind: INLINE, len, body }] = descriptor else { return Ok(None) };
+        let len = len as usize;
+        if theirs != tag || len > buffer.len().min(INLINE_BYTES) {
+            return Ok(None);
+        }
+        buffer[..len].copy_from_slice(&body[..len]);
+        incoming.traffic.count(len);
+        incoming.release(comm, from, INLINE);
+        Ok(Some(Status { source: from, tag, len }))
+    }
+
     /// Receives and waits.
     pub(crate) fn recv(&self, comm: &CommInner, from: Source, tag: u32, buffer: &mut [u8]) -> Result<Status> {
+        if let Source::Rank(rank) = from
+            && rank != comm.rank
+        {
+            let what = Waiting { operation: Operation::Recv, epoch: tag.into(), peer: Some(rank) };
+            if let Some(status) = self.recv_at_once(comm, rank, tag, buffer, what)? {
+                return Ok(status);
+            }
+        }
         // SAFETY: `buffer` is borrowed until the request has been waited for and, if that failed, cancelled.
         let ticket = unsafe { self.start_recv(from, tag, buffer) };
         let received = self.wait(comm, ticket);
@@ -380,23 +479,17 @@ impl Outgoing {
     /// Fills one slot for `send`. Says whether there was room, and whether the send needs no further slot.
     fn push_one(&mut self, comm: &CommInner, to: usize, send: &mut PendingSend) -> (bool, bool) {
         let (own, layout) = (&comm.fabric.outbox, &comm.layout);
-        if !ring::may_fill(self.consumed, self.next, SLOTS as u64) {
-            self.look_at_receiver(comm, to);
-            if !ring::may_fill(self.consumed, self.next, SLOTS as u64) {
-                return (false, false);
-            }
+        if !self.has_slot(comm, to) {
+            return (false, false);
         }
         let data = send.bytes.as_slice();
         let mut is_done = true;
         let descriptor = if data.len() <= INLINE_BYTES {
-            let mut descriptor = Descriptor::new(send.tag, INLINE, data.len(), [0; 2]);
-            descriptor.body[..data.len()].copy_from_slice(data);
-            descriptor
+            Descriptor::inline(send.tag, data)
         } else if let Some((kind, at)) = self.source(comm, to, send).filter(|_| self.may_describe()) {
             let rendezvous = self.rendezvous + 1;
             self.rendezvous = rendezvous;
             self.described.push((send.number, rendezvous));
-            comm.counters.rendezvous.fetch_add(1, Relaxed);
             Descriptor::new(send.tag, kind, data.len(), [at, rendezvous])
         } else {
             if self.room(comm).is_none_or(|(_, room)| room < data.len() - send.done) {
@@ -415,12 +508,26 @@ impl Outgoing {
                 false => Descriptor::new(send.tag, MORE, piece.len(), [at, 0]),
             }
         };
-        let slot = layout.slot(to, self.next);
-        own.write(slot + 8, bytemuck::bytes_of(&descriptor));
+        self.fill_slot(comm, to, &descriptor);
+        (true, is_done)
+    }
+
+    /// Whether the next slot is free.
+    fn has_slot(&mut self, comm: &CommInner, to: usize) -> bool {
+        let is_free = |out: &Self| ring::may_fill(out.consumed, out.next, SLOTS as u64);
+        if !is_free(self) {
+            self.look_at_receiver(comm, to);
+        }
+        is_free(self)
+    }
+
+    /// Publishes the next slot, which is free.
+    fn fill_slot(&mut self, comm: &CommInner, to: usize, descriptor: &Descriptor) {
+        let (own, slot) = (&comm.fabric.outbox, comm.layout.slot(to, self.next));
+        own.write(slot + 8, bytemuck::bytes_of(descriptor));
         ring::complete(own.word64(slot), self.next);
         self.ends[(self.next % SLOTS as u64) as usize] = self.head;
         self.next += 1;
-        (true, is_done)
     }
 
     /// Whether the next rendezvous' word is free. If not, the payload goes through the ring: a receiver that wants a later
@@ -471,6 +578,23 @@ impl Incoming {
             while source != comm.rank && self.wants(source) && self.pull_one(comm, source)? {}
         }
         Ok(())
+    }
+
+    /// Tells the sender that the next slot of `source` was copied out.
+    fn release(&mut self, comm: &CommInner, source: usize, kind: u32) {
+        let n = self.next[source];
+        self.next[source] = n + 1;
+        ring::release(comm.fabric.outbox.word64(comm.layout.consumed(source)), n + 1);
+        // The sender sleeps only when slots or payload ran out. For slots it is enough to tell it now and then: the fence
+        // costs a fifth of a short message. What is left untold meanwhile is found at the end of its slice of sleep.
+        if kind != INLINE || n.is_multiple_of(SLOTS as u64 / 4) {
+            comm.notify(source);
+        }
+    }
+
+    /// Whether the next message of `source` can only be for who asks next: nothing is asked for, kept or half received.
+    fn is_idle(&self, source: usize) -> bool {
+        self.posted.is_empty() && self.unexpected[source].is_empty() && self.partial[source].is_none()
     }
 
     fn wants(&self, source: usize) -> bool {
@@ -562,13 +686,7 @@ impl Incoming {
             PRIVATE => Some(Held::Private { address: a, rendezvous: b }),
             kind => return corrupt("a message's kind", kind.into(), PRIVATE as usize),
         };
-        self.next[source] = n + 1;
-        ring::release(comm.fabric.outbox.word64(layout.consumed(source)), n + 1);
-        // The sender sleeps only when slots or payload ran out. For slots it is enough to tell it now and then: the fence
-        // costs a fifth of a short message. What is left untold meanwhile is found at the end of its slice of sleep.
-        if descriptor.kind != INLINE || n.is_multiple_of(SLOTS as u64 / 4) {
-            comm.notify(source);
-        }
+        self.release(comm, source, descriptor.kind);
         if let Some(held) = message {
             let len = if let Held::Bytes(bytes) = &held { bytes.len() } else { len };
             self.deliver(comm, source, Message { tag, len, held })?;
@@ -614,8 +732,7 @@ impl Incoming {
         // SAFETY: writable and unused by anyone else until the request ends, by the promise of `start_recv`'s caller.
         let buffer = unsafe { std::slice::from_raw_parts_mut(at, message.len) };
         let copied = copy_out(comm, source, &message, buffer);
-        comm.counters.messages_received.fetch_add(1, Relaxed);
-        comm.counters.bytes_received.fetch_add(message.len as u64, Relaxed);
+        self.traffic.count(message.len);
         posted.result = Some(copied.map(|()| Status { source, tag: message.tag, len: message.len }));
     }
 }

@@ -27,6 +27,11 @@ pub(crate) fn has(turn: &AtomicU64, n: u64) -> bool {
     turn.load(Ordering::Acquire) == n + 1
 }
 
+/// Whether message `n` was completed at some time: it may have been consumed since by another thread, and its slot reused.
+pub(crate) fn reached(turn: &AtomicU64, n: u64) -> bool {
+    turn.load(Ordering::Acquire) > n
+}
+
 /// Tells the sender that all messages before `n` were copied out.
 pub(crate) fn release(consumed: &AtomicU64, n: u64) {
     consumed.store(n, Ordering::Release);
