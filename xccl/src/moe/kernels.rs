@@ -7,6 +7,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::dtype::{DType, Element};
+use crate::memory::layout::LINE;
 use crate::memory::row::Row;
 
 /// From so many bytes on a copy goes past the caches: the destination will not stay in them, and a line that is written
@@ -16,23 +17,43 @@ pub(super) const STREAMING_BYTES: usize = 8 << 20;
 /// Copies a row past the caches. [`end_streaming`] has to follow before anything is published.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn stream<E: Element>(row: Row<'_, E>, to: &mut [E]) {
-    use std::arch::x86_64::*;
-    const LINE: usize = 64;
-    const LANE: usize = 16;
     assert_eq!(row.len(), to.len(), "a row's length");
     let (from, to) = (row.as_ptr().cast::<u8>(), bytemuck::cast_slice_mut::<E, u8>(to));
     let head = to.as_ptr().align_offset(LINE).min(to.len());
     let tail = head + (to.len() - head) / LINE * LINE;
     // SAFETY: the row is as long as `to`, and `head` lies inside.
     unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), head) };
-    for line in (head..tail).step_by(LINE) {
-        for lane in (line..line + LINE).step_by(LANE) {
-            // SAFETY: below `tail`, hence inside both; the destination is aligned to a line.
-            unsafe { _mm_stream_si128(to.as_mut_ptr().add(lane).cast(), _mm_loadu_si128(from.add(lane).cast())) };
-        }
+    let lines = &mut to[head..tail];
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the feature is there; whole lines, the first aligned to one, and the row is as long.
+        unsafe { stream_avx512(from.add(head), lines) };
+    } else {
+        // SAFETY: as above.
+        unsafe { stream_sse2(from.add(head), lines) };
     }
     // SAFETY: the row is as long as `to`, and `tail` lies inside.
     unsafe { std::ptr::copy_nonoverlapping(from.add(tail), to.as_mut_ptr().add(tail), to.len() - tail) };
+}
+
+/// # Safety
+/// `to` is whole lines, the first aligned to one; `from` is readable for as many bytes. So it is for the other version.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn stream_avx512(from: *const u8, to: &mut [u8]) {
+    use std::arch::x86_64::*;
+    for at in (0..to.len()).step_by(LINE) {
+        // SAFETY: a line inside both, by the caller's promise.
+        unsafe { _mm512_stream_si512(to.as_mut_ptr().add(at).cast(), _mm512_loadu_si512(from.add(at).cast())) };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+unsafe fn stream_sse2(from: *const u8, to: &mut [u8]) {
+    use std::arch::x86_64::*;
+    for at in (0..to.len()).step_by(16) {
+        // SAFETY: a quarter of a line inside both, by the caller's promise.
+        unsafe { _mm_stream_si128(to.as_mut_ptr().add(at).cast(), _mm_loadu_si128(from.add(at).cast())) };
+    }
 }
 
 /// Elsewhere through the caches.
