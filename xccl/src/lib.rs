@@ -42,7 +42,7 @@ pub use crate::{
     error::{Error, Result},
     memory::MemoryFlavour,
     moe::{Arrivals, BatchRow, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction, Routing, TokenSum},
-    p2p::{Request, Scope, Source, Status, wait_all},
+    p2p::{RawRequest, Request, Scope, Source, Status, wait_all},
     sync::Operation,
 };
 

@@ -71,6 +71,11 @@ impl Area {
         unsafe { std::slice::from_raw_parts_mut(at, n) }
     }
 
+    /// The address of the first byte.
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.mapping.at_mut(self.range.start, self.range.len())
+    }
+
     /// `n` values at `offset`, for reading.
     ///
     /// # Panics

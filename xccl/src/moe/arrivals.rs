@@ -96,6 +96,14 @@ impl<'m> Arrivals<'m> {
         self.batch.arrived_output(i)
     }
 
+    /// The rows that `source` sent, with their addresses: see [`ExpertBatch::addresses`].
+    ///
+    /// # Panics
+    /// When there is no such rank.
+    pub fn addresses(&mut self, source: usize) -> impl Iterator<Item = (BatchRow, *const u8, *mut u8)> + '_ {
+        self.batch.arrived_addresses(source)
+    }
+
     /// Waits for the sources that have not come, and gives all rows as one batch in its usual order. Outputs that were written
     /// stay valid.
     ///

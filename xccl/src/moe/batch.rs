@@ -265,7 +265,7 @@ impl<'m> ExpertBatch<'m> {
     }
 
     /// A token of `source`; the index was checked when the lists were taken.
-    fn token_row<E: Element>(&self, source: usize, token: usize) -> Row<'m, E> {
+    fn token_row<E: bytemuck::Pod>(&self, source: usize, token: usize) -> Row<'m, E> {
         let moe = self.moe;
         moe.peers[source].row(moe.layout.slot(self.epoch).rows.start + token * moe.layout.stride, moe.config.hidden)
     }
@@ -314,7 +314,7 @@ impl<'m> ExpertBatch<'m> {
     }
 
     /// All output rows at once, for a matrix product that writes where the peers read: `[len, row_stride]` in the batch's
-    /// order, of which each row's first `hidden` elements count.
+    /// order, of which each row's first `hidden` elements count ([`Moe::row_stride`]).
     ///
     /// # Errors
     /// [`Error::DTypeMismatch`]; [`Error::WrongOrder`] for a batch that was received source by source, whose outputs lie in
@@ -325,13 +325,41 @@ impl<'m> ExpertBatch<'m> {
             let expected = "a batch of dispatch_recv";
             return Err(Error::WrongOrder { call: "output_matrix", epoch: self.epoch, expected });
         }
-        let elements = self.len() * self.row_stride();
+        let elements = self.len() * self.moe.row_stride();
         Ok(self.received_mut().outputs.slice_mut(0, elements))
     }
 
-    /// Elements from one row of [`output_matrix`](Self::output_matrix) to the next: `hidden`, rounded up to 64 bytes.
-    pub fn row_stride(&self) -> usize {
-        self.moe.layout.stride / self.moe.config.dtype.size()
+    /// All rows, in order, with the addresses of the token (in its sender's memory) and of the output (in this rank's): for
+    /// kernels that walk them. [`row_slice`](Self::row_slice) and [`output_row`](Self::output_row) say what holds for them; the
+    /// addresses are good until the batch ends.
+    pub fn addresses(&mut self) -> impl Iterator<Item = (BatchRow, *const u8, *mut u8)> + '_ {
+        let outputs = self.received_mut().outputs.as_mut_ptr();
+        let (as_arrived, stride) = (self.outputs == Outputs::AsArrived, self.moe.layout.stride);
+        let received = self.received();
+        let sources = self.moe.comm.world_size;
+        let runs = (0..received.counts.len()).flat_map(move |e| (0..sources).map(move |s| (e, s)));
+        let entries = runs.flat_map(move |(e, s)| received.range(s, e).map(move |entry| (e, s, entry)));
+        entries.enumerate().map(move |(i, (expert, source, entry))| {
+            let output = outputs.wrapping_add(if as_arrived { entry } else { i } * stride);
+            let row = self.describe(expert, source, entry);
+            (row, self.token_row::<u8>(source, row.token).as_ptr(), output)
+        })
+    }
+
+    /// As [`addresses`](Self::addresses), for what one source has sent, in the order of arrival.
+    pub(super) fn arrived_addresses(
+        &mut self,
+        source: usize,
+    ) -> impl Iterator<Item = (BatchRow, *const u8, *mut u8)> + '_ {
+        let rows = self.rows_of(source);
+        let outputs = self.received_mut().outputs.as_mut_ptr();
+        let experts = if rows.is_empty() { 0 } else { self.local_experts().len() };
+        let entries = (0..experts).flat_map(move |e| self.received().range(source, e).map(move |entry| (e, entry)));
+        entries.map(move |(expert, entry)| {
+            let row = self.describe(expert, source, entry);
+            let output = outputs.wrapping_add(entry * self.moe.layout.stride);
+            (row, self.token_row::<u8>(source, row.token).as_ptr(), output)
+        })
     }
 
     /// Rows that [`copy_into`](Self::copy_into) needs room for.

@@ -193,6 +193,13 @@ impl<E: Element> InputRows<'_, E> {
         let rows = self.rows.as_mut().expect("held until dropped");
         rows.slice_mut(token * self.moe.layout.stride, self.moe.config.hidden)
     }
+
+    /// All rows at once, for a matrix product that writes where the peers read: `[len, row_stride]`, of which each row's first
+    /// `hidden` elements count ([`Moe::row_stride`]).
+    pub fn matrix(&mut self) -> &mut [E] {
+        let elements = self.tokens * self.moe.row_stride();
+        self.rows.as_mut().expect("held until dropped").slice_mut(0, elements)
+    }
 }
 
 impl<E> Drop for InputRows<'_, E> {
@@ -257,6 +264,12 @@ impl Moe {
     /// The configuration.
     pub fn config(&self) -> &MoeConfig {
         &self.config
+    }
+
+    /// Elements from one row of [`InputRows::matrix`] or [`ExpertBatch::output_matrix`] to the next: `hidden`, rounded up to
+    /// 64 bytes.
+    pub fn row_stride(&self) -> usize {
+        self.layout.stride / self.config.dtype.size()
     }
 
     /// Global ids of the experts that `rank` holds, ascending.

@@ -8,8 +8,10 @@
 //!   sender's memory: only described; the receiver copies it once and tells the sender.
 
 pub(crate) mod engine;
+mod raw;
 mod scope;
 
+pub use raw::RawRequest;
 pub use scope::{Request, Scope, wait_all};
 
 use crate::comm::Communicator;
