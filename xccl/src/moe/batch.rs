@@ -335,14 +335,14 @@ impl<'m> ExpertBatch<'m> {
     pub fn addresses(&mut self) -> impl Iterator<Item = (BatchRow, *const u8, *mut u8)> + '_ {
         let outputs = self.received_mut().outputs.as_mut_ptr();
         let (as_arrived, stride) = (self.outputs == Outputs::AsArrived, self.moe.layout.stride);
-        let received = self.received();
+        let (batch, received) = (&*self, self.received());
         let sources = self.moe.comm.world_size;
         let runs = (0..received.counts.len()).flat_map(move |e| (0..sources).map(move |s| (e, s)));
         let entries = runs.flat_map(move |(e, s)| received.range(s, e).map(move |entry| (e, s, entry)));
         entries.enumerate().map(move |(i, (expert, source, entry))| {
             let output = outputs.wrapping_add(if as_arrived { entry } else { i } * stride);
-            let row = self.describe(expert, source, entry);
-            (row, self.token_row::<u8>(source, row.token).as_ptr(), output)
+            let row = batch.describe(expert, source, entry);
+            (row, batch.token_row::<u8>(source, row.token).as_ptr(), output)
         })
     }
 
@@ -354,11 +354,12 @@ impl<'m> ExpertBatch<'m> {
         let rows = self.rows_of(source);
         let outputs = self.received_mut().outputs.as_mut_ptr();
         let experts = if rows.is_empty() { 0 } else { self.local_experts().len() };
-        let entries = (0..experts).flat_map(move |e| self.received().range(source, e).map(move |entry| (e, entry)));
+        let (batch, received) = (&*self, self.received());
+        let entries = (0..experts).flat_map(move |e| received.range(source, e).map(move |entry| (e, entry)));
         entries.map(move |(expert, entry)| {
-            let row = self.describe(expert, source, entry);
-            let output = outputs.wrapping_add(entry * self.moe.layout.stride);
-            (row, self.token_row::<u8>(source, row.token).as_ptr(), output)
+            let row = batch.describe(expert, source, entry);
+            let output = outputs.wrapping_add(entry * batch.moe.layout.stride);
+            (row, batch.token_row::<u8>(source, row.token).as_ptr(), output)
         })
     }
 
