@@ -9,6 +9,10 @@
  *
  * Every call returns an xcclResult_t; xcclGetLastError() says what was wrong, with the values.
  *
+ * Structs that may grow begin with their size: start from the initializer of the same name.
+ *
+ * Threads: a communicator may be used by several threads at once, a request by one, a MoE handle by one at a time.
+ *
  * Generated from xccl-sys/src by cbindgen: XCCL_UPDATE_HEADER=1 cargo test -p xccl-sys --test header
  */
 
@@ -17,11 +21,42 @@
 
 #include <stddef.h>
 #include <stdint.h>
+/** What a configuration starts from: all options from the environment, or their defaults. */
+#define XCCL_CONFIG_INITIALIZER { sizeof(xcclConfig_t), XCCL_VERSION, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, \
+                                  XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED }
+
+/** What statistics start from. */
+#define XCCL_STATISTICS_INITIALIZER { sizeof(xcclStatistics_t), 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/** What the shape of a MoE handle starts from: experts in blocks, room for the worst case. */
+#define XCCL_MOE_CONFIG_INITIALIZER { sizeof(xcclMoeConfig_t), 0, 0, 0, 0, 0, 0, NULL, 0 }
+
+/** What the tokens of an exchange start from: ids are int32_t, all tokens go. */
+#define XCCL_MOE_INPUT_INITIALIZER { sizeof(xcclMoeInput_t), NULL, 0, NULL, NULL, NULL, 2 /* xcclInt32 */ }
+
+/** What a batch starts from. */
+#define XCCL_MOE_BATCH_INITIALIZER { sizeof(xcclMoeBatch_t), 0, 0, NULL, NULL, NULL, NULL, 0, 0, 0 }
+
+/** For the outputs of xcclMoeCombineSend: they were written to the rows' outputs. */
+#define XCCL_IN_PLACE ((const void *)1)
+
+/** For the outputs of xcclMoeCombineSend: the sums were written where xcclMoeSums says. */
+#define XCCL_SUMMED ((const void *)3)
+
+/**
+ * The value of an option that the environment, or else its default, is to set.
+ */
+#define XCCL_UNDEFINED -1
 
 /**
  * This header's version: major * 10000 + minor * 100 + patch. xcclGetVersion gives the library's.
  */
 #define XCCL_VERSION 100
+
+/**
+ * The color of a rank that is in none of the communicators of an xcclCommSplit.
+ */
+#define XCCL_SPLIT_NOCOLOR -1
 
 /**
  * Bytes of a unique id.
@@ -36,7 +71,7 @@
 /**
  * The result of every call. The numbers are fixed; where NCCL has the same result, they are NCCL's. 
  */
-typedef enum xcclResult_t {
+typedef enum {
   /**
    * The call did what it says.
    */
@@ -96,19 +131,27 @@ typedef enum xcclResult_t {
 } xcclResult_t;
 
 /**
- * The element type of token rows. The numbers are fixed, and NCCL's. 
+ * Types of elements. The numbers are fixed, and NCCL's. 
  */
-typedef enum xcclDataType_t {
+typedef enum {
   /**
-   * IEEE 754 half precision, 2 bytes.
+   * Signed integer, 4 bytes: for expert ids.
+   */
+  xcclInt32 = 2,
+  /**
+   * Signed integer, 8 bytes: for expert ids.
+   */
+  xcclInt64 = 4,
+  /**
+   * IEEE 754 half precision, 2 bytes: for rows.
    */
   xcclFloat16 = 6,
   /**
-   * IEEE 754 single precision, 4 bytes.
+   * IEEE 754 single precision, 4 bytes: for rows.
    */
   xcclFloat32 = 7,
   /**
-   * bfloat16, 2 bytes.
+   * bfloat16, 2 bytes: for rows.
    */
   xcclBfloat16 = 9,
 } xcclDataType_t;
@@ -116,7 +159,7 @@ typedef enum xcclDataType_t {
 /**
  * Where the weighted sum over a token's experts is formed. The numbers are fixed. 
  */
-typedef enum xcclReduction_t {
+typedef enum {
   /**
    * On the token's rank, in ascending k: bitwise the same result for any number of ranks.
    */
@@ -126,6 +169,20 @@ typedef enum xcclReduction_t {
    */
   xcclReducePerRank = 1,
 } xcclReduction_t;
+
+/**
+ * Where shared segments come from. The numbers are fixed. 
+ */
+typedef enum {
+  /**
+   * memfd_create: no name anywhere, sealed against writing by peers.
+   */
+  xcclMemfd = 0,
+  /**
+   * shm_open: counted against /dev/shm, reserved at start.
+   */
+  xcclPosix = 1,
+} xcclMemory_t;
 
 /**
  * What a communicator handle points to.
@@ -141,7 +198,7 @@ typedef struct xcclMoe xcclMoe;
  * Names a communicator that is about to be built, and holds its secret. Good for one communicator. One rank makes it
  * (xcclGetUniqueId) and hands the bytes to the others by any means it likes.
  */
-typedef struct xcclUniqueId {
+typedef struct {
   /**
    * The bytes.
    */
@@ -152,12 +209,105 @@ typedef struct xcclUniqueId {
  * A group of ranks. Made by xcclCommInitRank or xcclCommInitFromEnv, owned by the caller, given back to xcclCommDestroy.
  * Several threads may use it at once; calls that all ranks make together must come in the same order everywhere.
  */
-typedef struct xcclComm *xcclComm_t;
+typedef xcclComm *xcclComm_t;
+
+/**
+ * Options of a communicator. Set it to XCCL_CONFIG_INITIALIZER, then what is to be different. Each option that is
+ * XCCL_UNDEFINED comes from its environment variable, or has its default.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclConfig_t).
+   */
+  size_t size;
+  /**
+   * XCCL_VERSION.
+   */
+  int64_t version;
+  /**
+   * Deadline of every blocking call in milliseconds; 0 waits for ever. XCCL_TIMEOUT, 60000.
+   */
+  int64_t timeout_ms;
+  /**
+   * Bytes of each rank's symmetric heap. XCCL_HEAP, 16 MiB.
+   */
+  int64_t heap_bytes;
+  /**
+   * Payload bytes of the ring from each rank to each other one. XCCL_P2P_RING, 128 KiB.
+   */
+  int64_t p2p_ring_bytes;
+  /**
+   * Messages of at least this many bytes are copied once, where possible. XCCL_RENDEZVOUS, 32 KiB.
+   */
+  int64_t rendezvous_bytes;
+  /**
+   * Most bytes kept for receives that have not been posted yet. XCCL_UNEXPECTED_BYTES, 256 MiB.
+   */
+  int64_t unexpected_bytes;
+  /**
+   * An xcclMemory_t. XCCL_MEMORY, xcclMemfd.
+   */
+  int64_t memory;
+  /**
+   * 1 to ask for huge pages, 0 not to. XCCL_HUGE_PAGES, 1.
+   */
+  int64_t huge_pages;
+  /**
+   * 1 to read a sender's private memory where the kernel permits it, 0 not to. XCCL_CMA, 1.
+   */
+  int64_t cma;
+} xcclConfig_t;
+
+/**
+ * What this rank has done in a communicator so far. Set it to XCCL_STATISTICS_INITIALIZER.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclStatistics_t).
+   */
+  size_t size;
+  /**
+   * Messages sent.
+   */
+  uint64_t messages_sent;
+  /**
+   * Bytes in them.
+   */
+  uint64_t bytes_sent;
+  /**
+   * Messages received.
+   */
+  uint64_t messages_received;
+  /**
+   * Bytes in them.
+   */
+  uint64_t bytes_received;
+  /**
+   * Messages of these that the receiver copied straight from the sender's memory.
+   */
+  uint64_t rendezvous;
+  /**
+   * MoE exchanges completed.
+   */
+  uint64_t exchanges;
+  /**
+   * Tokens dispatched.
+   */
+  uint64_t tokens;
+  /**
+   * Waits that were not satisfied at once.
+   */
+  uint64_t waits;
+  /**
+   * Microseconds spent in them.
+   */
+  uint64_t waited_us;
+} xcclStatistics_t;
 
 /**
  * What was received.
  */
-typedef struct xcclStatus_t {
+typedef struct {
   /**
    * The sender.
    */
@@ -173,15 +323,25 @@ typedef struct xcclStatus_t {
 } xcclStatus_t;
 
 /**
- * A handle for the exchanges of one MoE shape over one communicator. Made by xcclMoeCreate, owned by the caller, given back
- * to xcclMoeDestroy. One thread at a time may use it.
+ * A message on its way: made by xcclIsend and xcclIrecv, over when xcclWait or xcclTest says so, or with xcclRequestFree.
+ * A number, never used again, so that a request that is over is recognised.
  */
-typedef struct xcclMoe *xcclMoe_t;
+typedef uint64_t xcclRequest_t;
 
 /**
- * The shape of a MoE handle's exchanges. Equal on all ranks.
+ * A handle for the exchanges of one MoE shape over one communicator. Made by xcclMoeCreate, owned by the caller, given back
+ * to xcclMoeDestroy. One thread at a time may use it, not always the same. Two exchanges may be under way.
  */
-typedef struct xcclMoeConfig_t {
+typedef xcclMoe *xcclMoe_t;
+
+/**
+ * The shape of a MoE handle's exchanges. Equal on all ranks. Set it to XCCL_MOE_CONFIG_INITIALIZER, then its fields.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclMoeConfig_t).
+   */
+  size_t size;
   /**
    * Most tokens of one rank in one exchange, 1 to 1048576.
    */
@@ -195,8 +355,7 @@ typedef struct xcclMoeConfig_t {
    */
   size_t topk;
   /**
-   * Experts over all ranks, 1 to 65536. Rank r holds a contiguous block of them: experts / nranks, the first
-   * experts % nranks ranks one more.
+   * Experts over all ranks, 1 to 65536.
    */
   size_t experts;
   /**
@@ -207,7 +366,171 @@ typedef struct xcclMoeConfig_t {
    * An xcclReduction_t.
    */
   uint32_t reduction;
+  /**
+   * [experts], the rank that holds each expert, read during xcclMoeCreate; null: rank r holds a contiguous block,
+   * experts / nranks of them, the first experts % nranks ranks one more.
+   */
+  const int32_t *placement;
+  /**
+   * Most rows that may arrive for one rank's experts in one exchange; 0 makes room for the worst case. Memory is used as
+   * it is touched.
+   */
+  size_t max_expert_rows;
 } xcclMoeConfig_t;
+
+/**
+ * The tokens of one exchange. Set it to XCCL_MOE_INPUT_INITIALIZER, then its fields. It may be used again, also with other
+ * tokens: a routing serves as many exchanges as you like.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclMoeInput_t).
+   */
+  size_t size;
+  /**
+   * [num_tokens, hidden], elements of the handle's type, aligned to the element; copied once. Null: they lie in the rows
+   * that xcclMoeInputRows gave.
+   */
+  const void *tokens;
+  /**
+   * 0 to max_tokens, may differ on every rank.
+   */
+  size_t num_tokens;
+  /**
+   * [num_tokens, topk], ids of experts, different within a token, or -1 for none.
+   */
+  const void *topk_ids;
+  /**
+   * [num_tokens, topk], the factors that the combine applies.
+   */
+  const float *topk_weights;
+  /**
+   * [num_tokens], 0 for tokens that go nowhere (their sums are zeros); null when all go.
+   */
+  const uint8_t *active;
+  /**
+   * xcclInt32 or xcclInt64: the type of topk_ids.
+   */
+  uint32_t ids_type;
+} xcclMoeInput_t;
+
+/**
+ * Names an exchange of a MoE handle: its number, from 1, the same on all ranks.
+ */
+typedef uint64_t xcclExchange_t;
+
+/**
+ * One row that an expert of this rank is to work on. The struct is fixed: kernels walk arrays of it (xccl_device.h).
+ */
+typedef struct {
+  /**
+   * The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store there is a fault.
+   */
+  const void *token_data;
+  /**
+   * Where the expert's output goes, hidden elements in this rank's memory, aligned to 64 bytes.
+   */
+  void *output;
+  /**
+   * Index among this rank's experts.
+   */
+  uint32_t expert;
+  /**
+   * The rank that sent it.
+   */
+  uint32_t source;
+  /**
+   * The token's index there.
+   */
+  uint32_t token;
+  /**
+   * The expert's factor in the token's sum.
+   */
+  float weight;
+} xcclMoeRow_t;
+
+/**
+ * What arrived for this rank's experts in one exchange. Set it to XCCL_MOE_BATCH_INITIALIZER. What it points to belongs to the
+ * handle and is good until the exchange's xcclMoeCombineSend or xcclMoeGiveUp.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclMoeBatch_t).
+   */
+  size_t size;
+  /**
+   * Rows: by local expert, then by the rank they come from, then by token.
+   */
+  size_t num_rows;
+  /**
+   * Experts of this rank.
+   */
+  size_t local_experts;
+  /**
+   * [local_experts], rows of each.
+   */
+  const uint32_t *counts;
+  /**
+   * [local_experts + 1], expert e has the rows offsets[e] to offsets[e + 1] - 1.
+   */
+  const uint32_t *offsets;
+  /**
+   * [num_rows].
+   */
+  const xcclMoeRow_t *rows;
+  /**
+   * [num_rows, row_bytes], the outputs of all rows in their order, as one matrix: what rows[i].output points into. Null when
+   * the exchange was received source by source, since the outputs then lie in the order of arrival.
+   */
+  void *outputs;
+  /**
+   * Bytes from one output row to the next: hidden elements, rounded up to 64 bytes.
+   */
+  size_t row_bytes;
+  /**
+   * Elements of a row.
+   */
+  size_t hidden;
+  /**
+   * An xcclDataType_t: the element type of the rows.
+   */
+  uint32_t dtype;
+} xcclMoeBatch_t;
+
+/**
+ * The sum that one token of one source gets from this rank.
+ */
+typedef struct {
+  /**
+   * Where it goes, hidden elements in this rank's memory, aligned to 64 bytes.
+   */
+  void *output;
+  /**
+   * [num_rows], the rows of the batch that belong to it, ascending.
+   */
+  const uint32_t *rows;
+  /**
+   * How many these are, at least 1.
+   */
+  uint32_t num_rows;
+  /**
+   * The rank that sent the token.
+   */
+  uint32_t source;
+  /**
+   * The token's index there.
+   */
+  uint32_t token;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+} xcclMoeSum_t;
+
+/**
+ * No request.
+ */
+#define XCCL_REQUEST_NULL 0
 
 #ifdef __cplusplus
 extern "C" {
@@ -228,68 +551,109 @@ const char *xcclGetLastError(void);
 /**
  * Writes the library's version to *version: major * 10000 + minor * 100 + patch.
  */
-enum xcclResult_t xcclGetVersion(int *version);
+xcclResult_t xcclGetVersion(int *version);
 
 /**
  * Makes a new id in *id. Call it on one rank and hand the bytes to the others. Does not block.
  */
-enum xcclResult_t xcclGetUniqueId(struct xcclUniqueId *id);
+xcclResult_t xcclGetUniqueId(xcclUniqueId *id);
 
 /**
  * Joins the communicator of the nranks ranks that share id, as rank `rank` (0 to nranks - 1), and writes its handle to
  * *comm; *comm is left as it is on failure. Options come from the XCCL_... environment variables. Blocks until all ranks
  * have joined or the deadline has passed (xcclJoinFailed names the rank that is missing, claimed twice, or differs).
  */
-enum xcclResult_t xcclCommInitRank(xcclComm_t *comm,
-                                   int nranks,
-                                   struct xcclUniqueId id,
-                                   int rank);
+xcclResult_t xcclCommInitRank(xcclComm_t *comm,
+                              int nranks,
+                              xcclUniqueId id,
+                              int rank);
+
+/**
+ * As xcclCommInitRank, with options of the application's: those of *config that are not XCCL_UNDEFINED win over the
+ * environment. config may be null. Every rank must give the same.
+ */
+xcclResult_t xcclCommInitRankConfig(xcclComm_t *comm,
+                                    int nranks,
+                                    xcclUniqueId id,
+                                    int rank,
+                                    const xcclConfig_t *config);
 
 /**
  * Joins the communicator of all ranks that a launcher has started (xccl run, torchrun, mpirun, srun, or XCCL_RANK,
  * XCCL_WORLD_SIZE and XCCL_JOB set by hand) and writes its handle to *comm; *comm is left as it is on failure. The n-th
- * call of this process meets the other ranks' n-th. Blocks as xcclCommInitRank does; xcclNotLaunched without a launcher.
+ * call of this process meets the other ranks' n-th. config may be null, or gives options as for xcclCommInitRankConfig.
+ * Blocks as xcclCommInitRank does; xcclNotLaunched without a launcher.
  */
-enum xcclResult_t xcclCommInitFromEnv(xcclComm_t *comm);
+xcclResult_t xcclCommInitFromEnv(xcclComm_t *comm, const xcclConfig_t *config);
+
+/**
+ * Divides the ranks of comm by color (0 or more): in each new communicator they are ordered by key, then by rank in comm. A
+ * rank that passes XCCL_SPLIT_NOCOLOR takes part and gets null. Every rank must call it. Options are comm's. Blocks until
+ * all have called it, up to the deadline. The new communicator is independent of comm and destroyed on its own.
+ */
+xcclResult_t xcclCommSplit(xcclComm_t comm,
+                           int color,
+                           int key,
+                           xcclComm_t *newcomm);
 
 /**
  * Leaves the communicator and gives the handle up: any further use of it is xcclInvalidArgument. Does not block; ranks may
- * leave in any order, and what this rank has sent can still be received. MoE handles made from it stay good.
+ * leave in any order, and what this rank has sent can still be received. Its requests are cancelled and its memory
+ * (xcclMemAlloc) is freed; MoE handles made from it stay good.
  * xcclInvalidUsage while another thread is in a call with it: the handle is then still good.
  */
-enum xcclResult_t xcclCommDestroy(xcclComm_t comm);
+xcclResult_t xcclCommDestroy(xcclComm_t comm);
 
 /**
  * Ends every pending and later wait of every rank with xcclAborted. Does not block and may be called while another thread
  * is in a call. The handle is still to be destroyed.
  */
-enum xcclResult_t xcclCommAbort(xcclComm_t comm);
+xcclResult_t xcclCommAbort(xcclComm_t comm);
 
 /**
  * Writes this process's rank, 0 to nranks - 1, to *rank.
  */
-enum xcclResult_t xcclCommUserRank(xcclComm_t comm, int *rank);
+xcclResult_t xcclCommUserRank(xcclComm_t comm, int *rank);
 
 /**
  * Writes the number of ranks to *count.
  */
-enum xcclResult_t xcclCommCount(xcclComm_t comm, int *count);
+xcclResult_t xcclCommCount(xcclComm_t comm, int *count);
 
 /**
  * Returns once every rank has called it. Blocks, up to the deadline.
  */
-enum xcclResult_t xcclBarrier(xcclComm_t comm);
+xcclResult_t xcclBarrier(xcclComm_t comm);
+
+/**
+ * Allocates bytes bytes (at least 1) on this rank's symmetric heap and writes their address, a multiple of 256, to *ptr.
+ * A message that is sent from there is copied once, by its receiver. The memory is the communicator's: it is given back by
+ * xcclMemFree or xcclCommDestroy. Any contents. xcclOutOfMemory when the heap (XCCL_HEAP, or heap_bytes) is full.
+ */
+xcclResult_t xcclMemAlloc(void **ptr,
+                          size_t bytes,
+                          xcclComm_t comm);
+
+/**
+ * Gives back what xcclMemAlloc has allocated from the same communicator. No request may use it any more.
+ */
+xcclResult_t xcclMemFree(void *ptr, xcclComm_t comm);
+
+/**
+ * Writes this rank's counters to *statistics. Does not block.
+ */
+xcclResult_t xcclCommGetStatistics(xcclComm_t comm, xcclStatistics_t *statistics);
 
 /**
  * Sends `bytes` bytes at data (may be null when bytes is 0) to rank peer, possibly this one. Messages of one sender with one
  * tag arrive in order. Returns when data may be reused: at once for what the sender's ring has room for, after the receiver
  * has copied it for longer messages. Messages to the own rank never block.
  */
-enum xcclResult_t xcclSend(const void *data,
-                           size_t bytes,
-                           int peer,
-                           uint32_t tag,
-                           xcclComm_t comm);
+xcclResult_t xcclSend(const void *data,
+                      size_t bytes,
+                      int peer,
+                      uint32_t tag,
+                      xcclComm_t comm);
 
 /**
  * Receives the next message with this tag from rank source, or from any rank (XCCL_ANY_SOURCE), into the capacity bytes at
@@ -297,31 +661,185 @@ enum xcclResult_t xcclSend(const void *data,
  * *status unless status is null. xcclTruncated when the message is longer than capacity: *status is written all the same,
  * and the message is kept for a call with a larger buffer.
  */
-enum xcclResult_t xcclRecv(void *buffer,
-                           size_t capacity,
-                           int source,
-                           uint32_t tag,
-                           struct xcclStatus_t *status,
-                           xcclComm_t comm);
+xcclResult_t xcclRecv(void *buffer,
+                      size_t capacity,
+                      int source,
+                      uint32_t tag,
+                      xcclStatus_t *status,
+                      xcclComm_t comm);
+
+/**
+ * Starts to send, as xcclSend does, and writes a request to *request. data must stay as it is until the request is over.
+ * Does not block.
+ */
+xcclResult_t xcclIsend(const void *data,
+                       size_t bytes,
+                       int peer,
+                       uint32_t tag,
+                       xcclComm_t comm,
+                       xcclRequest_t *request);
+
+/**
+ * Starts to receive, as xcclRecv does, and writes a request to *request. The capacity bytes at buffer must not be used until
+ * the request is over. Does not block.
+ */
+xcclResult_t xcclIrecv(void *buffer,
+                       size_t capacity,
+                       int source,
+                       uint32_t tag,
+                       xcclComm_t comm,
+                       xcclRequest_t *request);
+
+/**
+ * Waits until the request's buffer may be used again; writes to *status as xcclRecv does (for a send: the own rank, the tag
+ * and the length) unless status is null. Blocks up to the deadline. The request is over then, but not after xcclTimeout. A
+ * message that was too long for its buffer (xcclTruncated) is kept for another receive.
+ */
+xcclResult_t xcclWait(xcclRequest_t request,
+                      xcclStatus_t *status,
+                      xcclComm_t comm);
+
+/**
+ * Waits for the count requests at requests, in any order of completion, and writes to statuses[i] for requests[i] unless
+ * statuses is null. On the first failure it returns: the requests after that one are not over.
+ */
+xcclResult_t xcclWaitAll(size_t count,
+                         const xcclRequest_t *requests,
+                         xcclStatus_t *statuses,
+                         xcclComm_t comm);
+
+/**
+ * Writes 1 to *done when the request is over, and to *status as xcclWait does; 0 when it is not. Does not block.
+ */
+xcclResult_t xcclTest(xcclRequest_t request, int *done, xcclStatus_t *status, xcclComm_t comm);
+
+/**
+ * Gives a request up: its buffer may be used again. A receive takes no message any more; a send whose beginning the receiver
+ * may have seen is finished from a copy. Does not block.
+ */
+xcclResult_t xcclRequestFree(xcclRequest_t request,
+                             xcclComm_t comm);
 
 /**
  * Makes a handle for exchanges of the shape *config and writes it to *moe; *moe is left as it is on failure. Every rank of
  * comm must call it, with the same configuration (xcclJoinFailed on every rank otherwise). Blocks until all have.
  */
-enum xcclResult_t xcclMoeCreate(xcclMoe_t *moe,
-                                xcclComm_t comm,
-                                const struct xcclMoeConfig_t *config);
+xcclResult_t xcclMoeCreate(xcclMoe_t *moe,
+                           xcclComm_t comm,
+                           const xcclMoeConfig_t *config);
 
 /**
  * Gives the handle up: any further use of it is xcclInvalidArgument. An exchange that was not combined is given up, and the
  * other ranks learn of it (xcclRemoteError). Does not block.
  */
-enum xcclResult_t xcclMoeDestroy(xcclMoe_t moe);
+xcclResult_t xcclMoeDestroy(xcclMoe_t moe);
 
 /**
  * Writes the number of experts that this rank holds to *local_experts.
  */
-enum xcclResult_t xcclMoeLocalExperts(xcclMoe_t moe, size_t *local_experts);
+xcclResult_t xcclMoeLocalExperts(xcclMoe_t moe, size_t *local_experts);
+
+/**
+ * Gives the rows that the next exchange's tokens lie in: [num_tokens, *row_bytes], of which hidden elements of each row count,
+ * aligned to 64 bytes, with what an earlier exchange left there. Compute the tokens there, then call xcclMoeDispatchSend with
+ * tokens null and this num_tokens: nothing is copied. Rows that were given before and not sent are taken back. Blocks as
+ * xcclMoeDispatchSend does.
+ */
+xcclResult_t xcclMoeInputRows(size_t num_tokens,
+                              void **rows,
+                              size_t *row_bytes,
+                              xcclMoe_t moe);
+
+/**
+ * First half of a dispatch: sends this rank's tokens to the ranks that hold their experts, and names the exchange in
+ * *exchange. Every rank must call it for every exchange. The arrays may be used again when it returns. Blocks only until every
+ * rank has combined the exchange before the last, up to the deadline.
+ *
+ * Bad input is xcclInvalidArgument and nothing is sent: ranks that wait for this one get xcclPeerRefused, and all may call
+ * again. xcclInvalidUsage when two exchanges are under way.
+ */
+xcclResult_t xcclMoeDispatchSend(const xcclMoeInput_t *input,
+                                 xcclExchange_t *exchange,
+                                 xcclMoe_t moe);
+
+/**
+ * Second half of a dispatch: receives what all ranks sent to this rank's experts and describes it in *batch. The rows stay in
+ * the senders' memory. Blocks until all ranks have sent, up to the deadline; may be called again, also to get the same
+ * description once more. xcclPeerRefused when a rank's input was bad: call again once it has sent.
+ */
+xcclResult_t xcclMoeDispatchRecv(xcclExchange_t exchange,
+                                 xcclMoeBatch_t *batch,
+                                 xcclMoe_t moe);
+
+/**
+ * As xcclMoeDispatchRecv, source by source in the order of arrival: *source is the rank whose *num_rows rows at *rows have
+ * come, by local expert, then token; -1 when all sources have come, after which xcclMoeDispatchRecv describes all of them in
+ * the usual order, with the same outputs. *rows is good until the next call for the exchange. Blocks until a source has sent,
+ * up to the deadline; may be called again after a failure.
+ */
+xcclResult_t xcclMoeDispatchRecvSource(xcclExchange_t exchange,
+                                       int *source,
+                                       const xcclMoeRow_t **rows,
+                                       size_t *num_rows,
+                                       xcclMoe_t moe);
+
+/**
+ * Copies the rows of an exchange that was received into the expert-major layout at to: each local expert's rows one after
+ * another, beginning at a multiple of align rows (1: without gaps). to has room for capacity_rows rows of hidden elements;
+ * xcclTruncated when these are too few, with nothing written. Does not block.
+ */
+xcclResult_t xcclMoeCopyExpertMajor(xcclExchange_t exchange,
+                                    void *to,
+                                    size_t capacity_rows,
+                                    size_t align,
+                                    xcclMoe_t moe);
+
+/**
+ * Copies the rows of an exchange that was received into the padded layout [local experts, capacity, hidden] at to, which has
+ * room for capacity_rows rows. xcclLimitExceeded when an expert has more rows than capacity, xcclTruncated when capacity_rows
+ * is below local experts * capacity, both with nothing written. Does not block.
+ */
+xcclResult_t xcclMoeCopyPadded(xcclExchange_t exchange,
+                               void *to,
+                               size_t capacity_rows,
+                               size_t capacity,
+                               xcclMoe_t moe);
+
+/**
+ * For engines that form the sums of xcclReducePerRank themselves: describes in *sums the *num_sums sums that are asked of this
+ * rank, by source, then token. Write each to its output, then call xcclMoeCombineSend with outputs XCCL_SUMMED. *sums is good
+ * until then. Does not block.
+ */
+xcclResult_t xcclMoeSums(xcclExchange_t exchange,
+                         const xcclMoeSum_t **sums,
+                         size_t *num_sums,
+                         xcclMoe_t moe);
+
+/**
+ * First half of a combine: publishes what this rank's experts made of the rows. outputs: [num_rows, hidden] in the batch's
+ * order, not weighted, copied once (or summed on the way, with xcclReducePerRank); XCCL_IN_PLACE when they were written to
+ * rows[i].output; XCCL_SUMMED when the sums were written where xcclMoeSums says. Ends the batch. Does not block.
+ * xcclInvalidArgument and xcclInvalidUsage change nothing.
+ */
+xcclResult_t xcclMoeCombineSend(xcclExchange_t exchange,
+                                const void *outputs,
+                                xcclMoe_t moe);
+
+/**
+ * Second half of a combine: receives the sums for the tokens that this rank sent in the exchange: out[t] = sum over k of
+ * topk_weights[t, k] * output of expert topk_ids[t, k], [num_tokens, hidden], summed in f32 and rounded once; zeros for a
+ * token without experts. Blocks until the ranks that had tokens of this one have combined, up to the deadline.
+ * xcclInvalidUsage before xcclMoeCombineSend, and xcclInvalidArgument, change nothing. After any other result the exchange is
+ * over.
+ */
+xcclResult_t xcclMoeCombineRecv(xcclExchange_t exchange,
+                                void *out,
+                                xcclMoe_t moe);
+
+/**
+ * Gives an exchange up: the ranks that wait for this one's part get xcclRemoteError. Does not block.
+ */
+xcclResult_t xcclMoeGiveUp(xcclExchange_t exchange, xcclMoe_t moe);
 
 /**
  * Sends this rank's tokens to the ranks that hold their experts, and receives what all ranks sent to this rank's experts.
@@ -347,15 +865,15 @@ enum xcclResult_t xcclMoeLocalExperts(xcclMoe_t moe, size_t *local_experts);
  * arguments, and a larger capacity_rows after xcclTruncated: the tokens are sent once, by whichever call gets that far.
  * xcclInvalidUsage before the last exchange was combined.
  */
-enum xcclResult_t xcclMoeDispatch(const void *tokens,
-                                  size_t num_tokens,
-                                  const int32_t *topk_ids,
-                                  const float *topk_weights,
-                                  void *expert_rows,
-                                  size_t capacity_rows,
-                                  uint32_t *expert_counts,
-                                  size_t *rows,
-                                  xcclMoe_t moe);
+xcclResult_t xcclMoeDispatch(const void *tokens,
+                             size_t num_tokens,
+                             const int32_t *topk_ids,
+                             const float *topk_weights,
+                             void *expert_rows,
+                             size_t capacity_rows,
+                             uint32_t *expert_counts,
+                             size_t *rows,
+                             xcclMoe_t moe);
 
 /**
  * Hands back what this rank's experts made of the rows of the last xcclMoeDispatch, and receives the sums for the tokens
@@ -369,9 +887,9 @@ enum xcclResult_t xcclMoeDispatch(const void *tokens,
  * Arrays without elements may be null. All memory stays the caller's. xcclInvalidUsage without a dispatch, and
  * xcclInvalidArgument, change nothing: correct the call and repeat it. After any other result the exchange has ended.
  */
-enum xcclResult_t xcclMoeCombine(const void *expert_outputs,
-                                 void *out,
-                                 xcclMoe_t moe);
+xcclResult_t xcclMoeCombine(const void *expert_outputs,
+                            void *out,
+                            xcclMoe_t moe);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -60,7 +60,7 @@ static void ring(xcclComm_t comm, int rank, int nranks) {
 }
 
 static void exchange(xcclComm_t comm, int rank, int nranks) {
-    xcclMoeConfig_t config = {0};
+    xcclMoeConfig_t config = XCCL_MOE_CONFIG_INITIALIZER;
     config.max_tokens = MAX_TOKENS;
     config.hidden = HIDDEN;
     config.topk = TOPK;
@@ -130,7 +130,7 @@ static void exchange(xcclComm_t comm, int rank, int nranks) {
 int main(void) {
     xcclComm_t comm;
     int rank, nranks;
-    CHECK(xcclCommInitFromEnv(&comm));
+    CHECK(xcclCommInitFromEnv(&comm, NULL));
     CHECK(xcclCommUserRank(comm, &rank));
     CHECK(xcclCommCount(comm, &nranks));
     ring(comm, rank, nranks);

@@ -23,6 +23,11 @@ impl Failure {
         Failure { code: xcclResult_t::xcclInvalidUsage, text: text.into() }
     }
 
+    /// Says where it happened.
+    pub(crate) fn within(self, place: std::fmt::Arguments<'_>) -> Self {
+        Failure { text: format!("{place}: {}", self.text), ..self }
+    }
+
     pub(crate) fn truncated(text: impl Into<String>) -> Self {
         Failure { code: xcclResult_t::xcclTruncated, text: text.into() }
     }
@@ -130,6 +135,61 @@ pub(crate) unsafe fn slice_mut<'a, T>(at: *mut T, len: usize, name: &str) -> Out
     check_len::<T>(len, name)?;
     // SAFETY: as in `slice`; what C has never written is bytes like any other to Rust, which has not allocated it.
     Ok(unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), len) })
+}
+
+/// A struct of C's whose first field is its size, which tells the version of the header that its program was compiled with:
+/// fields may be added at the end. What the program does not know of is taken from `initial`.
+///
+/// # Safety
+/// `T` is `repr(C)`, begins with a `usize`, and any bits are a value of it. `at` is null, or as many bytes as the first field
+/// says are readable there.
+pub(crate) unsafe fn sized<T: Copy>(at: *const T, initial: T, name: &str) -> Outcome<T> {
+    // SAFETY: the caller's promise.
+    let size = unsafe { size_of_sized(at, name) }?;
+    let mut value = initial;
+    // SAFETY: both are as long: checked by `size_of_sized`, and promised by the caller.
+    unsafe { std::ptr::copy_nonoverlapping(at.cast::<u8>(), (&raw mut value).cast::<u8>(), size) };
+    Ok(value)
+}
+
+/// # Safety
+/// As for [`sized`].
+unsafe fn size_of_sized<T>(at: *const T, name: &str) -> Outcome<usize> {
+    let at = check_pointer(at.cast_mut(), name)?;
+    // SAFETY: not null, aligned; the first field is a `usize`, by the caller's promise.
+    let size = unsafe { at.cast::<usize>().read() };
+    let (least, most) = (size_of::<usize>(), size_of::<T>());
+    if (least..=most).contains(&size) {
+        return Ok(size);
+    }
+    Err(Failure::argument(format!(
+        "{name}->size is {size}: expected {least} to {most} bytes, as the initializer of xccl.h sets it (a larger one comes \
+         from a newer header than this library)"
+    )))
+}
+
+/// Where a struct with its size in front goes.
+pub(crate) struct SizedOut<T> {
+    at: NonNull<T>,
+    size: usize,
+}
+
+impl<T: Copy> SizedOut<T> {
+    /// # Safety
+    /// As for [`sized`], and writable until the entry point returns.
+    pub(crate) unsafe fn new(at: *mut T, name: &str) -> Outcome<Self> {
+        // SAFETY: the caller's promise.
+        let size = unsafe { size_of_sized(at, name) }?;
+        Ok(SizedOut { at: check_pointer(at, name)?, size })
+    }
+
+    /// Writes as much as C's program knows of, but not the size.
+    pub(crate) fn set(self, value: T) {
+        let (from, to) = ((&raw const value).cast::<u8>(), self.at.as_ptr().cast::<u8>());
+        let skip = size_of::<usize>();
+        // SAFETY: `size` is at most that of `T`, and writable as the caller of `new` has promised.
+        unsafe { std::ptr::copy_nonoverlapping(from.add(skip), to.add(skip), self.size - skip) }
+    }
 }
 
 /// An `int` that counts something.

@@ -1,16 +1,22 @@
 //! Communicators.
 
-use std::ffi::{c_char, c_int};
-use std::sync::{PoisonError, RwLock, TryLockError};
+use std::collections::HashMap;
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
-use xccl::{Communicator, Config, UniqueId};
+use xccl::{Communicator, HeapBuffer, UniqueId};
 
-use crate::boundary::{Failure, Out, Outcome, guard, natural};
+use crate::boundary::{Failure, Out, Outcome, SizedOut, guard, natural};
+use crate::config::{config_of, xcclConfig_t};
 use crate::handle::{self, Handle, Magic};
+use crate::p2p::Requests;
 use crate::result::xcclResult_t;
 
 /// This header's version: major * 10000 + minor * 100 + patch. xcclGetVersion gives the library's.
 pub const XCCL_VERSION: c_int = 100;
+
+/// The color of a rank that is in none of the communicators of an xcclCommSplit.
+pub const XCCL_SPLIT_NOCOLOR: c_int = -1;
 
 /// Bytes of a unique id.
 pub const XCCL_UNIQUE_ID_BYTES: usize = 128;
@@ -45,7 +51,25 @@ pub struct xcclUniqueId {
 pub struct xcclComm {
     magic: Magic,
     // Read while a call runs, so that several may; written by destroy alone, which does not wait for it.
-    inner: RwLock<Option<Communicator>>,
+    inner: RwLock<Option<Live>>,
+}
+
+/// A communicator, with what C has of it.
+pub(crate) struct Live {
+    pub(crate) comm: Communicator,
+    requests: Mutex<Requests>,
+    /// By address.
+    blocks: Mutex<HashMap<usize, HeapBuffer>>,
+}
+
+impl Live {
+    pub(crate) fn requests(&self) -> MutexGuard<'_, Requests> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn blocks(&self) -> MutexGuard<'_, HashMap<usize, HeapBuffer>> {
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A group of ranks. Made by xcclCommInitRank or xcclCommInitFromEnv, owned by the caller, given back to xcclCommDestroy.
@@ -65,7 +89,7 @@ impl Handle for xcclComm {
 ///
 /// # Safety
 /// As for [`handle::shell`].
-pub(crate) unsafe fn with<T>(comm: xcclComm_t, body: impl FnOnce(&Communicator) -> Outcome<T>) -> Outcome<T> {
+pub(crate) unsafe fn with<T>(comm: xcclComm_t, body: impl FnOnce(&Live) -> Outcome<T>) -> Outcome<T> {
     // SAFETY: the caller's promise.
     let shell = unsafe { handle::shell(comm, "comm") }?;
     let inner = shell.inner.read().unwrap_or_else(PoisonError::into_inner);
@@ -73,7 +97,8 @@ pub(crate) unsafe fn with<T>(comm: xcclComm_t, body: impl FnOnce(&Communicator) 
 }
 
 fn hand_out(comm: Communicator) -> xcclComm_t {
-    handle::hand_out(xcclComm { magic: Magic::of::<xcclComm>(), inner: RwLock::new(Some(comm)) })
+    let live = Live { comm, requests: Mutex::default(), blocks: Mutex::default() };
+    handle::hand_out(xcclComm { magic: Magic::of::<xcclComm>(), inner: RwLock::new(Some(live)) })
 }
 
 /// Writes the library's version to *version: major * 10000 + minor * 100 + patch.
@@ -107,35 +132,86 @@ pub unsafe extern "C" fn xcclCommInitRank(
     id: xcclUniqueId,
     rank: c_int,
 ) -> xcclResult_t {
-    guard("xcclCommInitRank", || {
-        // SAFETY: C's promise about its pointers.
-        let out = unsafe { Out::new(comm, "comm") }?;
-        if nranks < 1 {
-            return Err(Failure::argument(format!("nranks is {nranks}: expected at least 1")));
-        }
-        let nranks = natural(nranks, "nranks", "at least 1")?;
-        let rank = natural(rank, "rank", &format!("0 to {}", nranks - 1))?;
-        let id = UniqueId::from_bytes(&id.internal.map(|byte| byte as u8))?;
-        out.set(hand_out(Communicator::init(rank, nranks, &id, Config::from_env()?)?));
-        Ok(())
-    })
+    // SAFETY: C's promise about its pointers.
+    guard("xcclCommInitRank", || unsafe { init_rank(comm, nranks, id, rank, std::ptr::null()) })
+}
+
+/// As xcclCommInitRank, with options of the application's: those of *config that are not XCCL_UNDEFINED win over the
+/// environment. config may be null. Every rank must give the same.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommInitRankConfig(
+    comm: *mut xcclComm_t,
+    nranks: c_int,
+    id: xcclUniqueId,
+    rank: c_int,
+    config: *const xcclConfig_t,
+) -> xcclResult_t {
+    // SAFETY: C's promise about its pointers.
+    guard("xcclCommInitRankConfig", || unsafe { init_rank(comm, nranks, id, rank, config) })
+}
+
+/// # Safety
+/// C's promise about its pointers.
+unsafe fn init_rank(
+    comm: *mut xcclComm_t,
+    nranks: c_int,
+    id: xcclUniqueId,
+    rank: c_int,
+    config: *const xcclConfig_t,
+) -> Outcome {
+    // SAFETY: the caller's promise.
+    let (out, config) = unsafe { (Out::new(comm, "comm")?, config_of(config)?) };
+    if nranks < 1 {
+        return Err(Failure::argument(format!("nranks is {nranks}: expected at least 1")));
+    }
+    let nranks = natural(nranks, "nranks", "at least 1")?;
+    let rank = natural(rank, "rank", &format!("0 to {}", nranks - 1))?;
+    let id = UniqueId::from_bytes(&id.internal.map(|byte| byte as u8))?;
+    out.set(hand_out(Communicator::init(rank, nranks, &id, config)?));
+    Ok(())
 }
 
 /// Joins the communicator of all ranks that a launcher has started (xccl run, torchrun, mpirun, srun, or XCCL_RANK,
 /// XCCL_WORLD_SIZE and XCCL_JOB set by hand) and writes its handle to *comm; *comm is left as it is on failure. The n-th
-/// call of this process meets the other ranks' n-th. Blocks as xcclCommInitRank does; xcclNotLaunched without a launcher.
+/// call of this process meets the other ranks' n-th. config may be null, or gives options as for xcclCommInitRankConfig.
+/// Blocks as xcclCommInitRank does; xcclNotLaunched without a launcher.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn xcclCommInitFromEnv(comm: *mut xcclComm_t) -> xcclResult_t {
+pub unsafe extern "C" fn xcclCommInitFromEnv(comm: *mut xcclComm_t, config: *const xcclConfig_t) -> xcclResult_t {
     guard("xcclCommInitFromEnv", || {
         // SAFETY: C's promise about its pointers.
-        let out = unsafe { Out::new(comm, "comm") }?;
-        out.set(hand_out(Communicator::from_env()?));
+        let (out, config) = unsafe { (Out::new(comm, "comm")?, config_of(config)?) };
+        out.set(hand_out(Communicator::from_env_with(config)?));
+        Ok(())
+    })
+}
+
+/// Divides the ranks of comm by color (0 or more): in each new communicator they are ordered by key, then by rank in comm. A
+/// rank that passes XCCL_SPLIT_NOCOLOR takes part and gets null. Every rank must call it. Options are comm's. Blocks until
+/// all have called it, up to the deadline. The new communicator is independent of comm and destroyed on its own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommSplit(
+    comm: xcclComm_t,
+    color: c_int,
+    key: c_int,
+    newcomm: *mut xcclComm_t,
+) -> xcclResult_t {
+    guard("xcclCommSplit", || {
+        // SAFETY: C's promise about its pointers.
+        let out = unsafe { Out::new(newcomm, "newcomm") }?;
+        let color = match color {
+            XCCL_SPLIT_NOCOLOR => None,
+            _ => Some(natural(color, "color", "0 or more, or XCCL_SPLIT_NOCOLOR (-1)")? as u32),
+        };
+        // SAFETY: C's promise about its handles.
+        let made = unsafe { with(comm, |live| Ok(live.comm.split(color, key)?)) }?;
+        out.set(made.map_or(std::ptr::null_mut(), hand_out));
         Ok(())
     })
 }
 
 /// Leaves the communicator and gives the handle up: any further use of it is xcclInvalidArgument. Does not block; ranks may
-/// leave in any order, and what this rank has sent can still be received. MoE handles made from it stay good.
+/// leave in any order, and what this rank has sent can still be received. Its requests are cancelled and its memory
+/// (xcclMemAlloc) is freed; MoE handles made from it stay good.
 /// xcclInvalidUsage while another thread is in a call with it: the handle is then still good.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclCommDestroy(comm: xcclComm_t) -> xcclResult_t {
@@ -151,9 +227,9 @@ pub unsafe extern "C" fn xcclCommDestroy(comm: xcclComm_t) -> xcclResult_t {
                 ));
             }
         };
-        let comm = inner.take().ok_or_else(|| handle::destroyed::<xcclComm>("comm"))?;
+        let live = inner.take().ok_or_else(|| handle::destroyed::<xcclComm>("comm"))?;
         shell.magic().clear();
-        comm.destroy();
+        drop(live);
         Ok(())
     })
 }
@@ -165,8 +241,8 @@ pub unsafe extern "C" fn xcclCommAbort(comm: xcclComm_t) -> xcclResult_t {
     guard("xcclCommAbort", || {
         // SAFETY: C's promise about its handles.
         unsafe {
-            with(comm, |comm| {
-                comm.abort();
+            with(comm, |live| {
+                live.comm.abort();
                 Ok(())
             })
         }
@@ -178,7 +254,7 @@ pub unsafe extern "C" fn xcclCommAbort(comm: xcclComm_t) -> xcclResult_t {
 pub unsafe extern "C" fn xcclCommUserRank(comm: xcclComm_t, rank: *mut c_int) -> xcclResult_t {
     guard("xcclCommUserRank", || {
         // SAFETY: C's promise about its pointers and handles.
-        let (out, value) = unsafe { (Out::new(rank, "rank")?, with(comm, |comm| Ok(comm.rank()))?) };
+        let (out, value) = unsafe { (Out::new(rank, "rank")?, with(comm, |live| Ok(live.comm.rank()))?) };
         out.set(value as c_int);
         Ok(())
     })
@@ -189,7 +265,7 @@ pub unsafe extern "C" fn xcclCommUserRank(comm: xcclComm_t, rank: *mut c_int) ->
 pub unsafe extern "C" fn xcclCommCount(comm: xcclComm_t, count: *mut c_int) -> xcclResult_t {
     guard("xcclCommCount", || {
         // SAFETY: C's promise about its pointers and handles.
-        let (out, value) = unsafe { (Out::new(count, "count")?, with(comm, |comm| Ok(comm.world_size()))?) };
+        let (out, value) = unsafe { (Out::new(count, "count")?, with(comm, |live| Ok(live.comm.world_size()))?) };
         out.set(value as c_int);
         Ok(())
     })
@@ -200,6 +276,99 @@ pub unsafe extern "C" fn xcclCommCount(comm: xcclComm_t, count: *mut c_int) -> x
 pub unsafe extern "C" fn xcclBarrier(comm: xcclComm_t) -> xcclResult_t {
     guard("xcclBarrier", || {
         // SAFETY: C's promise about its handles.
-        unsafe { with(comm, |comm| Ok(comm.barrier()?)) }
+        unsafe { with(comm, |live| Ok(live.comm.barrier()?)) }
+    })
+}
+
+/// Allocates bytes bytes (at least 1) on this rank's symmetric heap and writes their address, a multiple of 256, to *ptr.
+/// A message that is sent from there is copied once, by its receiver. The memory is the communicator's: it is given back by
+/// xcclMemFree or xcclCommDestroy. Any contents. xcclOutOfMemory when the heap (XCCL_HEAP, or heap_bytes) is full.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclMemAlloc(ptr: *mut *mut c_void, bytes: usize, comm: xcclComm_t) -> xcclResult_t {
+    guard("xcclMemAlloc", || {
+        // SAFETY: C's promise about its pointers.
+        let out = unsafe { Out::new(ptr, "ptr") }?;
+        if bytes == 0 {
+            return Err(Failure::argument("bytes is 0: expected at least 1"));
+        }
+        // SAFETY: C's promise about its handles.
+        let at = unsafe {
+            with(comm, |live| {
+                let mut block = live.comm.heap_alloc(bytes)?;
+                let at = block.as_mut_ptr();
+                live.blocks().insert(at.expose_provenance(), block);
+                Ok(at)
+            })
+        }?;
+        out.set(at.cast());
+        Ok(())
+    })
+}
+
+/// Gives back what xcclMemAlloc has allocated from the same communicator. No request may use it any more.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclMemFree(ptr: *mut c_void, comm: xcclComm_t) -> xcclResult_t {
+    guard("xcclMemFree", || {
+        // SAFETY: C's promise about its handles.
+        unsafe {
+            with(comm, |live| match live.blocks().remove(&ptr.addr()) {
+                Some(block) => {
+                    drop(block);
+                    Ok(())
+                }
+                None => Err(Failure::argument(format!(
+                    "ptr ({ptr:p}) is not from xcclMemAlloc with this communicator, or was freed"
+                ))),
+            })
+        }
+    })
+}
+
+/// What this rank has done in a communicator so far. Set it to XCCL_STATISTICS_INITIALIZER.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct xcclStatistics_t {
+    /// sizeof(xcclStatistics_t).
+    pub size: usize,
+    /// Messages sent.
+    pub messages_sent: u64,
+    /// Bytes in them.
+    pub bytes_sent: u64,
+    /// Messages received.
+    pub messages_received: u64,
+    /// Bytes in them.
+    pub bytes_received: u64,
+    /// Messages of these that the receiver copied straight from the sender's memory.
+    pub rendezvous: u64,
+    /// MoE exchanges completed.
+    pub exchanges: u64,
+    /// Tokens dispatched.
+    pub tokens: u64,
+    /// Waits that were not satisfied at once.
+    pub waits: u64,
+    /// Microseconds spent in them.
+    pub waited_us: u64,
+}
+
+/// Writes this rank's counters to *statistics. Does not block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommGetStatistics(comm: xcclComm_t, statistics: *mut xcclStatistics_t) -> xcclResult_t {
+    guard("xcclCommGetStatistics", || {
+        // SAFETY: C's promise about its pointers and handles.
+        let (out, found) =
+            unsafe { (SizedOut::new(statistics, "statistics")?, with(comm, |live| Ok(live.comm.statistics()))?) };
+        out.set(xcclStatistics_t {
+            size: size_of::<xcclStatistics_t>(),
+            messages_sent: found.messages_sent,
+            bytes_sent: found.bytes_sent,
+            messages_received: found.messages_received,
+            bytes_received: found.bytes_received,
+            rendezvous: found.rendezvous,
+            exchanges: found.exchanges,
+            tokens: found.tokens,
+            waits: found.waits,
+            waited_us: found.waited_us,
+        });
+        Ok(())
     })
 }

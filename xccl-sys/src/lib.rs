@@ -10,20 +10,18 @@
 
 mod boundary;
 mod comm;
+mod config;
 mod handle;
 mod moe;
 mod p2p;
 mod result;
 
 pub use boundary::xcclGetLastError;
-pub use comm::{
-    XCCL_UNIQUE_ID_BYTES, XCCL_VERSION, xcclBarrier, xcclComm, xcclComm_t, xcclCommAbort, xcclCommCount,
-    xcclCommDestroy, xcclCommInitFromEnv, xcclCommInitRank, xcclCommUserRank, xcclGetUniqueId, xcclGetVersion,
-    xcclUniqueId,
+pub use comm::*;
+pub use config::{XCCL_UNDEFINED, xcclConfig_t, xcclMemory_t};
+pub use moe::*;
+pub use p2p::{
+    XCCL_ANY_SOURCE, XCCL_REQUEST_NULL, xcclIrecv, xcclIsend, xcclRecv, xcclRequest_t, xcclRequestFree, xcclSend,
+    xcclStatus_t, xcclTest, xcclWait, xcclWaitAll,
 };
-pub use moe::{
-    xcclDataType_t, xcclMoe, xcclMoe_t, xcclMoeCombine, xcclMoeConfig_t, xcclMoeCreate, xcclMoeDestroy,
-    xcclMoeDispatch, xcclMoeLocalExperts, xcclReduction_t,
-};
-pub use p2p::{XCCL_ANY_SOURCE, xcclRecv, xcclSend, xcclStatus_t};
 pub use result::{xcclGetErrorString, xcclResult_t};

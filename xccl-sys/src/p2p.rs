@@ -2,10 +2,10 @@
 
 use std::ffi::{c_int, c_void};
 
-use xccl::{Error, Source};
+use xccl::{Communicator, Error, RawRequest, Source, Status};
 
-use crate::boundary::{Out, guard, natural, slice, slice_mut};
-use crate::comm::{with, xcclComm_t};
+use crate::boundary::{Failure, Out, Outcome, guard, natural, slice, slice_mut};
+use crate::comm::{Live, with, xcclComm_t};
 use crate::result::xcclResult_t;
 
 /// The source that stands for any rank.
@@ -37,10 +37,9 @@ pub unsafe extern "C" fn xcclSend(
     guard("xcclSend", || {
         // SAFETY: C's promise about its pointers and handles.
         unsafe {
-            with(comm, |comm| {
+            with(comm, |live| {
                 let data = slice(data.cast::<u8>(), bytes, "data")?;
-                let peer = natural(peer, "peer", &format!("a rank, 0 to {}", comm.world_size() - 1))?;
-                Ok(comm.send(peer, tag, data)?)
+                Ok(live.comm.send(destination(&live.comm, peer)?, tag, data)?)
             })
         }
     })
@@ -72,23 +71,247 @@ pub unsafe extern "C" fn xcclRecv(
         };
         // SAFETY: C's promise about its pointers and handles.
         unsafe {
-            with(comm, |comm| {
+            with(comm, |live| {
                 let buffer = slice_mut(buffer.cast::<u8>(), capacity, "buffer")?;
-                let source = match source {
-                    XCCL_ANY_SOURCE => Source::Any,
-                    rank => {
-                        let most = comm.world_size() - 1;
-                        let expected = format!("a rank, 0 to {most}, or XCCL_ANY_SOURCE ({XCCL_ANY_SOURCE})");
-                        Source::Rank(natural(rank, "source", &expected)?)
-                    }
-                };
-                let received = comm.recv(source, tag, buffer);
+                let received = live.comm.recv(source_of(&live.comm, source)?, tag, buffer);
                 match &received {
                     Ok(got) => report(got.source, got.tag, got.len),
                     Err(Error::Truncated { from, tag, len, .. }) => report(*from, *tag, *len),
                     Err(_) => {}
                 }
                 received?;
+                Ok(())
+            })
+        }
+    })
+}
+
+fn destination(comm: &Communicator, peer: c_int) -> Outcome<usize> {
+    natural(peer, "peer", &format!("a rank, 0 to {}", comm.world_size() - 1))
+}
+
+fn source_of(comm: &Communicator, source: c_int) -> Outcome<Source> {
+    if source == XCCL_ANY_SOURCE {
+        return Ok(Source::Any);
+    }
+    let most = comm.world_size() - 1;
+    let expected = format!("a rank, 0 to {most}, or XCCL_ANY_SOURCE ({XCCL_ANY_SOURCE})");
+    Ok(Source::Rank(natural(source, "source", &expected)?))
+}
+
+/// A message on its way: made by xcclIsend and xcclIrecv, over when xcclWait or xcclTest says so, or with xcclRequestFree.
+/// A number, never used again, so that a request that is over is recognised.
+pub type xcclRequest_t = u64;
+
+/// No request.
+pub const XCCL_REQUEST_NULL: xcclRequest_t = 0;
+
+/// A communicator's requests. A request's number is its place and how often that was used before.
+#[derive(Default)]
+pub(crate) struct Requests {
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+}
+
+struct Slot {
+    uses: u32,
+    request: Place,
+}
+
+enum Place {
+    Empty,
+    Here(RawRequest),
+    /// A thread waits for it.
+    Out,
+}
+
+impl Requests {
+    fn add(&mut self, request: RawRequest) -> xcclRequest_t {
+        let at = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { uses: 0, request: Place::Empty });
+            self.slots.len() - 1
+        });
+        let slot = &mut self.slots[at];
+        slot.request = Place::Here(request);
+        (u64::from(slot.uses) << 32) | (at as u64 + 1)
+    }
+
+    fn slot(&mut self, request: xcclRequest_t) -> Outcome<(usize, &mut Slot)> {
+        let at = (request & u64::from(u32::MAX)).checked_sub(1).map(|at| at as usize);
+        let slot = at.and_then(|at| Some((at, self.slots.get_mut(at)?)));
+        let slot = slot.filter(|(_, slot)| u64::from(slot.uses) == request >> 32);
+        slot.filter(|(_, slot)| !matches!(slot.request, Place::Empty)).ok_or_else(|| {
+            Failure::argument(format!("request ({request}) is not one of this communicator, or is over"))
+        })
+    }
+
+    fn take(&mut self, request: xcclRequest_t) -> Outcome<RawRequest> {
+        match std::mem::replace(&mut self.slot(request)?.1.request, Place::Out) {
+            Place::Here(taken) => Ok(taken),
+            _ => Err(Failure::usage(format!("another thread waits for request {request}"))),
+        }
+    }
+
+    /// Puts back what [`take`](Self::take) gave, unless it is over.
+    fn settle(&mut self, request: xcclRequest_t, taken: RawRequest, is_over: bool) {
+        let Ok((at, slot)) = self.slot(request) else { return };
+        if is_over {
+            slot.request = Place::Empty;
+            slot.uses = slot.uses.wrapping_add(1);
+            self.free.push(at);
+        } else {
+            slot.request = Place::Here(taken);
+        }
+    }
+}
+
+/// Starts to send, as xcclSend does, and writes a request to *request. data must stay as it is until the request is over.
+/// Does not block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclIsend(
+    data: *const c_void,
+    bytes: usize,
+    peer: c_int,
+    tag: u32,
+    comm: xcclComm_t,
+    request: *mut xcclRequest_t,
+) -> xcclResult_t {
+    guard("xcclIsend", || {
+        // SAFETY: C's promise about its pointers and handles, and that `data` stays as it is.
+        unsafe {
+            let out = Out::new(request, "request")?;
+            with(comm, |live| {
+                let data = slice(data.cast::<u8>(), bytes, "data")?;
+                let started = live.comm.isend_raw(destination(&live.comm, peer)?, tag, data)?;
+                out.set(live.requests().add(started));
+                Ok(())
+            })
+        }
+    })
+}
+
+/// Starts to receive, as xcclRecv does, and writes a request to *request. The capacity bytes at buffer must not be used until
+/// the request is over. Does not block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclIrecv(
+    buffer: *mut c_void,
+    capacity: usize,
+    source: c_int,
+    tag: u32,
+    comm: xcclComm_t,
+    request: *mut xcclRequest_t,
+) -> xcclResult_t {
+    guard("xcclIrecv", || {
+        // SAFETY: C's promise about its pointers and handles, and that `buffer` is left alone.
+        unsafe {
+            let out = Out::new(request, "request")?;
+            with(comm, |live| {
+                let buffer = slice_mut(buffer.cast::<u8>(), capacity, "buffer")?;
+                let started = live.comm.irecv_raw(source_of(&live.comm, source)?, tag, buffer)?;
+                out.set(live.requests().add(started));
+                Ok(())
+            })
+        }
+    })
+}
+
+/// # Safety
+/// C's promise about its pointers.
+unsafe fn out_status(status: *mut xcclStatus_t) -> Outcome<Option<Out<xcclStatus_t>>> {
+    // SAFETY: the caller's promise.
+    if status.is_null() { Ok(None) } else { unsafe { Out::new(status, "status") }.map(Some) }
+}
+
+fn report(out: Option<Out<xcclStatus_t>>, status: Status) {
+    if let Some(out) = out {
+        out.set(xcclStatus_t { source: status.source as c_int, tag: status.tag, bytes: status.len });
+    }
+}
+
+fn wait(live: &Live, request: xcclRequest_t, status: Option<Out<xcclStatus_t>>) -> Outcome {
+    let mut taken = live.requests().take(request)?;
+    let result = taken.wait();
+    live.requests().settle(request, taken, !matches!(result, Err(Error::Timeout { .. })));
+    report(status, result?);
+    Ok(())
+}
+
+/// Waits until the request's buffer may be used again; writes to *status as xcclRecv does (for a send: the own rank, the tag
+/// and the length) unless status is null. Blocks up to the deadline. The request is over then, but not after xcclTimeout. A
+/// message that was too long for its buffer (xcclTruncated) is kept for another receive.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclWait(request: xcclRequest_t, status: *mut xcclStatus_t, comm: xcclComm_t) -> xcclResult_t {
+    guard("xcclWait", || {
+        // SAFETY: C's promise about its pointers and handles.
+        unsafe {
+            let status = out_status(status)?;
+            with(comm, |live| wait(live, request, status))
+        }
+    })
+}
+
+/// Waits for the count requests at requests, in any order of completion, and writes to statuses[i] for requests[i] unless
+/// statuses is null. On the first failure it returns: the requests after that one are not over.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclWaitAll(
+    count: usize,
+    requests: *const xcclRequest_t,
+    statuses: *mut xcclStatus_t,
+    comm: xcclComm_t,
+) -> xcclResult_t {
+    guard("xcclWaitAll", || {
+        // SAFETY: C's promise about its pointers and handles.
+        unsafe {
+            let requests = slice(requests, count, "requests")?;
+            with(comm, |live| {
+                for (i, &request) in requests.iter().enumerate() {
+                    let status = if statuses.is_null() { statuses } else { statuses.wrapping_add(i) };
+                    wait(live, request, out_status(status)?)
+                        .map_err(|failure| failure.within(format_args!("requests[{i}]")))?;
+                }
+                Ok(())
+            })
+        }
+    })
+}
+
+/// Writes 1 to *done when the request is over, and to *status as xcclWait does; 0 when it is not. Does not block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclTest(
+    request: xcclRequest_t,
+    done: *mut c_int,
+    status: *mut xcclStatus_t,
+    comm: xcclComm_t,
+) -> xcclResult_t {
+    guard("xcclTest", || {
+        // SAFETY: C's promise about its pointers and handles.
+        unsafe {
+            let (done, status) = (Out::new(done, "done")?, out_status(status)?);
+            with(comm, |live| {
+                let mut taken = live.requests().take(request)?;
+                let result = taken.test();
+                live.requests().settle(request, taken, !matches!(result, Ok(None)));
+                let result = result?;
+                done.set(result.is_some().into());
+                if let Some(got) = result {
+                    report(status, got);
+                }
+                Ok(())
+            })
+        }
+    })
+}
+
+/// Gives a request up: its buffer may be used again. A receive takes no message any more; a send whose beginning the receiver
+/// may have seen is finished from a copy. Does not block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclRequestFree(request: xcclRequest_t, comm: xcclComm_t) -> xcclResult_t {
+    guard("xcclRequestFree", || {
+        // SAFETY: C's promise about its handles.
+        unsafe {
+            with(comm, |live| {
+                let taken = live.requests().take(request)?;
+                live.requests().settle(request, taken, true);
                 Ok(())
             })
         }

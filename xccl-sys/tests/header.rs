@@ -15,7 +15,7 @@ fn header() -> PathBuf {
 fn header_is_current() {
     let config = cbindgen::Config::from_file(crate_dir().join("cbindgen.toml")).expect("cbindgen.toml");
     // In the order in which a reader wants them.
-    let sources = ["result.rs", "boundary.rs", "comm.rs", "p2p.rs", "moe.rs"];
+    let sources = ["result.rs", "boundary.rs", "config.rs", "comm.rs", "p2p.rs", "moe/mod.rs"];
     let builder = sources.iter().fold(cbindgen::Builder::new().with_config(config), |builder, source| {
         builder.with_src(crate_dir().join("src").join(source))
     });
@@ -32,22 +32,38 @@ fn header_is_current() {
     );
 }
 
+/// What a program needs beside the header, to use every initializer.
+const USES_INITIALIZERS: &str = r#"
+#include "xccl.h"
+int main(void);
+int main(void) {
+  xcclConfig_t config = XCCL_CONFIG_INITIALIZER;
+  xcclStatistics_t statistics = XCCL_STATISTICS_INITIALIZER;
+  xcclMoeConfig_t moe = XCCL_MOE_CONFIG_INITIALIZER;
+  xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
+  xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
+  return XCCL_IN_PLACE != XCCL_SUMMED && config.size + statistics.size + moe.size + batch.size && input.ids_type == xcclInt32 ? 0 : 1;
+}
+"#;
+
 #[test]
-fn header_stands_alone() {
+fn gcc_and_clang_accept_the_header_in_every_standard_without_a_warning() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    for (file, standard) in [("alone.c", "-std=c99"), ("alone.cc", "-std=c++11")] {
-        compile(dir.path(), file, standard);
+    for (file, standards) in [("alone.c", ["-std=c99", "-std=c11"]), ("alone.cc", ["-std=c++11", "-std=c++20"])] {
+        let source = dir.path().join(file);
+        std::fs::write(&source, USES_INITIALIZERS).expect("a source file");
+        for standard in standards {
+            ["gcc", "clang"].into_iter().for_each(|compiler| compile(compiler, &source, standard));
+        }
     }
 }
 
-fn compile(dir: &Path, file: &str, standard: &str) {
-    let source = dir.join(file);
-    std::fs::write(&source, "#include \"xccl.h\"\n").expect("a source file");
-    let output = Command::new("cc")
+fn compile(compiler: &str, source: &Path, standard: &str) {
+    let output = Command::new(compiler)
         .args([standard, "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", "-I"])
         .arg(header().parent().expect("include/"))
-        .arg(&source)
+        .arg(source)
         .output()
-        .expect("cc starts");
-    assert!(output.status.success(), "{file} {standard}: {}", String::from_utf8_lossy(&output.stderr));
+        .unwrap_or_else(|err| panic!("{compiler} cannot be started (Debian: apt-get install {compiler}): {err}"));
+    assert!(output.status.success(), "{compiler} {standard}: {}", String::from_utf8_lossy(&output.stderr));
 }

@@ -30,12 +30,15 @@ fn comm() -> xcclComm_t {
 }
 
 const CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
+    size: size_of::<xcclMoeConfig_t>(),
     max_tokens: 4,
     hidden: 8,
     topk: 1,
     experts: 2,
     dtype: xcclDataType_t::xcclFloat32 as u32,
     reduction: xcclReduction_t::xcclReducePerExpert as u32,
+    placement: null(),
+    max_expert_rows: 0,
 };
 
 #[test]
@@ -54,7 +57,7 @@ fn communicators() {
         let mut id = zeros;
         assert_eq!(xcclGetUniqueId(&mut id), xcclSuccess);
         refused(xcclCommInitRank(&mut made, 2, id, 2), xcclInvalidArgument, &["rank 2", "2 ranks"]);
-        refused(xcclCommInitFromEnv(&mut made), xcclNotLaunched, &["XCCL_RANK"]);
+        refused(xcclCommInitFromEnv(&mut made, null()), xcclNotLaunched, &["XCCL_RANK"]);
         assert!(made.is_null());
 
         let comm = comm();
