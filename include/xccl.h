@@ -37,6 +37,9 @@
 /** What a batch starts from. */
 #define XCCL_MOE_BATCH_INITIALIZER { sizeof(xcclMoeBatch_t), 0, 0, NULL, NULL, NULL, NULL, 0, 0, 0 }
 
+/** What a batch for kernels starts from. */
+#define XCCL_DEVICE_BATCH_INITIALIZER { sizeof(xcclDeviceBatch_t), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0 }
+
 /** For the outputs of xcclMoeCombineSend: they were written to the rows' outputs. */
 #define XCCL_IN_PLACE ((const void *)1)
 
@@ -379,6 +382,88 @@ typedef struct {
 } xcclMoeConfig_t;
 
 /**
+ * Names an exchange of a MoE handle: its number, from 1, the same on all ranks.
+ */
+typedef uint64_t xcclExchange_t;
+
+/**
+ * One row that an expert of this rank is to work on. The struct is fixed: kernels walk arrays of it (xccl_device.h).
+ */
+typedef struct {
+  /**
+   * The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store there is a fault.
+   */
+  const void *token_data;
+  /**
+   * Where the expert's output goes, hidden elements in this rank's memory, aligned to 64 bytes.
+   */
+  void *output;
+  /**
+   * Index among this rank's experts.
+   */
+  uint32_t expert;
+  /**
+   * The rank that sent it.
+   */
+  uint32_t source;
+  /**
+   * The token's index there.
+   */
+  uint32_t token;
+  /**
+   * The expert's factor in the token's sum.
+   */
+  float weight;
+} xcclMoeRow_t;
+
+/**
+ * A batch as kernels see it: see xccl_device.h, whose inline functions read it. Set it to XCCL_DEVICE_BATCH_INITIALIZER. What
+ * it points to is good until the exchange's xcclMoeCombineSend or xcclMoeGiveUp.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclDeviceBatch_t).
+   */
+  size_t size;
+  /**
+   * [num_rows].
+   */
+  const xcclMoeRow_t *rows;
+  /**
+   * [local_experts + 1], expert e has the rows offsets[e] to offsets[e + 1] - 1.
+   */
+  const uint32_t *offsets;
+  /**
+   * Rows whose outputs are written; in this rank's outbox, alone on its cache line.
+   */
+  uint64_t *rows_done;
+  /**
+   * Rows: by local expert, then by the rank they come from, then by token.
+   */
+  uint64_t num_rows;
+  /**
+   * Experts of this rank.
+   */
+  uint64_t local_experts;
+  /**
+   * Elements of a row.
+   */
+  uint64_t hidden;
+  /**
+   * Bytes from one output row to the next: hidden elements, rounded up to 64 bytes.
+   */
+  uint64_t row_bytes;
+  /**
+   * An xcclDataType_t: the element type of the rows.
+   */
+  uint32_t dtype;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+} xcclDeviceBatch_t;
+
+/**
  * The tokens of one exchange. Set it to XCCL_MOE_INPUT_INITIALIZER, then its fields. It may be used again, also with other
  * tokens: a routing serves as many exchanges as you like.
  */
@@ -413,41 +498,6 @@ typedef struct {
    */
   uint32_t ids_type;
 } xcclMoeInput_t;
-
-/**
- * Names an exchange of a MoE handle: its number, from 1, the same on all ranks.
- */
-typedef uint64_t xcclExchange_t;
-
-/**
- * One row that an expert of this rank is to work on. The struct is fixed: kernels walk arrays of it (xccl_device.h).
- */
-typedef struct {
-  /**
-   * The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store there is a fault.
-   */
-  const void *token_data;
-  /**
-   * Where the expert's output goes, hidden elements in this rank's memory, aligned to 64 bytes.
-   */
-  void *output;
-  /**
-   * Index among this rank's experts.
-   */
-  uint32_t expert;
-  /**
-   * The rank that sent it.
-   */
-  uint32_t source;
-  /**
-   * The token's index there.
-   */
-  uint32_t token;
-  /**
-   * The expert's factor in the token's sum.
-   */
-  float weight;
-} xcclMoeRow_t;
 
 /**
  * What arrived for this rank's experts in one exchange. Set it to XCCL_MOE_BATCH_INITIALIZER. What it points to belongs to the
@@ -738,6 +788,31 @@ xcclResult_t xcclMoeDestroy(xcclMoe_t moe);
  * Writes the number of experts that this rank holds to *local_experts.
  */
 xcclResult_t xcclMoeLocalExperts(xcclMoe_t moe, size_t *local_experts);
+
+/**
+ * Describes an exchange that was received (xcclMoeDispatchRecv) for kernels on other threads or devices, which write the
+ * outputs in place and count them; xcclMoeAwaitRows waits for them. Does not block.
+ */
+xcclResult_t xcclMoeDeviceBatch(xcclExchange_t exchange,
+                                xcclDeviceBatch_t *batch,
+                                xcclMoe_t moe);
+
+/**
+ * Blocks, up to the deadline, until kernels have counted all rows of the exchange's batch as done (xcclDevicePublish). May be
+ * called again after xcclTimeout.
+ */
+xcclResult_t xcclMoeAwaitRows(xcclExchange_t exchange,
+                              xcclMoe_t moe);
+
+/**
+ * Writes to *base and *bytes where the outbox that rank `rank` has for this handle is mapped in this process: to register it
+ * with a device (cudaHostRegister; cudaHostRegisterReadOnly for another rank's, which must not be written). All rows of all
+ * batches lie in these. Good until xcclMoeDestroy. Does not block.
+ */
+xcclResult_t xcclMoeOutbox(int rank,
+                           const void **base,
+                           size_t *bytes,
+                           xcclMoe_t moe);
 
 /**
  * Gives the rows that the next exchange's tokens lie in: [num_tokens, *row_bytes], of which hidden elements of each row count,

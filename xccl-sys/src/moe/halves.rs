@@ -232,7 +232,7 @@ pub unsafe extern "C" fn xcclMoeDispatchRecv(
     })
 }
 
-fn dtype_of(dtype: DType) -> xcclDataType_t {
+pub(super) fn dtype_of(dtype: DType) -> xcclDataType_t {
     match dtype {
         DType::F32 => xcclDataType_t::xcclFloat32,
         DType::F16 => xcclDataType_t::xcclFloat16,

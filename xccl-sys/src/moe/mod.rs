@@ -1,8 +1,10 @@
 //! MoE handles and what C sees of an exchange. The four halves are in [`halves`], the joined calls in [`joined`].
 
+mod device;
 mod halves;
 mod joined;
 
+pub use device::*;
 pub use halves::*;
 pub use joined::*;
 

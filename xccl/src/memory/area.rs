@@ -36,6 +36,12 @@ pub(crate) fn split<const N: usize>(mapping: Mapping, ranges: [Range<usize>; N])
 }
 
 impl Words {
+    /// Where the whole segment is mapped, and its bytes.
+    pub(crate) fn address(&self) -> (*const u8, usize) {
+        let bytes = self.mapping.len();
+        (self.mapping.at(0, bytes), bytes)
+    }
+
     /// The 64-bit word at `offset`.
     pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
         assert!(offset + 8 <= self.bytes, "no word at {offset}");

@@ -1,5 +1,6 @@
 //! What arrived for this rank's experts, in place.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use half::{bf16, f16};
@@ -73,6 +74,7 @@ pub struct ExpertBatch<'m> {
 impl<'m> ExpertBatch<'m> {
     pub(super) fn new(moe: &'m Moe, epoch: u64, mut received: Box<Received>) -> Self {
         received.clear();
+        moe.own.word64(moe.layout.slot(epoch).done).store(0, Relaxed);
         ExpertBatch { moe, epoch, received: Some(received), published: false, outputs: Outputs::InOrder }
     }
 
@@ -265,9 +267,19 @@ impl<'m> ExpertBatch<'m> {
     }
 
     /// A token of `source`; the index was checked when the lists were taken.
-    fn token_row<E: bytemuck::Pod>(&self, source: usize, token: usize) -> Row<'m, E> {
+    fn token_row<E: Element>(&self, source: usize, token: usize) -> Row<'m, E> {
         let moe = self.moe;
         moe.peers[source].row(moe.layout.slot(self.epoch).rows.start + token * moe.layout.stride, moe.config.hidden)
+    }
+
+    /// As [`token_row`](Self::token_row), in the mapping that [`Moe::outbox_address`] names: this rank's own tokens are mapped
+    /// twice.
+    fn token_address(&self, source: usize, token: usize) -> *const u8 {
+        let outbox = match source == self.moe.comm.rank {
+            true => self.moe.own.address().0,
+            false => self.moe.peers[source].at(0, self.moe.layout.bytes),
+        };
+        outbox.wrapping_add(self.moe.layout.slot(self.epoch).rows.start + token * self.moe.layout.stride)
     }
 
     /// Row `i` where it lies, in the sender's memory: `hidden` elements, aligned to 64 bytes.
@@ -342,7 +354,7 @@ impl<'m> ExpertBatch<'m> {
         entries.enumerate().map(move |(i, (expert, source, entry))| {
             let output = outputs.wrapping_add(if as_arrived { entry } else { i } * stride);
             let row = batch.describe(expert, source, entry);
-            (row, batch.token_row::<u8>(source, row.token).as_ptr(), output)
+            (row, batch.token_address(source, row.token), output)
         })
     }
 
@@ -359,8 +371,14 @@ impl<'m> ExpertBatch<'m> {
         entries.map(move |(expert, entry)| {
             let row = batch.describe(expert, source, entry);
             let output = outputs.wrapping_add(entry * batch.moe.layout.stride);
-            (row, batch.token_row::<u8>(source, row.token).as_ptr(), output)
+            (row, batch.token_address(source, row.token), output)
         })
+    }
+
+    /// How many output rows are written, for those who write them on other threads or devices: each adds what it has done,
+    /// with release order, and [`Moe::await_rows`] waits for all. In this rank's outbox; 0 when the batch begins.
+    pub fn rows_done(&self) -> &AtomicU64 {
+        self.moe.own.word64(self.moe.layout.slot(self.epoch).done)
     }
 
     /// Rows that [`copy_into`](Self::copy_into) needs room for.

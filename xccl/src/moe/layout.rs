@@ -52,6 +52,9 @@ pub(super) struct SlotLayout {
     pub(super) abandoned: usize,
     /// u32: tokens of this rank.
     pub(super) tokens: usize,
+    /// u64: output rows of this rank that are written. Changed by this rank's own kernels, on whatever device, read by this
+    /// rank.
+    pub(super) done: usize,
     /// u32 per expert position, and one more: where its entries begin.
     pub(super) starts: Range<usize>,
     /// The entries, sorted by expert position, then token.
@@ -91,8 +94,8 @@ impl MoeLayout {
 
         let mut layout = Layout::default();
         let [dispatched, refused] = std::array::from_fn(|_| layout.add(LINE));
-        let words: [[usize; 3]; SLOTS] = std::array::from_fn(|_| std::array::from_fn(|_| layout.add(LINE)));
-        let slots = words.map(|[combined, abandoned, tokens]| {
+        let words: [[usize; 4]; SLOTS] = std::array::from_fn(|_| std::array::from_fn(|_| layout.add(LINE)));
+        let slots = words.map(|[combined, abandoned, tokens, done]| {
             let mut area = |bytes: usize, align: usize| {
                 let start = layout.add_aligned(bytes, align);
                 start..start + bytes
@@ -101,6 +104,7 @@ impl MoeLayout {
                 combined,
                 abandoned,
                 tokens,
+                done,
                 starts: area((config.experts + 1) * 4, LINE),
                 entries: area(config.max_tokens * config.topk * size_of::<Entry>(), LINE),
                 bases: area(world_size * bases_per_source * 4, LINE),

@@ -449,6 +449,48 @@ impl Moe {
         Ok(ExpertBatch::new(self, epoch, received))
     }
 
+    /// Waits until [`ExpertBatch::rows_done`] has reached the batch's length: until those who compute on other threads or
+    /// devices have written all outputs.
+    ///
+    /// ```
+    /// # use xccl::{Communicator, Config, DType, Moe, MoeConfig, Routing, UniqueId};
+    /// # use std::sync::atomic::Ordering::Release;
+    /// # fn main() -> xccl::Result<()> {
+    /// # let comm = Communicator::init(0, 1, &UniqueId::new()?, Config::default())?;
+    /// # let moe = Moe::new(&comm, MoeConfig::new(8, 16, 1, 4, DType::F32))?;
+    /// # let sent = moe.dispatch_send(&[1.0f32; 32], &Routing::new(&[0i32, 3], &[1.0, 1.0]))?;
+    /// let batch = moe.dispatch_recv(&sent)?;
+    /// let (rows, done) = (batch.len() as u64, batch.rows_done());
+    /// std::thread::scope(|s| {
+    ///     s.spawn(|| done.fetch_add(rows, Release)); // after it has written them
+    ///     moe.await_rows(&batch)
+    /// })?;
+    /// moe.combine_send(batch)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] and what waiting can meet; the call may be repeated.
+    pub fn await_rows(&self, batch: &ExpertBatch<'_>) -> Result<()> {
+        let what = Waiting { operation: Operation::CombineSend, epoch: batch.epoch(), peer: Some(self.comm.rank) };
+        let (done, rows) = (batch.rows_done(), batch.len() as u64);
+        self.comm.poll(what, || (done.load(Acquire) >= rows).then_some(()))
+    }
+
+    /// Where `rank`'s outbox for this handle is mapped, and its bytes: for registering it with a device. That of another rank
+    /// may only be read.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`].
+    pub fn outbox_address(&self, rank: usize) -> Result<(*const u8, usize)> {
+        self.comm.check_rank(rank)?;
+        Ok(match rank == self.comm.rank {
+            true => self.own.address(),
+            false => (self.peers[rank].at(0, self.layout.bytes), self.layout.bytes),
+        })
+    }
+
     /// Publishes the outputs that were written through [`ExpertBatch::output_row`]. With [`Reduction::PerRank`] it first forms
     /// this rank's weighted sums. Never blocks.
     ///
