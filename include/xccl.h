@@ -391,7 +391,8 @@ typedef uint64_t xcclExchange_t;
  */
 typedef struct {
   /**
-   * The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store there is a fault.
+   * The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store to another rank's
+   * memory is a fault.
    */
   const void *token_data;
   /**

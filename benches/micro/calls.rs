@@ -4,6 +4,10 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
 use xccl::{Communicator, Config, DType, Moe, MoeConfig, Result, Routing, UniqueId};
+use xccl_c::{
+    XCCL_UNIQUE_ID_BYTES, xcclCommInitRank, xcclCommUserRank, xcclGetUniqueId, xcclRecv, xcclResult_t, xcclSend,
+    xcclUniqueId,
+};
 
 const HIDDEN: usize = 7168;
 const TOPK: usize = 8;
@@ -19,6 +23,34 @@ fn send_and_receive(c: &mut Criterion) {
         let mut buffer = [0; 8];
         b.iter(|| {
             comm.send(0, 1, &[1; 8]).and_then(|()| comm.recv(0, 1, &mut buffer)).expect("nothing to wait for");
+        });
+    });
+}
+
+/// What the C ABI adds to a call: handle and pointers checked, panics caught, the result turned into a code.
+fn across_the_c_abi(c: &mut Criterion) {
+    use std::ptr::null_mut;
+    let mut group = c.benchmark_group("C ABI");
+    let rust = alone().expect("one rank can always start");
+    let (mut comm, mut id) = (null_mut(), xcclUniqueId { internal: [0; XCCL_UNIQUE_ID_BYTES] });
+    // SAFETY: the pointers are to values of the right types.
+    let made = unsafe { (xcclGetUniqueId(&mut id), xcclCommInitRank(&mut comm, 1, id, 0)) };
+    assert_eq!(made, (xcclResult_t::xcclSuccess, xcclResult_t::xcclSuccess));
+
+    let mut rank = 0;
+    group.bench_function("rank, Rust", |b| b.iter(|| std::hint::black_box(&rust).rank()));
+    // SAFETY: the handle is good and `rank` may be written.
+    group.bench_function("rank, C", |b| b.iter(|| unsafe { xcclCommUserRank(std::hint::black_box(comm), &mut rank) }));
+
+    let (data, mut buffer) = ([1u8; 8], [0u8; 8]);
+    group.bench_function("send and recv, Rust", |b| {
+        b.iter(|| rust.send(0, 1, &data).and_then(|()| rust.recv(0, 1, &mut buffer)).expect("nothing to wait for"));
+    });
+    group.bench_function("send and recv, C", |b| {
+        // SAFETY: the handle is good, and the buffers are as long as the calls are told.
+        b.iter(|| unsafe {
+            xcclSend(data.as_ptr().cast(), 8, 0, 1, comm);
+            xcclRecv(buffer.as_mut_ptr().cast(), 8, 0, 1, null_mut(), comm)
         });
     });
 }
@@ -50,5 +82,5 @@ fn exchange(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, send_and_receive, exchange);
+criterion_group!(benches, send_and_receive, across_the_c_abi, exchange);
 criterion_main!(benches);

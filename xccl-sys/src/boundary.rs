@@ -193,7 +193,7 @@ impl<T: Copy> SizedOut<T> {
 }
 
 /// An `int` that counts something.
-pub(crate) fn natural(value: i32, name: &str, expected: &str) -> Outcome<usize> {
+pub(crate) fn natural(value: i32, name: &str, expected: std::fmt::Arguments<'_>) -> Outcome<usize> {
     usize::try_from(value).map_err(|_| Failure::argument(format!("{name} is {value}: expected {expected}")))
 }
 

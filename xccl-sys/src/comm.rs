@@ -164,8 +164,8 @@ unsafe fn init_rank(
     if nranks < 1 {
         return Err(Failure::argument(format!("nranks is {nranks}: expected at least 1")));
     }
-    let nranks = natural(nranks, "nranks", "at least 1")?;
-    let rank = natural(rank, "rank", &format!("0 to {}", nranks - 1))?;
+    let nranks = natural(nranks, "nranks", format_args!("at least 1"))?;
+    let rank = natural(rank, "rank", format_args!("0 to {}", nranks - 1))?;
     let id = UniqueId::from_bytes(&id.internal.map(|byte| byte as u8))?;
     out.set(hand_out(Communicator::init(rank, nranks, &id, config)?));
     Ok(())
@@ -200,7 +200,7 @@ pub unsafe extern "C" fn xcclCommSplit(
         let out = unsafe { Out::new(newcomm, "newcomm") }?;
         let color = match color {
             XCCL_SPLIT_NOCOLOR => None,
-            _ => Some(natural(color, "color", "0 or more, or XCCL_SPLIT_NOCOLOR (-1)")? as u32),
+            _ => Some(natural(color, "color", format_args!("0 or more, or XCCL_SPLIT_NOCOLOR (-1)"))? as u32),
         };
         // SAFETY: C's promise about its handles.
         let made = unsafe { with(comm, |live| Ok(live.comm.split(color, key)?)) }?;

@@ -87,7 +87,7 @@ pub unsafe extern "C" fn xcclRecv(
 }
 
 fn destination(comm: &Communicator, peer: c_int) -> Outcome<usize> {
-    natural(peer, "peer", &format!("a rank, 0 to {}", comm.world_size() - 1))
+    natural(peer, "peer", format_args!("a rank, 0 to {}", comm.world_size() - 1))
 }
 
 fn source_of(comm: &Communicator, source: c_int) -> Outcome<Source> {
@@ -95,8 +95,8 @@ fn source_of(comm: &Communicator, source: c_int) -> Outcome<Source> {
         return Ok(Source::Any);
     }
     let most = comm.world_size() - 1;
-    let expected = format!("a rank, 0 to {most}, or XCCL_ANY_SOURCE ({XCCL_ANY_SOURCE})");
-    Ok(Source::Rank(natural(source, "source", &expected)?))
+    let rank = natural(source, "source", format_args!("a rank, 0 to {most}, or XCCL_ANY_SOURCE ({XCCL_ANY_SOURCE})"));
+    Ok(Source::Rank(rank?))
 }
 
 /// A message on its way: made by xcclIsend and xcclIrecv, over when xcclWait or xcclTest says so, or with xcclRequestFree.

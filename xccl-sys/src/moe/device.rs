@@ -101,7 +101,8 @@ pub unsafe extern "C" fn xcclMoeOutbox(
         unsafe {
             let out = (Out::new(base, "base")?, Out::new(bytes, "bytes")?);
             with_held(moe, |held| {
-                let (at, bytes) = held.moe().outbox_address(natural(rank, "rank", "a rank, 0 or more")?)?;
+                let (at, bytes) =
+                    held.moe().outbox_address(natural(rank, "rank", format_args!("a rank, 0 or more"))?)?;
                 out.0.set(at.cast());
                 out.1.set(bytes);
                 Ok(())

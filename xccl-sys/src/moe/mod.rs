@@ -111,7 +111,8 @@ pub struct xcclMoeInput_t {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct xcclMoeRow_t {
-    /// The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store there is a fault.
+    /// The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store to another rank's
+    /// memory is a fault.
     pub token_data: *const c_void,
     /// Where the expert's output goes, hidden elements in this rank's memory, aligned to 64 bytes.
     pub output: *mut c_void,
@@ -382,7 +383,7 @@ unsafe fn config_of(config: &xcclMoeConfig_t) -> Outcome<MoeConfig> {
     if !placement.is_null() && (1..=MOST_EXPERTS).contains(&experts) {
         // SAFETY: the caller's promise.
         let ranks = unsafe { slice(placement, experts, "config->placement") }?.iter().enumerate();
-        let rank = |(i, &rank)| natural(rank, &format!("config->placement[{i}]"), "a rank");
+        let rank = |(i, &rank)| natural(rank, &format!("config->placement[{i}]"), format_args!("a rank"));
         made.placement = Some(ranks.map(rank).collect::<Outcome<_>>()?);
     }
     Ok(made)
