@@ -84,6 +84,11 @@ fn install(root: &Path, libdir: &Path) -> Result<()> {
         items.push(Item { path: Path::new("include").join(name), content: Content::Copy(header.clone()) });
     }
 
+    // What an earlier installation has put elsewhere goes.
+    let earlier = fs::read_to_string(root.join(MANIFEST)).unwrap_or_default();
+    let stale = earlier.lines().map(Path::new).filter(|path| !items.iter().any(|item| item.path == *path));
+    stale.into_iter().try_for_each(|path| remove(root, path))?;
+
     // Before anything else: an installation that breaks off can be taken away all the same.
     let list: String = items.iter().map(|item| format!("{}\n", item.path.display())).collect();
     put(root, &Item { path: MANIFEST.into(), content: Content::Text(list) })?;
@@ -142,21 +147,27 @@ fn uninstall(root: &Path) -> Result<()> {
     let manifest = root.join(MANIFEST);
     let list = fs::read_to_string(&manifest)
         .with_context(|| format!("{manifest:?} cannot be read: nothing is installed with this prefix"))?;
-    for path in list.lines().map(Path::new).chain([Path::new(MANIFEST)]) {
-        let below = path.components().all(|part| matches!(part, Component::Normal(_)));
-        ensure!(below, "{manifest:?} names {path:?}, which does not lie below the prefix");
-        let file = root.join(path);
-        match fs::remove_file(&file) {
-            Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
-                return Err(err).with_context(|| format!("{file:?} cannot be removed"));
-            }
-            _ => println!("{}", file.display()),
+    list.lines().map(Path::new).chain([Path::new(MANIFEST)]).try_for_each(|path| {
+        remove(root, path)?;
+        println!("{}", root.join(path).display());
+        Ok(())
+    })
+}
+
+/// Removes a file that an installation has put there, and the folders that are empty then. The prefix itself stays.
+fn remove(root: &Path, path: &Path) -> Result<()> {
+    let below = path.components().all(|part| matches!(part, Component::Normal(_)));
+    ensure!(below, "the list of installed files names {path:?}, which does not lie below the prefix");
+    let file = root.join(path);
+    match fs::remove_file(&file) {
+        Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+            return Err(err).with_context(|| format!("{file:?} cannot be removed"));
         }
-        // Folders that nobody else uses go along; the prefix itself stays.
-        let mut folder = file.parent();
-        while let Some(empty) = folder.filter(|f| *f != root && fs::remove_dir(f).is_ok()) {
-            folder = empty.parent();
-        }
+        _ => {}
+    }
+    let mut folder = file.parent();
+    while let Some(empty) = folder.filter(|f| *f != root && fs::remove_dir(f).is_ok()) {
+        folder = empty.parent();
     }
     Ok(())
 }
