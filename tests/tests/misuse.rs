@@ -25,6 +25,11 @@ fn peers_are_told_of_both_batches_that_were_given_up() {
 }
 
 #[test]
+fn rows_that_were_lent_out_are_given_back_before_other_input_and_half_a_batch_is_told() {
+    plays_well(RANK, 2, "rows-lent-out", &[]);
+}
+
+#[test]
 fn a_deadline_tells_what_the_peer_was_last_seen_doing() {
     plays_well(RANK, 2, "late", &[("XCCL_TIMEOUT", "1")]);
 }

@@ -38,6 +38,7 @@ fn main() -> Result<()> {
         "refused-rows" => misuse::refused_rows(&comm),
         "abandoned" => misuse::an_abandoned_batch_is_told(&comm),
         "both-abandoned" => misuse::both_abandoned(&comm),
+        "rows-lent-out" => misuse::rows_lent_out(&comm),
         "late" => misuse::a_late_rank_is_described(&comm),
         "late-dispatch" => misuse::late_dispatch(&comm),
         "messages" => p2p::messages(&comm),

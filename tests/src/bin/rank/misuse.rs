@@ -185,3 +185,54 @@ pub(crate) fn late_dispatch(comm: &Communicator) -> Result<()> {
     ensure!(out == [3.0; 8], "{out:?}");
     Ok(())
 }
+
+/// Rows that were lent out stand in the way of other input until they are given back, and whoever receives source by source
+/// hears of the refusal.
+pub(crate) fn rows_lent_out(comm: &Communicator) -> Result<()> {
+    let moe = Moe::new(comm, MoeConfig::new(2, 8, 2, 4, DType::F32))?;
+    let row = [1.0f32; 8];
+    let good = || Routing::new(&GOOD.0, &GOOD.1);
+    let sent = if comm.rank() == 1 {
+        let lent = moe.input_rows::<f32>(1)?;
+        let second = moe.input_rows::<f32>(1).map(|_| ());
+        ensure!(matches!(second, Err(Error::WrongOrder { .. })), "{second:?}");
+        let other = moe.dispatch_send(&row, &good()).map(|_| ());
+        ensure!(matches!(other, Err(Error::WrongOrder { .. })), "{other:?}");
+        drop(lent);
+        comm.recv(0, 1, &mut [])?;
+        moe.dispatch_send(&row, &good())?
+    } else {
+        moe.dispatch_send(&row, &good())?
+    };
+    let mut arrivals = moe.dispatch_recv_by_source(&sent)?;
+    let (mut come, mut told) = (0, false);
+    while come < comm.world_size() {
+        match arrivals.next_source() {
+            Ok(source) => {
+                ensure!(source.is_some(), "{come} sources only");
+                come += 1;
+            }
+            Err(Error::PeerRefused { rank: 1, .. }) if comm.rank() == 0 => {
+                // Until rank 1 has corrected itself, each call says so.
+                if !std::mem::replace(&mut told, true) {
+                    comm.send(1, 1, &[])?;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(err) => return Err(err.into()),
+        }
+    }
+    ensure!(arrivals.next_source()?.is_none(), "one source too many");
+    if comm.rank() == 0 {
+        drop(arrivals); // the others are told
+    } else {
+        let mut batch = arrivals.into_batch()?;
+        (0..batch.len()).try_for_each(|i| batch.output_row::<f32>(i).map(|y| y.fill(2.0)))?;
+        moe.combine_send(batch)?;
+    }
+    if comm.rank() == 1 {
+        let combined = moe.combine_recv(sent, &mut [0.0f32; 8]);
+        ensure!(matches!(combined, Err(Error::PeerAbandoned { rank: 0, .. })), "{combined:?}");
+    }
+    Ok(comm.barrier()?)
+}
