@@ -35,23 +35,35 @@ impl Job {
         scenario: &str,
         env: &[(&str, &str)],
     ) -> Job {
-        static JOBS: AtomicU32 = AtomicU32::new(0);
-        let job = format!("test-{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
-        let start = |rank: usize| {
+        let job = new_job();
+        let rank = |rank: usize| {
+            let mut env: Vec<(String, String)> = env.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            env.push(("XCCL_RANK".into(), rank.to_string()));
+            env.push(("XCCL_WORLD_SIZE".into(), n.to_string()));
+            env.push(("XCCL_JOB".into(), job.clone()));
+            env
+        };
+        Job::start_with(program, scenario, ranks.into_iter().map(rank))
+    }
+
+    /// Starts a process for each environment, which has to say which rank it is.
+    pub fn start_with(
+        program: &str,
+        scenario: &str,
+        environments: impl IntoIterator<Item = Vec<(String, String)>>,
+    ) -> Job {
+        let start = |env: Vec<(String, String)>| {
             Command::new(program)
                 .arg(scenario)
                 .env("XCCL_TIMEOUT", "20")
                 .env("RUST_BACKTRACE", "0")
-                .envs(env.iter().copied())
-                .env("XCCL_RANK", rank.to_string())
-                .env("XCCL_WORLD_SIZE", n.to_string())
-                .env("XCCL_JOB", &job)
+                .envs(env)
                 .stdin(Stdio::null())
                 .stderr(Stdio::piped())
                 .spawn()
                 .expect("the test's own program can be started")
         };
-        Job { ranks: ranks.into_iter().map(start).collect() }
+        Job { ranks: environments.into_iter().map(start).collect() }
     }
 
     /// The process of the `i`-th rank that was started.
@@ -95,6 +107,12 @@ impl Drop for Job {
             let _ = child.wait();
         }
     }
+}
+
+/// A text that no other job has.
+pub fn new_job() -> String {
+    static JOBS: AtomicU32 = AtomicU32::new(0);
+    format!("test-{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed))
 }
 
 /// Plays `scenario` with `n` ranks of `program`: all of them must end well.
