@@ -1,0 +1,554 @@
+/*
+ * XCCL for C++17: handles that clean up after themselves, over the C interface of xccl.h. Header-only, and without logic of
+ * its own: what a call does, when it blocks and what can go wrong is said there, under the C function's name.
+ *
+ * Errors come in two styles. The types of namespace xccl throw xccl::Error. Those of xccl::expected return
+ * xccl::Result<T> instead, which is what remains under -fno-exceptions. Both are the same templates.
+ *
+ *   auto comm = xccl::Communicator::from_env();
+ *   comm.barrier();                                              // throws
+ *
+ *   auto joined = xccl::expected::Communicator::from_env();
+ *   if (!joined) std::fprintf(stderr, "%s\n", joined.error().what());
+ *   else if (auto met = joined->barrier(); !met) ...              // returns
+ *
+ * Destructors give up what was not finished (requests, exchanges) and never throw.
+ */
+
+#ifndef XCCL_HPP
+#define XCCL_HPP
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <variant>
+
+#include "xccl.h"
+
+#if defined(__cpp_exceptions)
+#include <stdexcept>
+#define XCCL_HAS_EXCEPTIONS 1
+#else
+#define XCCL_HAS_EXCEPTIONS 0
+#endif
+
+#if __cplusplus >= 202002L
+#include <span>
+#endif
+
+namespace xccl {
+
+#if __cplusplus >= 202002L
+template <class T>
+using span = std::span<T>;
+#else
+/** Elements that lie one after another, as std::span has them since C++20. */
+template <class T>
+class span {
+ public:
+  constexpr span() noexcept = default;
+  constexpr span(T *data, std::size_t size) noexcept : data_(data), size_(size) {}
+  template <std::size_t N>
+  constexpr span(T (&array)[N]) noexcept : data_(array), size_(N) {}
+  template <class C, class = decltype(std::declval<C &>().data()), class = decltype(std::declval<C &>().size())>
+  constexpr span(C &&container) noexcept : data_(container.data()), size_(container.size()) {}
+  constexpr T *data() const noexcept { return data_; }
+  constexpr std::size_t size() const noexcept { return size_; }
+  constexpr bool empty() const noexcept { return size_ == 0; }
+  constexpr T &operator[](std::size_t i) const noexcept { return data_[i]; }
+  constexpr T *begin() const noexcept { return data_; }
+  constexpr T *end() const noexcept { return data_ + size_; }
+
+ private:
+  T *data_ = nullptr;
+  std::size_t size_ = 0;
+};
+#endif
+
+/** Which xcclDataType_t a type of rows is. Specialize it for your own 16-bit types. */
+template <class T>
+struct data_type;
+template <>
+struct data_type<float> : std::integral_constant<xcclDataType_t, xcclFloat32> {};
+#if defined(__FLT16_MAX__) && defined(__STDCPP_FLOAT16_T__)
+template <>
+struct data_type<_Float16> : std::integral_constant<xcclDataType_t, xcclFloat16> {};
+#endif
+template <>
+struct data_type<std::int32_t> : std::integral_constant<xcclDataType_t, xcclInt32> {};
+template <>
+struct data_type<std::int64_t> : std::integral_constant<xcclDataType_t, xcclInt64> {};
+
+/** Why a call failed: its code, and the text of xcclGetLastError. */
+class Failure {
+ public:
+  Failure(xcclResult_t code, std::string text) : code_(code), text_(std::move(text)) {}
+  xcclResult_t code() const noexcept { return code_; }
+  const char *what() const noexcept { return text_.c_str(); }
+
+ private:
+  xcclResult_t code_;
+  std::string text_;
+};
+
+#if XCCL_HAS_EXCEPTIONS
+/** A Failure, thrown. */
+class Error : public std::runtime_error {
+ public:
+  explicit Error(const Failure &failure) : std::runtime_error(failure.what()), code_(failure.code()) {}
+  xcclResult_t code() const noexcept { return code_; }
+
+ private:
+  xcclResult_t code_;
+};
+#endif
+
+/** A value or a Failure, for callers that do not want exceptions. */
+template <class T>
+class [[nodiscard]] Result {
+ public:
+  Result(T value) : held_(std::in_place_index<0>, std::move(value)) {}
+  Result(Failure failure) : held_(std::in_place_index<1>, std::move(failure)) {}
+  explicit operator bool() const noexcept { return held_.index() == 0; }
+  /** Only when there is a value. */
+  T &operator*() noexcept { return *std::get_if<0>(&held_); }
+  T *operator->() noexcept { return std::get_if<0>(&held_); }
+  /** Only when there is none. */
+  const Failure &error() const noexcept { return *std::get_if<1>(&held_); }
+
+ private:
+  std::variant<T, Failure> held_;
+};
+
+template <>
+class [[nodiscard]] Result<void> {
+ public:
+  Result() = default;
+  Result(Failure failure) : failure_(std::move(failure)) {}
+  explicit operator bool() const noexcept { return !failure_; }
+  /** Only after a failure. */
+  const Failure &error() const noexcept { return *failure_; }
+
+ private:
+  std::optional<Failure> failure_;
+};
+
+namespace detail {
+
+/* How errors are told: `result<T>` is what calls return, `give` makes it of a code and of what gives the value. */
+struct returning {
+  template <class T>
+  using result = Result<T>;
+  template <class F>
+  static auto give(xcclResult_t code, F value) -> Result<decltype(value())> {
+    if (code != xcclSuccess) return Failure(code, xcclGetLastError());
+    if constexpr (std::is_void_v<decltype(value())>) {
+      value();
+      return {};
+    } else {
+      return value();
+    }
+  }
+};
+
+#if XCCL_HAS_EXCEPTIONS
+struct throwing {
+  template <class T>
+  using result = T;
+  template <class F>
+  static auto give(xcclResult_t code, F value) -> decltype(value()) {
+    if (code != xcclSuccess) throw Error(Failure(code, xcclGetLastError()));
+    return value();
+  }
+};
+#endif
+
+/* A handle that is given back once. */
+template <class H, xcclResult_t (*Destroy)(H)>
+class owned {
+ public:
+  explicit owned(H handle) noexcept : handle_(handle) {}
+  owned(owned &&other) noexcept : handle_(std::exchange(other.handle_, H())) {}
+  owned &operator=(owned &&other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~owned() {
+    if (handle_) Destroy(handle_);
+  }
+  H get() const noexcept { return handle_; }
+  H release() noexcept { return std::exchange(handle_, H()); }
+
+ private:
+  H handle_;
+};
+
+/* Something of an owner's that has a number or an address, and is given up unless it was finished. */
+template <class V, class O, xcclResult_t (*GiveUp)(V, O)>
+class part {
+ public:
+  part(V value, O owner) noexcept : value_(value), owner_(owner) {}
+  part(part &&other) noexcept : value_(std::exchange(other.value_, V())), owner_(other.owner_) {}
+  part &operator=(part &&other) noexcept {
+    std::swap(value_, other.value_);
+    std::swap(owner_, other.owner_);
+    return *this;
+  }
+  ~part() {
+    if (value_) GiveUp(value_, owner_);
+  }
+  V get() const noexcept { return value_; }
+  O owner() const noexcept { return owner_; }
+  /* It is over: there is nothing to give up. */
+  void finish() noexcept { value_ = V(); }
+
+ private:
+  V value_;
+  O owner_;
+};
+
+}  // namespace detail
+
+/** Options of a communicator: all from the environment, until a field is set. */
+struct Config : xcclConfig_t {
+  Config() : xcclConfig_t XCCL_CONFIG_INITIALIZER {}
+};
+
+/** The shape of a MoE handle's exchanges. */
+struct MoeConfig : xcclMoeConfig_t {
+  MoeConfig() : xcclMoeConfig_t XCCL_MOE_CONFIG_INITIALIZER {}
+  MoeConfig(std::size_t max_tokens, std::size_t hidden, std::size_t topk, std::size_t experts, xcclDataType_t dtype)
+      : MoeConfig() {
+    this->max_tokens = max_tokens;
+    this->hidden = hidden;
+    this->topk = topk;
+    this->experts = experts;
+    this->dtype = static_cast<std::uint32_t>(dtype);
+  }
+};
+
+/** The tokens of one exchange. Null tokens lie in the rows of Moe::input_rows. */
+struct MoeInput : xcclMoeInput_t {
+  MoeInput() : xcclMoeInput_t XCCL_MOE_INPUT_INITIALIZER {}
+  /** ids: [num_tokens, topk] of int32_t or int64_t; weights: [num_tokens, topk]; active: [num_tokens] or null. */
+  template <class Id>
+  MoeInput(const void *tokens, std::size_t num_tokens, const Id *ids, const float *weights,
+           const std::uint8_t *active = nullptr)
+      : MoeInput() {
+    this->tokens = tokens;
+    this->num_tokens = num_tokens;
+    this->topk_ids = ids;
+    this->topk_weights = weights;
+    this->active = active;
+    this->ids_type = static_cast<std::uint32_t>(data_type<Id>::value);
+  }
+};
+
+/** What arrived for this rank's experts: a view of the handle's memory, good until the exchange is combined. */
+class Batch {
+ public:
+  explicit Batch(const xcclMoeBatch_t &batch) noexcept : batch_(batch) {}
+  std::size_t size() const noexcept { return batch_.num_rows; }
+  /** Rows of each local expert, and where they begin; one more at the end. */
+  span<const std::uint32_t> counts() const noexcept { return {batch_.counts, batch_.local_experts}; }
+  span<const std::uint32_t> offsets() const noexcept { return {batch_.offsets, batch_.local_experts + 1}; }
+  span<const xcclMoeRow_t> rows() const noexcept { return {batch_.rows, batch_.num_rows}; }
+  /** Row i where its sender has it, and where its output goes. */
+  template <class T>
+  span<const T> token(std::size_t i) const noexcept {
+    return {static_cast<const T *>(batch_.rows[i].token_data), batch_.hidden};
+  }
+  template <class T>
+  span<T> output(std::size_t i) const noexcept {
+    return {static_cast<T *>(batch_.rows[i].output), batch_.hidden};
+  }
+  const xcclMoeBatch_t &get() const noexcept { return batch_; }
+
+ private:
+  xcclMoeBatch_t batch_;
+};
+
+/** The rows of one source; none and source -1 when all have come. */
+struct Arrival {
+  int source;
+  span<const xcclMoeRow_t> rows;
+};
+
+template <class P>
+class basic_moe;
+
+/** xcclRequest_t: cancelled unless it is over. Belongs to its communicator, which must outlive it. */
+template <class P>
+class basic_request {
+ public:
+  basic_request(xcclRequest_t request, xcclComm_t comm) noexcept : held_(request, comm) {}
+  /** xcclWait. */
+  typename P::template result<xcclStatus_t> wait() {
+    xcclStatus_t status = {};
+    xcclResult_t code = xcclWait(held_.get(), &status, held_.owner());
+    if (code != xcclTimeout) held_.finish();
+    return P::give(code, [&] { return status; });
+  }
+  /** xcclTest. */
+  typename P::template result<std::optional<xcclStatus_t>> test() {
+    xcclStatus_t status = {};
+    int done = 0;
+    xcclResult_t code = xcclTest(held_.get(), &done, &status, held_.owner());
+    if (code != xcclSuccess || done) held_.finish();
+    return P::give(code, [&] { return done ? std::optional<xcclStatus_t>(status) : std::nullopt; });
+  }
+
+ private:
+  detail::part<xcclRequest_t, xcclComm_t, xcclRequestFree> held_;
+};
+
+/** Memory of the symmetric heap (xcclMemAlloc). Its communicator must outlive it. */
+class Block {
+ public:
+  Block(void *data, std::size_t size, xcclComm_t comm) noexcept : held_(data, comm), size_(size) {}
+  std::byte *data() const noexcept { return static_cast<std::byte *>(held_.get()); }
+  std::size_t size() const noexcept { return size_; }
+  template <class T>
+  span<T> as() const noexcept {
+    return {static_cast<T *>(held_.get()), size_ / sizeof(T)};
+  }
+
+ private:
+  detail::part<void *, xcclComm_t, xcclMemFree> held_;
+  std::size_t size_;
+};
+
+/** xcclComm_t. */
+template <class P>
+class basic_communicator {
+ public:
+  template <class T>
+  using result = typename P::template result<T>;
+  using request = basic_request<P>;
+
+  explicit basic_communicator(xcclComm_t comm) noexcept : held_(comm) {}
+
+  /** xcclCommInitFromEnv. */
+  static result<basic_communicator> from_env(const xcclConfig_t &config = Config()) {
+    xcclComm_t comm = nullptr;
+    return P::give(xcclCommInitFromEnv(&comm, &config), [&] { return basic_communicator(comm); });
+  }
+  /** xcclGetUniqueId. */
+  static result<xcclUniqueId> unique_id() {
+    xcclUniqueId id;
+    return P::give(xcclGetUniqueId(&id), [&] { return id; });
+  }
+  /** xcclCommInitRankConfig. */
+  static result<basic_communicator> init(int ranks, const xcclUniqueId &id, int rank,
+                                         const xcclConfig_t &config = Config()) {
+    xcclComm_t comm = nullptr;
+    return P::give(xcclCommInitRankConfig(&comm, ranks, id, rank, &config), [&] { return basic_communicator(comm); });
+  }
+  /** xcclCommSplit; nothing for a rank without a colour. */
+  result<std::optional<basic_communicator>> split(std::optional<int> color, int key) {
+    xcclComm_t comm = nullptr;
+    return P::give(xcclCommSplit(get(), color.value_or(XCCL_SPLIT_NOCOLOR), key, &comm), [&] {
+      return comm ? std::optional<basic_communicator>(basic_communicator(comm)) : std::nullopt;
+    });
+  }
+  /** xcclCommUserRank. */
+  result<int> rank() const {
+    int rank = 0;
+    return P::give(xcclCommUserRank(get(), &rank), [&] { return rank; });
+  }
+  /** xcclCommCount. */
+  result<int> size() const {
+    int count = 0;
+    return P::give(xcclCommCount(get(), &count), [&] { return count; });
+  }
+  /** xcclBarrier. */
+  result<void> barrier() {
+    return P::give(xcclBarrier(get()), [] {});
+  }
+  /** xcclCommAbort. */
+  result<void> abort() {
+    return P::give(xcclCommAbort(get()), [] {});
+  }
+  /** xcclCommGetStatistics. */
+  result<xcclStatistics_t> statistics() const {
+    xcclStatistics_t statistics = XCCL_STATISTICS_INITIALIZER;
+    return P::give(xcclCommGetStatistics(get(), &statistics), [&] { return statistics; });
+  }
+  /** xcclSend. */
+  result<void> send(const void *data, std::size_t bytes, int peer, std::uint32_t tag) {
+    return P::give(xcclSend(data, bytes, peer, tag, get()), [] {});
+  }
+  /** xcclRecv. */
+  result<xcclStatus_t> recv(void *buffer, std::size_t capacity, int source, std::uint32_t tag) {
+    xcclStatus_t status = {};
+    return P::give(xcclRecv(buffer, capacity, source, tag, &status, get()), [&] { return status; });
+  }
+  /** xcclIsend: data must stay as it is until the request is over or dropped. */
+  result<request> isend(const void *data, std::size_t bytes, int peer, std::uint32_t tag) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIsend(data, bytes, peer, tag, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclIrecv: buffer must be left alone until the request is over or dropped. */
+  result<request> irecv(void *buffer, std::size_t capacity, int source, std::uint32_t tag) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIrecv(buffer, capacity, source, tag, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclMemAlloc. */
+  result<Block> alloc(std::size_t bytes) {
+    void *data = nullptr;
+    return P::give(xcclMemAlloc(&data, bytes, get()), [&] { return Block(data, bytes, get()); });
+  }
+  /** xcclMoeCreate. */
+  result<basic_moe<P>> moe(const xcclMoeConfig_t &config) {
+    xcclMoe_t moe = nullptr;
+    return P::give(xcclMoeCreate(&moe, get(), &config), [&] { return basic_moe<P>(moe); });
+  }
+  xcclComm_t get() const noexcept { return held_.get(); }
+
+ private:
+  detail::owned<xcclComm_t, xcclCommDestroy> held_;
+};
+
+/** xcclExchange_t: given up unless it was combined. Belongs to its MoE handle, which must outlive it. */
+template <class P>
+class basic_exchange {
+ public:
+  template <class T>
+  using result = typename P::template result<T>;
+
+  basic_exchange(xcclExchange_t exchange, xcclMoe_t moe) noexcept : held_(exchange, moe) {}
+
+  xcclExchange_t number() const noexcept { return held_.get(); }
+  /** xcclMoeDispatchRecv. */
+  result<Batch> dispatch_recv() {
+    xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
+    return P::give(xcclMoeDispatchRecv(number(), &batch, moe()), [&] { return Batch(batch); });
+  }
+  /** xcclMoeDispatchRecvSource. */
+  result<Arrival> dispatch_recv_source() {
+    int source = -1;
+    const xcclMoeRow_t *rows = nullptr;
+    std::size_t num_rows = 0;
+    return P::give(xcclMoeDispatchRecvSource(number(), &source, &rows, &num_rows, moe()),
+                   [&] { return Arrival{source, {rows, num_rows}}; });
+  }
+  /** xcclMoeDeviceBatch. */
+  result<xcclDeviceBatch_t> device_batch() {
+    xcclDeviceBatch_t batch = XCCL_DEVICE_BATCH_INITIALIZER;
+    return P::give(xcclMoeDeviceBatch(number(), &batch, moe()), [&] { return batch; });
+  }
+  /** xcclMoeAwaitRows. */
+  result<void> await_rows() {
+    return P::give(xcclMoeAwaitRows(number(), moe()), [] {});
+  }
+  /** xcclMoeCopyExpertMajor. */
+  result<void> copy_expert_major(void *to, std::size_t capacity_rows, std::size_t align = 1) {
+    return P::give(xcclMoeCopyExpertMajor(number(), to, capacity_rows, align, moe()), [] {});
+  }
+  /** xcclMoeCopyPadded. */
+  result<void> copy_padded(void *to, std::size_t capacity_rows, std::size_t capacity) {
+    return P::give(xcclMoeCopyPadded(number(), to, capacity_rows, capacity, moe()), [] {});
+  }
+  /** xcclMoeSums. */
+  result<span<const xcclMoeSum_t>> sums() {
+    const xcclMoeSum_t *sums = nullptr;
+    std::size_t num_sums = 0;
+    return P::give(xcclMoeSums(number(), &sums, &num_sums, moe()), [&] { return span<const xcclMoeSum_t>(sums, num_sums); });
+  }
+  /** xcclMoeCombineSend: a buffer, XCCL_IN_PLACE, or XCCL_SUMMED. */
+  result<void> combine_send(const void *outputs = XCCL_IN_PLACE) {
+    return P::give(xcclMoeCombineSend(number(), outputs, moe()), [] {});
+  }
+  /** xcclMoeCombineRecv. */
+  result<void> combine_recv(void *out) {
+    xcclResult_t code = xcclMoeCombineRecv(number(), out, moe());
+    if (code != xcclInvalidArgument && code != xcclInvalidUsage) held_.finish();
+    return P::give(code, [] {});
+  }
+
+ private:
+  xcclMoe_t moe() const noexcept { return held_.owner(); }
+  detail::part<xcclExchange_t, xcclMoe_t, xcclMoeGiveUp> held_;
+};
+
+/** xcclMoe_t. */
+template <class P>
+class basic_moe {
+ public:
+  template <class T>
+  using result = typename P::template result<T>;
+  using exchange = basic_exchange<P>;
+
+  /** Rows of the outbox: row t begins t * row_bytes behind data. */
+  struct InputRows {
+    void *data;
+    std::size_t row_bytes;
+    template <class T>
+    T *row(std::size_t t) const noexcept {
+      return reinterpret_cast<T *>(static_cast<std::byte *>(data) + t * row_bytes);
+    }
+  };
+
+  explicit basic_moe(xcclMoe_t moe) noexcept : held_(moe) {}
+
+  /** xcclMoeLocalExperts. */
+  result<std::size_t> local_experts() const {
+    std::size_t local = 0;
+    return P::give(xcclMoeLocalExperts(get(), &local), [&] { return local; });
+  }
+  /** xcclMoeInputRows. */
+  result<InputRows> input_rows(std::size_t num_tokens) {
+    InputRows rows = {};
+    return P::give(xcclMoeInputRows(num_tokens, &rows.data, &rows.row_bytes, get()), [&] { return rows; });
+  }
+  /** xcclMoeDispatchSend. */
+  result<exchange> dispatch_send(const xcclMoeInput_t &input) {
+    xcclExchange_t sent = 0;
+    return P::give(xcclMoeDispatchSend(&input, &sent, get()), [&] { return exchange(sent, get()); });
+  }
+  /** xcclMoeOutbox. */
+  result<span<const std::byte>> outbox(int rank) const {
+    const void *base = nullptr;
+    std::size_t bytes = 0;
+    return P::give(xcclMoeOutbox(rank, &base, &bytes, get()),
+                   [&] { return span<const std::byte>(static_cast<const std::byte *>(base), bytes); });
+  }
+  /** xcclMoeDispatch; gives the number of rows. */
+  result<std::size_t> dispatch(const void *tokens, std::size_t num_tokens, const std::int32_t *ids, const float *weights,
+                               void *expert_rows, std::size_t capacity_rows, std::uint32_t *expert_counts) {
+    std::size_t rows = 0;
+    return P::give(
+        xcclMoeDispatch(tokens, num_tokens, ids, weights, expert_rows, capacity_rows, expert_counts, &rows, get()),
+        [&] { return rows; });
+  }
+  /** xcclMoeCombine. */
+  result<void> combine(const void *expert_outputs, void *out) {
+    return P::give(xcclMoeCombine(expert_outputs, out, get()), [] {});
+  }
+  xcclMoe_t get() const noexcept { return held_.get(); }
+
+ private:
+  detail::owned<xcclMoe_t, xcclMoeDestroy> held_;
+};
+
+namespace expected {
+using Communicator = basic_communicator<detail::returning>;
+using Request = basic_request<detail::returning>;
+using Moe = basic_moe<detail::returning>;
+using Exchange = basic_exchange<detail::returning>;
+}  // namespace expected
+
+#if XCCL_HAS_EXCEPTIONS
+using Communicator = basic_communicator<detail::throwing>;
+using Request = basic_request<detail::throwing>;
+using Moe = basic_moe<detail::throwing>;
+using Exchange = basic_exchange<detail::throwing>;
+#endif
+
+}  // namespace xccl
+
+#endif /* XCCL_HPP */
