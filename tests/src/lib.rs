@@ -1,5 +1,6 @@
-//! Starts the processes of a test, and ends them.
+//! Starts the processes of a test, and ends them; compiles those in C and C++.
 
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -120,6 +121,34 @@ pub fn plays_well(program: &str, n: usize, scenario: &str, env: &[(&str, &str)])
     let ended = Job::start(program, n, scenario, env).wait();
     assert!(ended.iter().all(|e| e.code == Some(0)), "{scenario} with {n} ranks, {env:?}: {ended:#?}");
 }
+
+/// Runs a command to its end and gives what it printed; it must succeed.
+pub fn succeeds(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|err| {
+        let tool = command.get_program().to_string_lossy().into_owned();
+        panic!("{tool} cannot be started (Debian: apt-get install {tool}): {err}")
+    });
+    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {said}{complained}");
+    said.into_owned()
+}
+
+/// Compiles a C or C++ program with the library of the C interface that cargo has built along with the test.
+pub fn compile(compiler: &str, flags: &[&str], source: &Path, program: &Path) -> String {
+    let test = std::env::current_exe().expect("the test's own path");
+    let built = test.parent().expect("target/<profile>/deps");
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("../include");
+    let mut command = Command::new(compiler);
+    command.args(flags).arg("-I").arg(include).arg(source).arg("-o").arg(program);
+    command.arg(built.join("libxccl_c.a")).args(["-lpthread", "-ldl", "-lm"]);
+    succeeds(&mut command);
+    program.display().to_string()
+}
+
+/// Flags under which nothing of the interface may cause a warning.
+pub const C99: [&str; 7] = ["-std=c99", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pedantic"];
+/// The same for C++17.
+pub const CXX17: [&str; 7] = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pedantic"];
 
 /// Segments' names that were left behind in `/dev/shm`.
 pub fn names_in_dev_shm() -> Vec<String> {

@@ -5,16 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use xccl_c::{xcclDeviceBatch_t, xcclMoeRow_t};
-use xccl_tests::plays_well;
+use xccl_tests::{C99, compile, plays_well, succeeds};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
-fn succeeds(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|err| panic!("{command:?} cannot be started: {err}"));
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[test]
@@ -104,23 +98,11 @@ __global__ void twice(xcclDeviceBatch_t batch) {
     );
 }
 
-/// Compiles a program with the library that cargo has built along with this test, which lies beside it.
-fn compile(compiler: &str, flags: &[&str], source: &Path, program: &Path) -> String {
-    let test = std::env::current_exe().expect("the test's own path");
-    let built = test.parent().expect("target/<profile>/deps");
-    let mut command = Command::new(compiler);
-    command.args(flags).arg("-I").arg(root().join("include")).arg(source).arg("-o").arg(program);
-    command.arg(built.join("libxccl_c.a")).args(["-lpthread", "-ldl", "-lm"]);
-    succeeds(&mut command);
-    program.display().to_string()
-}
-
 #[test]
 fn kernels_on_threads_compute_rows_in_place() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/device.c");
-    let flags = ["-std=c99", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pedantic"];
-    let program = compile("cc", &flags, &source, &dir.path().join("device"));
+    let program = compile("cc", &C99, &source, &dir.path().join("device"));
     [1, 2, 3].into_iter().for_each(|n| plays_well(&program, n, "", &[]));
 }
 

@@ -1,0 +1,201 @@
+// Uses every member of xccl.hpp: in the throwing style where there are exceptions, and in the returning one.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "xccl.hpp"
+
+#define EXPECT(condition)                                                     \
+  do {                                                                        \
+    if (!(condition)) {                                                       \
+      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                           \
+    }                                                                         \
+  } while (0)
+
+namespace {
+
+// The value of a result of either style.
+template <class T>
+T take(T &&value) {
+  return std::forward<T>(value);
+}
+template <class T>
+T take(xccl::Result<T> result) {
+  if (!result) std::fprintf(stderr, "%s\n", result.error().what());
+  EXPECT(result);
+  return std::move(*result);
+}
+void take(xccl::Result<void> result) {
+  if (!result) std::fprintf(stderr, "%s\n", result.error().what());
+  EXPECT(result);
+}
+#define TAKE_VOID(call)                                                       \
+  do {                                                                        \
+    if constexpr (std::is_void_v<decltype(call)>) {                           \
+      call;                                                                   \
+    } else {                                                                  \
+      take(call);                                                             \
+    }                                                                         \
+  } while (0)
+
+constexpr std::size_t kTokens = 5, kHidden = 48, kTopk = 2, kExperts = 6;
+
+float value(int rank, std::size_t i) { return static_cast<float>((rank * 3 + static_cast<int>(i)) % 11); }
+
+template <class Communicator>
+void messages(Communicator &comm) {
+  const int rank = take(comm.rank()), ranks = take(comm.size()), right = (rank + 1) % ranks, left = (rank + ranks - 1) % ranks;
+  int out = rank, in = -1;
+  TAKE_VOID(comm.send(&out, sizeof out, right, 1));
+  EXPECT(take(comm.recv(&in, sizeof in, left, 1)).source == left && in == left);
+
+  auto from = take(comm.alloc(1 << 16)), to = take(comm.alloc(1 << 16));
+  EXPECT(from.size() == 1 << 16 && from.template as<int>().size() == (1 << 16) / sizeof(int));
+  std::memset(from.data(), rank + 1, from.size());
+  auto receive = take(comm.irecv(to.data(), to.size(), left, 2));
+  auto send = take(comm.isend(from.data(), from.size(), right, 2));
+  EXPECT(take(send.wait()).bytes == from.size());
+  std::optional<xcclStatus_t> done;
+  while (!done) done = take(receive.test());
+  EXPECT(done->source == left && to.data()[77] == std::byte(left + 1));
+  {
+    auto dropped = take(comm.irecv(to.data(), 1, left, 3));  // cancelled
+  }
+  EXPECT(take(comm.statistics()).messages_sent >= 2);
+  TAKE_VOID(comm.barrier());
+}
+
+template <class Moe>
+void exchanges(Moe &moe, int rank, int ranks) {
+  const std::size_t local = take(moe.local_experts());
+  EXPECT(!take(moe.outbox(rank)).empty());
+  std::vector<float> tokens(kTokens * kHidden), out(tokens.size()), weights(kTokens * kTopk, 0.5f);
+  std::vector<std::int32_t> ids(weights.size());
+  std::vector<std::int64_t> wide(weights.size());
+  for (std::size_t i = 0; i < tokens.size(); i++) tokens[i] = value(rank, i);
+  for (std::size_t i = 0; i < ids.size(); i++) wide[i] = ids[i] = static_cast<std::int32_t>((i * 5 + rank) % kExperts);
+  // Both choices of a token have weight 0.5, and the experts double: the sums are twice the tokens.
+  auto check = [&] {
+    for (std::size_t i = 0; i < out.size(); i++) EXPECT(out[i] == 2 * tokens[i]);
+  };
+  const std::size_t most = ranks * kTokens * kTopk;
+  std::vector<float> rows(most * kHidden * 2);
+
+  // In place.
+  auto exchange = take(moe.dispatch_send(xccl::MoeInput(tokens.data(), kTokens, wide.data(), weights.data())));
+  EXPECT(exchange.number() > 0);
+  auto batch = take(exchange.dispatch_recv());
+  EXPECT(batch.counts().size() == local && batch.offsets()[local] == batch.size());
+  EXPECT(batch.get().num_rows == batch.rows().size());
+  for (std::size_t i = 0; i < batch.size(); i++) {
+    auto x = batch.template token<float>(i);
+    auto y = batch.template output<float>(i);
+    EXPECT(x.size() == kHidden && y.size() == kHidden);
+    for (std::size_t c = 0; c < kHidden; c++) y[c] = 2 * x[c];
+  }
+  TAKE_VOID(exchange.combine_send());
+  TAKE_VOID(exchange.combine_recv(out.data()));
+  check();
+
+  // Source by source, from the outbox.
+  auto input = take(moe.input_rows(kTokens));
+  for (std::size_t t = 0; t < kTokens; t++) {
+    std::memcpy(input.template row<float>(t), &tokens[t * kHidden], kHidden * sizeof(float));
+  }
+  exchange = take(moe.dispatch_send(xccl::MoeInput(nullptr, kTokens, ids.data(), weights.data())));
+  int sources = 0;
+  for (auto arrival = take(exchange.dispatch_recv_source()); arrival.source >= 0;
+       arrival = take(exchange.dispatch_recv_source())) {
+    sources++;
+    for (const auto &row : arrival.rows) {
+      EXPECT(static_cast<int>(row.source) == arrival.source);
+      for (std::size_t c = 0; c < kHidden; c++) {
+        static_cast<float *>(row.output)[c] = 2 * static_cast<const float *>(row.token_data)[c];
+      }
+    }
+  }
+  EXPECT(sources == ranks && take(exchange.dispatch_recv()).get().num_rows <= most);
+  TAKE_VOID(exchange.combine_send());
+  TAKE_VOID(exchange.combine_recv(out.data()));
+  check();
+
+  // Copied, and the sums formed here.
+  exchange = take(moe.dispatch_send(xccl::MoeInput(tokens.data(), kTokens, ids.data(), weights.data())));
+  batch = take(exchange.dispatch_recv());
+  EXPECT(take(exchange.device_batch()).num_rows == batch.size());
+  std::size_t capacity = 0;
+  for (auto count : batch.counts()) capacity = count > capacity ? count : capacity;
+  std::vector<float> padded(local * capacity * kHidden);
+  TAKE_VOID(exchange.copy_padded(padded.data(), local * capacity, capacity));
+  TAKE_VOID(exchange.copy_expert_major(rows.data(), 2 * most, 1));
+  for (std::size_t e = 0, i = 0; e < local; e++) {
+    for (std::size_t r = 0; r < batch.counts()[e]; r++, i++) {
+      EXPECT(std::memcmp(&padded[(e * capacity + r) * kHidden], &rows[i * kHidden], kHidden * sizeof(float)) == 0);
+    }
+  }
+  for (const auto &sum : take(exchange.sums())) {
+    auto y = static_cast<float *>(sum.output);
+    for (std::size_t c = 0; c < kHidden; c++) {
+      y[c] = 0;
+      for (std::uint32_t r = 0; r < sum.num_rows; r++) {
+        y[c] += batch.rows()[sum.rows[r]].weight * 2 * rows[sum.rows[r] * kHidden + c];
+      }
+    }
+  }
+  if (batch.size() == 0) TAKE_VOID(exchange.await_rows());
+  TAKE_VOID(exchange.combine_send(XCCL_SUMMED));
+  TAKE_VOID(exchange.combine_recv(out.data()));
+  check();
+
+  // Joined.
+  std::vector<std::uint32_t> counts(local);
+  const std::size_t n =
+      take(moe.dispatch(tokens.data(), kTokens, ids.data(), weights.data(), rows.data(), most, counts.data()));
+  for (std::size_t i = 0; i < n * kHidden; i++) rows[i] *= 2;
+  TAKE_VOID(moe.combine(rows.data(), out.data()));
+  check();
+}
+
+template <class Communicator>
+void everything(Communicator comm) {
+  const int rank = take(comm.rank()), ranks = take(comm.size());
+  messages(comm);
+  xccl::MoeConfig config(kTokens, kHidden, kTopk, kExperts, xcclFloat32);
+  config.reduction = xcclReducePerRank;
+  auto moe = take(comm.moe(config));
+  exchanges(moe, rank, ranks);
+
+  auto half = take(comm.split(rank % 2 ? std::optional<int>() : 0, -rank));
+  EXPECT(half.has_value() == (rank % 2 == 0));
+  if (half) EXPECT(take(half->size()) == (ranks + 1) / 2);
+  xccl::Config options;
+  options.timeout_ms = 5000;
+  auto alone = take(Communicator::init(1, take(Communicator::unique_id()), 0, options));
+  TAKE_VOID(alone.abort());
+  auto moved = std::move(comm);
+  EXPECT(comm.get() == nullptr && moved.get() != nullptr);
+  TAKE_VOID(moved.barrier());
+}
+
+}  // namespace
+
+int main() {
+  auto joined = xccl::expected::Communicator::from_env();
+  EXPECT(joined);
+  auto refused = joined->send(nullptr, 8, 0, 1);
+  EXPECT(!refused && refused.error().code() == xcclInvalidArgument);
+  EXPECT(std::strstr(refused.error().what(), "xcclSend: data is a null pointer"));
+  everything(std::move(*joined));
+#if XCCL_HAS_EXCEPTIONS
+  try {
+    xccl::Communicator::init(0, xccl::Communicator::unique_id(), 0);
+    EXPECT(!"thrown");
+  } catch (const xccl::Error &error) {
+    EXPECT(error.code() == xcclInvalidArgument && std::strstr(error.what(), "nranks is 0"));
+  }
+  everything(xccl::Communicator::from_env());
+#endif
+  return 0;
+}
