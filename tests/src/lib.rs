@@ -18,6 +18,7 @@ pub struct Ended {
 }
 
 /// The ranks of one job, each a process. Those still running are killed when it is dropped.
+#[derive(Default)]
 pub struct Job {
     ranks: Vec<Child>,
 }
@@ -53,18 +54,17 @@ impl Job {
         scenario: &str,
         environments: impl IntoIterator<Item = Vec<(String, String)>>,
     ) -> Job {
-        let start = |env: Vec<(String, String)>| {
-            Command::new(program)
-                .arg(scenario)
-                .env("XCCL_TIMEOUT", "20")
-                .env("RUST_BACKTRACE", "0")
-                .envs(env)
-                .stdin(Stdio::null())
-                .stderr(Stdio::piped())
-                .spawn()
-                .expect("the test's own program can be started")
-        };
-        Job { ranks: environments.into_iter().map(start).collect() }
+        let mut job = Job::default();
+        environments.into_iter().for_each(|env| job.start_another(program, scenario, env));
+        job
+    }
+
+    /// Starts one more process, perhaps of another program.
+    pub fn start_another(&mut self, program: &str, scenario: &str, env: impl IntoIterator<Item = (String, String)>) {
+        let mut command = Command::new(program);
+        command.arg(scenario).env("XCCL_TIMEOUT", "20").env("RUST_BACKTRACE", "0").envs(env);
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        self.ranks.push(command.spawn().expect("the test's own program can be started"));
     }
 
     /// The process of the `i`-th rank that was started.

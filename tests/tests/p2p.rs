@@ -26,7 +26,7 @@ fn messages_of_all_sizes_arrive_in_order() {
 
 #[test]
 fn sixty_four_outstanding_messages_keep_their_order_per_tag() {
-    in_every_way(&[1, 2, 3], "mixed");
+    in_every_way(&[1, 2, 3], "mixed-sizes");
 }
 
 #[test]

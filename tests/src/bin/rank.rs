@@ -8,6 +8,8 @@ mod kill;
 mod many;
 #[path = "rank/misuse.rs"]
 mod misuse;
+#[path = "rank/mixed.rs"]
+mod mixed;
 #[path = "rank/moe.rs"]
 mod moe;
 #[path = "rank/p2p.rs"]
@@ -42,7 +44,8 @@ fn main() -> Result<()> {
         "late" => misuse::a_late_rank_is_described(&comm),
         "late-dispatch" => misuse::late_dispatch(&comm),
         "messages" => p2p::messages(&comm),
-        "mixed" => p2p::mixed_sizes(&comm),
+        "mixed" => mixed::mixed_job(&comm),
+        "mixed-sizes" => p2p::mixed_sizes(&comm),
         "heap" => p2p::from_the_heap(&comm),
         "truncated" => p2p::truncated(&comm),
         "split" => p2p::split(&comm),
