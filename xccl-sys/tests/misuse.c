@@ -1,0 +1,408 @@
+/*
+ * Every function with arguments that are null, misaligned, zero, huge, dead, of the wrong kind or at the wrong time, in bounded
+ * number and a fixed order: each answer has to be a known code with a text, and the communicator has to work afterwards.
+ *
+ * Ranks other than 0 do nothing wrong meanwhile, and have to get an answer within their deadline each time.
+ *
+ * Lengths of good pointers are never wrong: that cannot be told.
+ */
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "xccl_device.h"
+
+enum { CALLS = 20000, HEALTH_EVERY = 500, TOKENS = 4, HIDDEN = 16, TOPK = 2, EXPERTS = 4, HEALTH_TAG = 4711 };
+
+static void fail(int line, const char *what) {
+  fprintf(stderr, "line %d: %s (last error: %s)\n", line, what, xcclGetLastError());
+  exit(1);
+}
+#define EXPECT(condition) ((condition) ? (void)0 : fail(__LINE__, #condition))
+#define CHECK(call) EXPECT((call) == xcclSuccess)
+
+static uint64_t state = 0x9e3779b97f4a7c15u;
+static size_t draw(size_t below) {
+  state ^= state << 13;
+  state ^= state >> 7;
+  state ^= state << 17;
+  return (size_t)(state >> 33) % below;
+}
+#define PICK(...) pick_from((const long long[]){__VA_ARGS__}, sizeof((const long long[]){__VA_ARGS__}) / sizeof(long long))
+static long long pick_from(const long long *values, size_t n) { return values[draw(n)]; }
+
+/* What calls may be given. */
+static int ranks;
+static xcclComm_t comm, dead_comm;
+static xcclMoe_t moe, dead_moe;
+static uint64_t nothing[64];          /* memory that is no handle */
+static uint64_t memory[1 << 14];      /* room for whatever a call with small sizes writes */
+static xcclExchange_t exchanges[4];   /* the last ones, and over ones among them */
+static xcclRequest_t requests[8];
+static void *blocks[8];
+static size_t turn;
+static int refused;
+
+static int is_bad(void) { return draw(4) == 0; }
+static xcclComm_t any_comm(void) {
+  if (!is_bad()) return comm;
+  switch (draw(5)) {
+    case 0: return NULL;
+    case 1: return dead_comm;
+    case 2: return (xcclComm_t)(void *)moe;
+    case 3: return (xcclComm_t)(void *)((char *)comm + 1);
+    default: return (xcclComm_t)(void *)nothing;
+  }
+}
+static xcclMoe_t any_moe(void) {
+  if (!is_bad()) return moe;
+  switch (draw(5)) {
+    case 0: return NULL;
+    case 1: return dead_moe;
+    case 2: return (xcclMoe_t)(void *)comm;
+    case 3: return (xcclMoe_t)(void *)((char *)moe + 1);
+    default: return (xcclMoe_t)(void *)nothing;
+  }
+}
+static void *out(void *good) {
+  if (!is_bad()) return good;
+  return draw(2) ? NULL : (char *)good + 1;
+}
+static void *data(void) { return is_bad() ? NULL : memory; }
+/* With good memory only sizes that it has, or that no memory has. */
+static size_t size(void) { return (size_t)PICK(0, 1, 2, 3, 8, 40, 41, 100, 5000, (long long)SIZE_MAX); }
+static int number(void) { return (int)PICK(0, 0, 0, 1, 2, -1, -2, INT_MIN, INT_MAX); }
+static uint32_t tag(void) { return (uint32_t)PICK(0, 1, UINT_MAX); }
+static xcclExchange_t exchange(void) {
+  return is_bad() ? (xcclExchange_t)PICK(0, 1, -1, 1ll << 40) : exchanges[draw(4)];
+}
+static xcclRequest_t request(void) {
+  return is_bad() ? (xcclRequest_t)PICK(0, 1, -1, 1ll << 32, (1ll << 32) + 1, 12345) : requests[draw(8)];
+}
+static size_t struct_size(size_t good) { return is_bad() ? (size_t)PICK(0, 3, 8, 24, 4096, -1) : good; }
+
+static xcclConfig_t any_config(void) {
+  xcclConfig_t config = XCCL_CONFIG_INITIALIZER;
+  config.size = struct_size(sizeof config);
+  config.timeout_ms = PICK(5, 5, 5, 5, 5, -7);
+  if (is_bad()) config.version = PICK(0, -1, 99, 10000, 1ll << 40);
+  if (is_bad()) config.heap_bytes = PICK(0, 1, -2, LLONG_MAX, LLONG_MIN);
+  if (is_bad()) config.p2p_ring_bytes = PICK(0, 1, -2, LLONG_MAX, 1ll << 40);
+  if (is_bad()) config.rendezvous_bytes = PICK(0, -2, LLONG_MAX);
+  if (is_bad()) config.unexpected_bytes = PICK(0, -2, LLONG_MAX);
+  if (is_bad()) config.memory = PICK(0, 1, 2, -2);
+  if (is_bad()) config.huge_pages = PICK(0, 1, 2);
+  if (is_bad()) config.cma = PICK(0, 1, 2);
+  return config;
+}
+static xcclMoeConfig_t good_shape(void) {
+  xcclMoeConfig_t config = XCCL_MOE_CONFIG_INITIALIZER;
+  config.max_tokens = TOKENS;
+  config.hidden = HIDDEN;
+  config.topk = TOPK;
+  config.experts = EXPERTS;
+  config.dtype = xcclFloat32;
+  return config;
+}
+static xcclMoeConfig_t any_shape(void) {
+  static const int32_t placement[EXPERTS] = {0, 0, 0, 0}, wrong[EXPERTS] = {0, -1, 7, INT_MAX};
+  xcclMoeConfig_t config = good_shape();
+  config.size = struct_size(sizeof config);
+  if (is_bad()) config.max_tokens = size();
+  if (is_bad()) config.hidden = size();
+  if (is_bad()) config.topk = size();
+  if (is_bad()) config.dtype = (uint32_t)PICK(0, 2, 6, 9, -1);
+  if (is_bad()) config.reduction = (uint32_t)PICK(1, 2, -1);
+  if (is_bad()) config.max_expert_rows = size();
+  if (is_bad()) config.placement = draw(2) ? placement : wrong;
+  return config;
+}
+static xcclMoeInput_t any_input(void) {
+  static float tokens[TOKENS * HIDDEN], weights[TOKENS * TOPK];
+  static int64_t ids[TOKENS * TOPK] = {0, 1, 2, 3, 1, 0, 3, 2}, wrong[TOKENS * TOPK] = {0, 0, 99, -5, -1, -1, 1, 2};
+  static uint8_t active[TOKENS] = {1, 0, 255, 1};
+  xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
+  input.size = struct_size(sizeof input);
+  input.tokens = is_bad() ? NULL : tokens;
+  input.num_tokens = (size_t)PICK(0, 1, 3, TOKENS, TOKENS, TOKENS + 1, -1);
+  input.topk_ids = is_bad() ? NULL : is_bad() ? wrong : ids;
+  input.ids_type = is_bad() ? (uint32_t)PICK(0, 2, 7, -1) : xcclInt64;
+  input.topk_weights = is_bad() ? NULL : weights;
+  if (is_bad()) input.active = active;
+  return input;
+}
+
+#define ONE(name, ...)                        \
+  case __COUNTER__:                           \
+    function = #name;                         \
+    result = name(__VA_ARGS__);               \
+    break
+
+static void call(void) {
+  xcclResult_t result = xcclSuccess;
+  const char *function = "", *text;
+  xcclConfig_t config = any_config();
+  xcclMoeConfig_t shape = any_shape();
+  xcclMoeInput_t input = any_input();
+  xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
+  xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
+  xcclStatistics_t statistics = XCCL_STATISTICS_INITIALIZER;
+  xcclUniqueId id;
+  xcclStatus_t status;
+  xcclComm_t made = NULL;
+  xcclMoe_t made_moe = NULL;
+  xcclExchange_t sent = 0;
+  xcclRequest_t started = 0;
+  void *at = NULL;
+  const xcclMoeRow_t *rows;
+  const xcclMoeSum_t *sums;
+  size_t bytes = 0, count;
+  int value, *int_out = (int *)out(&value);
+  size_t *size_out = (size_t *)out(&count);
+
+  memset(&id, (int)draw(256), sizeof id);
+  if (!is_bad()) CHECK(xcclGetUniqueId(&id));
+  batch.size = struct_size(batch.size);
+  device.size = struct_size(device.size);
+  statistics.size = struct_size(statistics.size);
+  bytes = size();
+  /* Collective calls need the other ranks: alone they are tried with all arguments. */
+  switch (draw(FUNCTIONS)) {
+    ONE(xcclGetVersion, int_out);
+    ONE(xcclGetUniqueId, (xcclUniqueId *)(draw(2) ? &id : NULL));
+    ONE(xcclCommInitRank, is_bad() ? NULL : &made, ranks == 1 ? (int)PICK(1, 0, -1, INT_MIN, INT_MAX) : -1, id, number());
+    ONE(xcclCommInitRankConfig, is_bad() ? NULL : &made, (int)PICK(1, 0, -1, 2, INT_MIN, INT_MAX), id, number(), &config);
+    ONE(xcclCommInitFromEnv, is_bad() ? NULL : (xcclComm_t *)((char *)&made + 1), is_bad() ? NULL : &config);
+    ONE(xcclCommSplit, any_comm(), ranks == 1 ? number() : -2, number(), is_bad() ? NULL : &made);
+    ONE(xcclCommDestroy, draw(2) ? dead_comm : NULL);
+    ONE(xcclCommAbort, draw(2) ? dead_comm : (xcclComm_t)(void *)moe);
+    ONE(xcclCommUserRank, any_comm(), int_out);
+    ONE(xcclCommCount, any_comm(), int_out);
+    ONE(xcclCommGetStatistics, any_comm(), (xcclStatistics_t *)out(&statistics));
+    ONE(xcclBarrier, ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclMemAlloc, is_bad() ? NULL : &at, (size_t)PICK(0, 1, 64, 4096, 1 << 30, -1), any_comm());
+    ONE(xcclMemFree, is_bad() ? (void *)(is_bad() ? NULL : memory) : blocks[draw(8)], any_comm());
+    ONE(xcclSend, data(), bytes, number(), tag(), any_comm());
+    ONE(xcclRecv, data(), bytes, number(), tag(), (xcclStatus_t *)out(&status), any_comm());
+    ONE(xcclIsend, data(), bytes, number(), tag(), any_comm(), is_bad() ? NULL : &started);
+    ONE(xcclIrecv, data(), bytes, number(), tag(), any_comm(), is_bad() ? NULL : &started);
+    ONE(xcclWait, request(), (xcclStatus_t *)out(&status), any_comm());
+    ONE(xcclWaitAll, (size_t)PICK(0, 1, 8), is_bad() ? NULL : requests, NULL, any_comm());
+    ONE(xcclTest, request(), int_out, (xcclStatus_t *)out(&status), any_comm());
+    ONE(xcclRequestFree, request(), any_comm());
+    ONE(xcclMoeCreate, is_bad() ? NULL : &made_moe, ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &shape);
+    ONE(xcclMoeDestroy, draw(2) ? dead_moe : NULL);
+    ONE(xcclMoeLocalExperts, any_moe(), size_out);
+    ONE(xcclMoeInputRows, size(), is_bad() ? NULL : &at, size_out, any_moe());
+    ONE(xcclMoeDispatchSend, (xcclMoeInput_t *)out(&input), is_bad() ? NULL : &sent, any_moe());
+    ONE(xcclMoeDispatchRecv, exchange(), (xcclMoeBatch_t *)out(&batch), any_moe());
+    ONE(xcclMoeDispatchRecvSource, exchange(), int_out, is_bad() ? NULL : &rows, size_out, any_moe());
+    ONE(xcclMoeDeviceBatch, exchange(), (xcclDeviceBatch_t *)out(&device), any_moe());
+    ONE(xcclMoeAwaitRows, exchange(), any_moe());
+    ONE(xcclMoeOutbox, number(), is_bad() ? NULL : (const void **)&at, size_out, any_moe());
+    ONE(xcclMoeCopyExpertMajor, exchange(), data(), (size_t)PICK(0, 1, 64), (size_t)PICK(0, 1, 4, -1), any_moe());
+    ONE(xcclMoeCopyPadded, exchange(), data(), (size_t)PICK(0, 1, 64), (size_t)PICK(0, 1, 4, -1), any_moe());
+    ONE(xcclMoeSums, exchange(), is_bad() ? NULL : &sums, size_out, any_moe());
+    ONE(xcclMoeCombineSend, exchange(), is_bad() ? NULL : is_bad() ? XCCL_SUMMED : is_bad() ? memory : XCCL_IN_PLACE, any_moe());
+    ONE(xcclMoeCombineRecv, exchange(), data(), any_moe());
+    ONE(xcclMoeGiveUp, exchange(), any_moe());
+    ONE(xcclMoeDispatch, data(), (size_t)PICK(0, 1, TOKENS, TOKENS + 1, -1), is_bad() ? NULL : (const int32_t *)(void *)nothing,
+        is_bad() ? NULL : (const float *)(void *)nothing, data(), (size_t)PICK(0, 1, 64, -1), (uint32_t *)out(memory),
+        size_out, any_moe());
+    ONE(xcclMoeCombine, data(), data(), any_moe());
+    default: fail(__LINE__, "FUNCTIONS is wrong"); /* with -DFUNCTIONS=<number of cases> */
+  }
+  text = xcclGetLastError();
+  refused += result != xcclSuccess;
+  if (result != xcclSuccess) {
+    size_t name = strlen(function);
+    if (strcmp(xcclGetErrorString((int)result), "unknown result") == 0 || result == xcclInternalError ||
+        strncmp(text, function, name) != 0 || text[name] != ':' || strlen(text) < name + 10) {
+      fprintf(stderr, "%s gave %d\n", function, (int)result);
+      fail(__LINE__, "a code or a text that makes no sense");
+    }
+  }
+  if (sent) exchanges[turn++ % 4] = sent;
+  if (started) requests[turn++ % 8] = started;
+  if (result == xcclSuccess && at && strcmp(function, "xcclMemAlloc") == 0) {
+    void **place = &blocks[turn++ % 8];
+    if (*place) (void)xcclMemFree(*place, comm); /* perhaps freed before */
+    *place = at;
+  }
+  if (made) CHECK(xcclCommDestroy(made));
+  if (made_moe) CHECK(xcclMoeDestroy(made_moe));
+}
+
+/* A message to itself and, alone, an exchange. */
+static void health(void) {
+  char word[8] = "hello", back[8] = "";
+  int rank;
+  size_t i;
+  CHECK(xcclCommUserRank(comm, &rank));
+  CHECK(xcclSend(word, sizeof word, rank, HEALTH_TAG, comm));
+  CHECK(xcclRecv(back, sizeof back, rank, HEALTH_TAG, NULL, comm));
+  EXPECT(strcmp(word, back) == 0);
+  for (i = 0; i < 8; i++) (void)xcclRequestFree(requests[i], comm);
+  for (i = 0; i < 4; i++) (void)xcclMoeGiveUp(exchanges[i], moe);
+  if (ranks == 1) {
+    float tokens[HIDDEN], out[HIDDEN], weights[TOPK] = {1, 1}, rows[2 * HIDDEN];
+    int32_t ids[TOPK] = {3, 1};
+    uint32_t counts[EXPERTS];
+    size_t arrived = 0;
+    for (i = 0; i < HIDDEN; i++) tokens[i] = (float)i;
+    CHECK(xcclBarrier(comm));
+    if (xcclMoeDispatch(tokens, 1, ids, weights, rows, 2, counts, &arrived, moe) != xcclSuccess) {
+      /* One of the joined calls is under way: its tokens are not these. */
+      CHECK(xcclMoeDestroy(moe));
+      {
+        xcclMoeConfig_t shape = good_shape();
+        CHECK(xcclMoeCreate(&moe, comm, &shape));
+      }
+      CHECK(xcclMoeDispatch(tokens, 1, ids, weights, rows, 2, counts, &arrived, moe));
+    }
+    EXPECT(arrived == 2);
+    CHECK(xcclMoeCombine(rows, out, moe));
+    for (i = 0; i < HIDDEN; i++) EXPECT(out[i] == 2 * (float)i);
+  }
+}
+
+/* The halves in every wrong order, each with its answer. One rank. */
+static void wrong_orders(void) {
+  xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
+  xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
+  xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
+  xcclExchange_t first, second, third = 77;
+  static float tokens[TOKENS * HIDDEN], weights[TOKENS * TOPK], result[TOKENS * HIDDEN];
+  static const int32_t ids[TOKENS * TOPK] = {0, 1, 2, 3, 1, 0, 3, 2};
+  const xcclMoeRow_t *rows;
+  const xcclMoeSum_t *sums;
+  size_t n, row_bytes;
+  void *at;
+  int source;
+  xcclRequest_t request;
+  xcclStatus_t status;
+#define GIVES(code, part, ...)                                                                   \
+  do {                                                                                           \
+    xcclResult_t gave = (__VA_ARGS__);                                                           \
+    if (gave != (code) || !strstr(xcclGetLastError(), part)) fail(__LINE__, "expected " #code ": " part); \
+  } while (0)
+
+  input.tokens = tokens;
+  input.num_tokens = TOKENS;
+  input.topk_ids = ids;
+  input.topk_weights = weights;
+  CHECK(xcclMoeDispatchSend(&input, &first, moe));
+  GIVES(xcclInvalidUsage, "was not received", xcclMoeCombineSend(first, XCCL_IN_PLACE, moe));
+  GIVES(xcclInvalidUsage, "was not combined", xcclMoeCombineRecv(first, result, moe));
+  GIVES(xcclInvalidUsage, "was not received", xcclMoeCopyExpertMajor(first, result, 1, 1, moe));
+  GIVES(xcclInvalidUsage, "was not received", xcclMoeDeviceBatch(first, &device, moe));
+  GIVES(xcclInvalidUsage, "was not received", xcclMoeAwaitRows(first, moe));
+  CHECK(xcclMoeDispatchSend(&input, &second, moe));
+  GIVES(xcclInvalidUsage, "2 exchanges", xcclMoeDispatchSend(&input, &third, moe));
+  EXPECT(third == 77);
+  GIVES(xcclInvalidArgument, "exchange (77) is not under way", xcclMoeDispatchRecv(third, &batch, moe));
+  CHECK(xcclMoeDispatchRecvSource(second, &source, &rows, &n, moe));
+  EXPECT(source == 0 && n == TOKENS * TOPK);
+  CHECK(xcclMoeDispatchRecvSource(second, &source, &rows, &n, moe));
+  EXPECT(source == -1 && n == 0);
+  CHECK(xcclMoeDispatchRecv(second, &batch, moe));
+  EXPECT(batch.num_rows == TOKENS * TOPK);
+  GIVES(xcclInvalidUsage, "as a whole", xcclMoeDispatchRecvSource(second, &source, &rows, &n, moe));
+  GIVES(xcclInvalidUsage, "xcclReducePerRank", xcclMoeSums(second, &sums, &n, moe));
+  GIVES(xcclInvalidUsage, "xcclReducePerRank", xcclMoeCombineSend(second, XCCL_SUMMED, moe));
+  GIVES(xcclInvalidArgument, "outputs is a null pointer", xcclMoeCombineSend(second, NULL, moe));
+  GIVES(xcclTruncated, "takes 8 rows, capacity_rows is 7", xcclMoeCopyExpertMajor(second, result, 7, 1, moe));
+  GIVES(xcclInvalidArgument, "align is 0", xcclMoeCopyExpertMajor(second, result, 8, 0, moe));
+  GIVES(xcclLimitExceeded, "capacity", xcclMoeCopyPadded(second, result, 4, 1, moe));
+  GIVES(xcclTimeout, "", xcclMoeAwaitRows(second, moe));
+  CHECK(xcclMoeCombineSend(second, XCCL_IN_PLACE, moe));
+  GIVES(xcclInvalidUsage, "was combined already", xcclMoeCombineSend(second, XCCL_IN_PLACE, moe));
+  GIVES(xcclInvalidUsage, "was combined already", xcclMoeDispatchRecv(second, &batch, moe));
+  GIVES(xcclInvalidArgument, "out is a null pointer", xcclMoeCombineRecv(second, NULL, moe));
+  CHECK(xcclMoeCombineRecv(second, result, moe));
+  GIVES(xcclInvalidArgument, "is not under way", xcclMoeCombineRecv(second, result, moe));
+  CHECK(xcclMoeGiveUp(first, moe));
+  GIVES(xcclInvalidArgument, "is not under way", xcclMoeGiveUp(first, moe));
+
+  input.tokens = NULL;
+  GIVES(xcclInvalidArgument, "xcclMoeInputRows", xcclMoeDispatchSend(&input, &first, moe));
+  CHECK(xcclMoeInputRows(TOKENS, &at, &row_bytes, moe));
+  EXPECT(row_bytes == HIDDEN * sizeof(float) && ((uintptr_t)at % 64) == 0);
+  CHECK(xcclMoeInputRows(2, &at, &row_bytes, moe)); /* takes the first ones back */
+  GIVES(xcclInvalidArgument, "(rows)", xcclMoeDispatchSend(&input, &first, moe));
+  GIVES(xcclInvalidArgument, "limit is 4", xcclMoeInputRows(TOKENS + 1, &at, &row_bytes, moe));
+
+  CHECK(xcclIrecv(result, 4, 0, 9, comm, &request));
+  GIVES(xcclTimeout, "rank 0", xcclWait(request, &status, comm));
+  CHECK(xcclSend(tokens, 4, 0, 9, comm));
+  CHECK(xcclWait(request, &status, comm));
+  EXPECT(status.bytes == 4);
+  GIVES(xcclInvalidArgument, "is over", xcclWait(request, &status, comm));
+  GIVES(xcclInvalidArgument, "is over", xcclTest(request, &source, &status, comm));
+  GIVES(xcclInvalidArgument, "is over", xcclRequestFree(request, comm));
+  GIVES(xcclInvalidArgument, "requests[0]", xcclWaitAll(1, &request, NULL, comm));
+
+  CHECK(xcclMemAlloc(&at, 100, comm));
+  GIVES(xcclInvalidArgument, "xcclMemAlloc", xcclMemFree((char *)at + 8, comm));
+  CHECK(xcclMemFree(at, comm));
+  GIVES(xcclInvalidArgument, "was freed", xcclMemFree(at, comm));
+  GIVES(xcclOutOfMemory, "heap", xcclMemAlloc(&at, (size_t)1 << 40, comm));
+}
+
+/* A rank that does nothing wrong, while rank 0 does: each call has to end. */
+static void good_rank(void) {
+  int i;
+  for (i = 0; i < 200; i++) {
+    xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
+    xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
+    xcclExchange_t exchange = 0;
+    float row[HIDDEN] = {0}, weights[TOPK] = {1, 1}, out[HIDDEN];
+    int32_t ids[TOPK] = {0, 3};
+    input.tokens = row;
+    input.num_tokens = 1;
+    input.topk_ids = ids;
+    input.topk_weights = weights;
+    if (xcclMoeDispatchSend(&input, &exchange, moe) != xcclSuccess) continue;
+    if (xcclMoeDispatchRecv(exchange, &batch, moe) != xcclSuccess ||
+        xcclMoeCombineSend(exchange, XCCL_IN_PLACE, moe) != xcclSuccess ||
+        xcclMoeCombineRecv(exchange, out, moe) != xcclSuccess)
+      (void)xcclMoeGiveUp(exchange, moe);
+  }
+}
+
+int main(void) {
+  xcclConfig_t config = XCCL_CONFIG_INITIALIZER;
+  xcclMoeConfig_t shape = good_shape();
+  int i, rank;
+
+  config.timeout_ms = 10000;
+  CHECK(xcclCommInitFromEnv(&dead_comm, &config));
+  CHECK(xcclCommCount(dead_comm, &ranks));
+  CHECK(xcclMoeCreate(&dead_moe, dead_comm, &shape));
+  CHECK(xcclBarrier(dead_comm));
+  CHECK(xcclMoeDestroy(dead_moe));
+  CHECK(xcclCommDestroy(dead_comm));
+  EXPECT(xcclMoeDestroy(dead_moe) == xcclInvalidArgument && xcclCommDestroy(dead_comm) == xcclInvalidArgument);
+
+  config.timeout_ms = ranks > 1 ? 100 : 5; /* time enough to join; then each wait for nothing costs as much */
+  CHECK(xcclCommInitFromEnv(&comm, &config));
+  CHECK(xcclCommUserRank(comm, &rank));
+  CHECK(xcclMoeCreate(&moe, comm, &shape));
+  if (rank > 0) {
+    good_rank();
+    printf("rank %d: every call has ended\n", rank);
+    return 0;
+  }
+  if (ranks == 1) wrong_orders();
+  for (i = 0; i < CALLS; i++) {
+    call();
+    if (i % HEALTH_EVERY == 0) health();
+  }
+  health();
+  printf("%d calls, %d of them refused, none harmful\n", CALLS, refused);
+  EXPECT(refused > CALLS / 4 && refused < CALLS);
+  CHECK(xcclMoeDestroy(moe));
+  CHECK(xcclCommDestroy(comm));
+  return 0;
+}
