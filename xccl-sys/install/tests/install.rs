@@ -118,6 +118,18 @@ fn cmake(dir: &Path, root: &Path, source: &Path) {
         runs(&build.join(format!("shared_{language}")), None); // the build's own run path
         runs(&build.join(format!("static_{language}")), None);
     }
+    // The examples are what a user would begin with.
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+    for (folder, program) in [("c", "overlap"), ("cpp", "engine")] {
+        let build = dir.join(folder);
+        let from = examples.join(folder);
+        succeeds(Command::new("cmake").arg("-S").arg(from).arg("-B").arg(&build).arg(&prefix), "cmake");
+        succeeds(Command::new("cmake").arg("--build").arg(&build), "cmake");
+        let mut alone = Command::new(build.join(program));
+        let job = format!("installed-{}-{program}", std::process::id());
+        alone.env("XCCL_RANK", "0").env("XCCL_WORLD_SIZE", "1").env("XCCL_JOB", job);
+        assert!(succeeds(&mut alone, "").contains("all sums as expected"));
+    }
     let wrong = lists.replace("xccl 0.1 REQUIRED", "xccl 9.1 REQUIRED");
     std::fs::write(project.join("CMakeLists.txt"), wrong).expect("a project");
     let other = dir.join("other");
