@@ -331,6 +331,10 @@ static void wrong_orders(void) {
   EXPECT(row_bytes == HIDDEN * sizeof(float) && ((uintptr_t)at % 64) == 0);
   CHECK(xcclMoeInputRows(2, &at, &row_bytes, moe)); /* takes the first ones back */
   GIVES(xcclInvalidArgument, "(rows)", xcclMoeDispatchSend(&input, &first, moe));
+  CHECK(xcclMoeInputRows(2, &at, &row_bytes, moe));
+  input.tokens = tokens; /* these instead */
+  CHECK(xcclMoeDispatchSend(&input, &first, moe));
+  CHECK(xcclMoeGiveUp(first, moe));
   GIVES(xcclInvalidArgument, "limit is 4", xcclMoeInputRows(TOKENS + 1, &at, &row_bytes, moe));
 
   CHECK(xcclIrecv(result, 4, 0, 9, comm, &request));

@@ -135,12 +135,19 @@ unsafe fn send_with<E: Element, I: ExpertId>(held: &mut Held, input: &xcclMoeInp
             return Err(failure);
         }
     };
-    let sent = match (tokens, held.input_rows.take()) {
-        (Some(tokens), _) => moe.dispatch_send(tokens, &routing)?,
-        (None, Some(AnyRows::F32(rows))) => moe.dispatch_send_rows(rows, &routing)?,
-        (None, Some(AnyRows::F16(rows))) => moe.dispatch_send_rows(rows, &routing)?,
-        (None, Some(AnyRows::Bf16(rows))) => moe.dispatch_send_rows(rows, &routing)?,
-        (None, None) => moe.dispatch_send::<E, I>(&[], &routing)?,
+    let rows = held.input_rows.take();
+    let sent = match tokens {
+        Some(tokens) => {
+            // Rows that were given and not used are taken back: they lie where these tokens go.
+            drop(rows);
+            moe.dispatch_send(tokens, &routing)?
+        }
+        None => match rows {
+            Some(AnyRows::F32(rows)) => moe.dispatch_send_rows(rows, &routing)?,
+            Some(AnyRows::F16(rows)) => moe.dispatch_send_rows(rows, &routing)?,
+            Some(AnyRows::Bf16(rows)) => moe.dispatch_send_rows(rows, &routing)?,
+            None => moe.dispatch_send::<E, I>(&[], &routing)?,
+        },
     };
     let epoch = sent.epoch();
     let rows = held.spare.pop().unwrap_or_default();

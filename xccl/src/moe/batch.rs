@@ -118,8 +118,16 @@ impl<'m> ExpertBatch<'m> {
         }
         let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: None };
         let source = self.moe.comm.wait(what, || {
-            let mut sources = (0..self.moe.comm.world_size).filter(pending);
-            sources.find_map(|source| Some(self.has_sent(source)?.map(|()| source)))
+            let mut refused = None;
+            for source in (0..self.moe.comm.world_size).filter(pending) {
+                match self.has_sent(source) {
+                    Some(Ok(())) => return Some(Ok(source)),
+                    // What others have sent can be worked on before this is told.
+                    Some(Err(err)) => refused = refused.or(Some(Err(err))),
+                    None => {}
+                }
+            }
+            refused
         })??;
         self.take_lists(source)?;
         Ok(Some(source))
