@@ -13,7 +13,7 @@ use memmap2::{Advice, MmapMut};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
-use xccl::{Communicator, DType, Element, ExpertBatch, Moe, MoeConfig, Reduction, Routing};
+use xccl::{Communicator, Config, DType, Element, ExpertBatch, HeapBuffer, Moe, MoeConfig, Reduction, Routing};
 
 use super::figures::{JsonLines, Percentiles, line_ns, show_line, slowest, timed};
 use super::{Common, progress};
@@ -209,7 +209,10 @@ impl MoeArgs {
         let most = tokens.iter().copied().max().unwrap_or(0).max(1);
         let config = MoeConfig { reduction, ..MoeConfig::new(most, self.hidden, self.topk, self.experts, self.dtype) };
         let moe = Moe::new(comm, config)?;
-        let mut run = Run::<E>::new(self, comm, &moe, tokens)?;
+        // Memory like the outbox's, which the next rank reads: see `copy_as_dispatch`.
+        let heap = 2 * (most * self.hidden * size_of::<E>() + 4096);
+        let shared = Communicator::from_env_with(Config::from_env()?.heap_bytes(heap).rendezvous_bytes(1))?;
+        let mut run = Run::<E>::new(self, comm, &shared, &moe, tokens)?;
         let verified = if self.common.verify { Some(run.verify(tokens)?) } else { None };
 
         let rounds = self.common.warmup + self.common.iters;
@@ -343,6 +346,7 @@ impl<E: Element> DerefMut for Buffer<E> {
 struct Run<'a, E> {
     args: &'a MoeArgs,
     comm: &'a Communicator,
+    shared: &'a Communicator,
     moe: &'a Moe,
     tokens: Buffer<E>,
     ids: Vec<i32>,
@@ -351,13 +355,20 @@ struct Run<'a, E> {
     rows: Buffer<E>,
     capacity: usize,
     out: Buffer<E>,
-    /// Two in turn, like the outbox's slots, of as many rows as this rank sends or sums: for the limits.
+    /// Two in turn, like the outbox's slots: for the limits. `sent` is in shared memory.
+    sent: [HeapBuffer; 2],
     scratch: [Buffer<E>; 2],
     round: usize,
 }
 
 impl<'a, E: Element> Run<'a, E> {
-    fn new(args: &'a MoeArgs, comm: &'a Communicator, moe: &'a Moe, tokens: &[usize]) -> Result<Self> {
+    fn new(
+        args: &'a MoeArgs,
+        comm: &'a Communicator,
+        shared: &'a Communicator,
+        moe: &'a Moe,
+        tokens: &[usize],
+    ) -> Result<Self> {
         let (hidden, mine) = (args.hidden, tokens[comm.rank()]);
         // Room for what this rank's experts are going to get, which every rank can work out.
         let local = moe.experts_of(comm.rank())?;
@@ -372,9 +383,11 @@ impl<'a, E: Element> Run<'a, E> {
             Layout::Padded => local.len() * capacity,
         };
         let scratch = || Buffer::new(tokens.iter().sum::<usize>().max(1) * hidden);
+        let block = || shared.heap_alloc((mine * hidden * size_of::<E>()).max(1));
         let mut run = Run {
             args,
             comm,
+            shared,
             moe,
             tokens: Buffer::new(mine * hidden)?,
             ids: args.ids(comm.rank(), mine)?,
@@ -382,6 +395,7 @@ impl<'a, E: Element> Run<'a, E> {
             rows: Buffer::new(rows * hidden)?,
             capacity,
             out: Buffer::new(mine * hidden)?,
+            sent: [block()?, block()?],
             scratch: [scratch()?, scratch()?],
             round: 0,
         };
@@ -433,6 +447,7 @@ impl<'a, E: Element> Run<'a, E> {
 
         comm.barrier()?;
         let (limit_dispatch, ()) = timed(|| self.copy_as_dispatch(&batch))?;
+        self.read_by_the_next_rank()?;
         comm.barrier()?;
         let (limit_combine, ()) = timed(|| self.copy_as_combine(&batch))?;
 
@@ -480,12 +495,13 @@ impl<'a, E: Element> Run<'a, E> {
         Ok(Some(rows))
     }
 
-    /// Plain copies of the rows that a dispatch moves, between the same memories.
+    /// Plain copies of the rows that a dispatch moves, between the same memories: into shared memory whose lines another core
+    /// has read since they were last written, which on some machines costs many times what private memory does.
     fn copy_as_dispatch(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
         let hidden = self.args.hidden;
         if self.args.input == Place::Copy {
-            let elements = self.mine() * hidden;
-            self.scratch[self.round % 2][..elements].copy_from_slice(&self.tokens[..elements]);
+            let tokens: &[u8] = bytemuck::cast_slice(&self.tokens[..self.mine() * hidden]);
+            self.sent[self.round % 2][..tokens.len()].copy_from_slice(tokens);
         }
         if self.args.layout != Layout::InPlace {
             for (i, to) in self.rows.chunks_exact_mut(hidden).enumerate().take(batch.len()) {
@@ -493,8 +509,23 @@ impl<'a, E: Element> Run<'a, E> {
                 to.copy_from_slice(unsafe { batch.row_slice(i)? });
             }
         }
-        std::hint::black_box((&mut self.rows, &mut self.scratch));
+        std::hint::black_box((&mut self.rows, &mut self.sent));
         Ok(())
+    }
+
+    /// As the outbox's rows are: the next rank copies from there.
+    fn read_by_the_next_rank(&mut self) -> Result<()> {
+        let (rank, ranks) = (self.shared.rank(), self.shared.world_size());
+        if self.args.input == Place::Outbox || ranks == 1 {
+            return Ok(());
+        }
+        let bytes = self.mine() * self.args.hidden * size_of::<E>();
+        let (from, to) = (&self.sent[self.round % 2][..bytes], bytemuck::cast_slice_mut(&mut self.scratch[0]));
+        Ok(self.shared.scope(|s| {
+            let receive = s.irecv((rank + ranks - 1) % ranks, 0, to)?;
+            s.isend((rank + 1) % ranks, 0, from)?.wait()?;
+            receive.wait().map(|_| ())
+        })?)
     }
 
     /// Plain copies of as many rows as a combine reads: the experts' outputs, where this rank sums or hands them over, and what
