@@ -157,15 +157,6 @@ enum Held {
 }
 
 impl Held {
-    fn copy_of(data: &[u8]) -> Self {
-        if data.len() > INLINE_BYTES {
-            return Held::Bytes(data.to_vec());
-        }
-        let mut body = [0; INLINE_BYTES];
-        body[..data.len()].copy_from_slice(data);
-        Held::Inline(body)
-    }
-
     /// Bytes that it takes of this rank's memory.
     fn bytes(&self) -> usize {
         match self {
@@ -252,7 +243,7 @@ impl P2p {
         let number = out.started;
         out.started += 1;
         if to == comm.rank {
-            let message = Message { tag, len: data.len(), held: Held::copy_of(data) };
+            let message = Message { tag, len: data.len(), held: Held::Bytes(data.to_vec()) };
             lock(&self.incoming).deliver(comm, to, message)?;
         } else {
             out.waiting.push_back(PendingSend { number, tag, bytes: Bytes::Lent(data.as_ptr(), data.len()), done: 0 });
