@@ -1,6 +1,8 @@
 //! Wrong calls: the right error where they are made, and news of it elsewhere.
 
-use xccl_tests::{Ended, Job, plays_well};
+use std::process::Command;
+
+use xccl_tests::{Ended, Job, new_job, plays_well};
 
 const RANK: &str = env!("CARGO_BIN_EXE_rank");
 
@@ -58,4 +60,50 @@ fn a_machine_without_enough_memory_is_told_both_numbers() {
             "{stderr}"
         );
     }
+}
+
+/// Two ranks where `/dev/shm` has `size` bytes: their exit codes, and what they said. `None` where a test cannot mount.
+fn with_small_dev_shm(size: &str, scenario: &str) -> Option<Vec<Ended>> {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let script = r#"mount -t tmpfs -o size=$1 tmpfs /dev/shm || exit 99
+        for r in 0 1; do { XCCL_RANK=$r "$2" "$3" 2> "$4/$r.said"; echo $? > "$4/$r.code"; } & done; wait; ls /dev/shm"#;
+    let mut alone = Command::new("unshare");
+    alone.args(["--mount", "sh", "-c", script, "sh", size, RANK, scenario]).arg(dir.path());
+    alone.env("XCCL_WORLD_SIZE", "2").env("XCCL_JOB", new_job()).env("XCCL_MEMORY", "posix");
+    alone.env("XCCL_TIMEOUT", "20").env("XCCL_HEAP", "1M").env("RUST_BACKTRACE", "0");
+    let output = alone.output().ok()?;
+    if !output.status.success() {
+        eprintln!("skipped: no mount namespace here: {}", String::from_utf8_lossy(&output.stderr));
+        return None;
+    }
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "", "names are left in /dev/shm");
+    let read = |name: String| std::fs::read_to_string(dir.path().join(name)).expect("a rank's words");
+    let ended = |r| Ended { code: read(format!("{r}.code")).trim().parse().ok(), stderr: read(format!("{r}.said")) };
+    Some([0, 1].map(ended).into())
+}
+
+/// At least one of the ranks names both numbers; the other one says the same, or whom it was told by.
+fn told_of_too_little_memory(ended: &[Ended]) {
+    let both = |e: &Ended| e.stderr.contains("NotEnoughMemory { what: \"a segment in /dev/shm\", needed: ");
+    let told = |e: &Ended, by: usize| e.stderr.contains(&format!("rank {by}: a segment in /dev/shm needs "));
+    assert!(ended.iter().any(both), "{ended:#?}");
+    assert!((0..2).all(|r| both(&ended[r]) || told(&ended[r], 1 - r)), "{ended:#?}");
+}
+
+#[test]
+fn a_full_dev_shm_is_an_error_at_start_on_every_rank() {
+    // Room for no outbox; for no heap; for one heap.
+    for size in ["64k", "1m", "2m"] {
+        let Some(ended) = with_small_dev_shm(size, "join") else { return };
+        assert!(ended.iter().all(|e| e.code == Some(1)), "{size}: {ended:#?}");
+        told_of_too_little_memory(&ended);
+    }
+}
+
+#[test]
+fn a_handle_that_dev_shm_has_no_room_for_is_told_to_every_rank_and_the_communicator_goes_on() {
+    // Room for the communicator, and for less than two handles.
+    let Some(ended) = with_small_dev_shm("6m", "large-handle") else { return };
+    assert!(ended.iter().all(|e| e.code == Some(0)), "{ended:#?}");
+    told_of_too_little_memory(&ended);
 }

@@ -41,6 +41,7 @@ fn main() -> Result<()> {
         "abandoned" => misuse::an_abandoned_batch_is_told(&comm),
         "both-abandoned" => misuse::both_abandoned(&comm),
         "rows-lent-out" => misuse::rows_lent_out(&comm),
+        "large-handle" => misuse::a_handle_without_room_is_told(&comm),
         "late" => misuse::a_late_rank_is_described(&comm),
         "late-dispatch" => misuse::late_dispatch(&comm),
         "messages" => p2p::messages(&comm),

@@ -73,8 +73,8 @@ impl CommInner {
         fabric::check_memory("the communicator", layout.bytes + heap_bytes, world_size)?;
 
         let mut star = Star::join(id, rank, world_size, &config.description(), deadline)?;
-        let outboxes = fabric::exchange_segments(&mut star, &config, Writers::Owner, layout.bytes, deadline)?;
-        let heaps = fabric::exchange_segments(&mut star, &config, Writers::Anyone, heap_bytes, deadline)?;
+        let outboxes = fabric::exchange_segments(&mut star, &config, Ok(()), Writers::Owner, layout.bytes, deadline)?;
+        let heaps = fabric::exchange_segments(&mut star, &config, Ok(()), Writers::Anyone, heap_bytes, deadline)?;
         let pids = star.pids().to_vec();
         let fabric = Fabric::new(outboxes, heaps, &pids);
 

@@ -26,34 +26,39 @@ pub(crate) struct Outboxes {
     pub(crate) peers: Vec<Mapping>,
 }
 
-/// What a rank says of a segment whose descriptor it sends along.
-#[derive(Serialize, Deserialize)]
-struct Announcement {
-    bytes: u64,
-}
+/// What a rank says of its segment: its bytes, the descriptor being sent along; or why it has none.
+type Announcement = std::result::Result<u64, String>;
 
-/// Creates a segment on every rank and maps all of them. Collective.
+/// Creates a segment on every rank and maps all of them. Collective: a rank that cannot go on, for what has gone wrong
+/// `before` or since its segment cannot be created, says so to the others instead of leaving them to wait.
 ///
 /// # Errors
-/// [`Error::NotEnoughMemory`] before anything is created; otherwise what creating, sending and mapping can meet.
+/// `before`'s; [`Error::NotEnoughMemory`] and the like, which the other ranks get as [`Error::Bootstrap`] with the same text.
 pub(crate) fn exchange_segments(
     star: &mut Star,
     config: &Config,
+    before: Result<()>,
     writers: Writers,
     bytes: usize,
     deadline: Instant,
 ) -> Result<Outboxes> {
-    let created = OwnSegment::create(config.memory, writers, bytes, config.huge_pages)?;
-    let blob = encode(&Announcement { bytes: bytes as u64 })?;
-    let parts = star.exchange(&blob, &[created.for_peers.as_fd()], deadline)?;
+    let created = before.and_then(|()| OwnSegment::create(config.memory, writers, bytes, config.huge_pages));
+    let announcement: Announcement = created.as_ref().map(|_| bytes as u64).map_err(|err| err.to_string());
+    let fds: Vec<_> = created.iter().map(|segment| segment.for_peers.as_fd()).collect();
+    let parts = star.exchange(&encode(&announcement)?, &fds, deadline);
+    // Its own failure is what a rank reports first.
+    let (created, parts) = (created?, parts?);
     let mut peers = Vec::with_capacity(parts.len());
     for (rank, (blob, fds)) in parts.into_iter().enumerate() {
-        let announced: Announcement = decode(&blob)?;
-        if announced.bytes != bytes as u64 {
+        let announced = decode::<Announcement>(&blob)?.map_err(|why| Error::Bootstrap {
+            during: "creating shared memory",
+            source: std::io::Error::other(format!("rank {rank}: {why}")),
+        })?;
+        if announced != bytes as u64 {
             return Err(Error::Mismatch {
                 rank,
                 what: "segment size".to_owned(),
-                theirs: announced.bytes.to_string(),
+                theirs: announced.to_string(),
                 ours: bytes.to_string(),
             });
         }

@@ -219,8 +219,8 @@ impl Moe {
     /// Makes a handle. Every rank of `comm` must call it, with the same configuration.
     ///
     /// # Errors
-    /// [`Error::Config`] for a value out of range, [`Error::NotEnoughMemory`] before anything is created,
-    /// [`Error::Mismatch`] on every rank when the configurations differ.
+    /// [`Error::Config`] for a value out of range, [`Error::NotEnoughMemory`] before anything is created (the
+    /// other ranks get [`Error::Bootstrap`] with its text), [`Error::Mismatch`] on every rank when the configurations differ.
     pub fn new(comm: &Communicator, config: MoeConfig) -> Result<Self> {
         let comm = comm.inner.clone();
         config.check(comm.world_size)?;
@@ -236,8 +236,8 @@ impl Moe {
                     return Err(Error::Mismatch { rank, what: "the MoE configuration".to_owned(), theirs, ours: mine });
                 }
             }
-            fabric::check_memory("the MoE handle", layout.bytes, comm.world_size)?;
-            fabric::exchange_segments(&mut star, &comm.config, Writers::Owner, layout.bytes, deadline)?
+            let enough = fabric::check_memory("the MoE handle", layout.bytes, comm.world_size);
+            fabric::exchange_segments(&mut star, &comm.config, enough, Writers::Owner, layout.bytes, deadline)?
         };
         let (own, areas) = layout.split(outboxes.own);
         let local = placement.local(comm.rank).len();

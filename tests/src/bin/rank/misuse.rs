@@ -31,6 +31,13 @@ pub(crate) fn an_abandoned_batch_is_told(comm: &Communicator) -> Result<()> {
     Ok(())
 }
 
+/// A handle that the machine has no room for: every rank is told why, and the communicator is still good.
+pub(crate) fn a_handle_without_room_is_told(comm: &Communicator) -> Result<()> {
+    let Err(err) = Moe::new(comm, MoeConfig::new(64, 1024, 2, 4, DType::F32)) else { bail!("there was room") };
+    eprintln!("{err:?}: {err}");
+    Ok(comm.barrier()?)
+}
+
 pub(crate) fn a_late_rank_is_described(comm: &Communicator) -> Result<()> {
     if comm.rank() == 1 {
         // Nobody sends this: it waits until rank 0, which has less patience, leaves.
