@@ -153,3 +153,127 @@ pub(crate) fn map_peer(
         Writers::Anyone => Mapping::writable(&file, bytes),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::FileExt;
+
+    use memmap2::MmapOptions;
+    use nix::sys::signal::Signal;
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, fork};
+
+    use super::*;
+
+    const BYTES: usize = 8192;
+
+    fn segment(flavour: MemoryFlavour, writers: Writers) -> OwnSegment {
+        OwnSegment::create(flavour, writers, BYTES, false).unwrap()
+    }
+
+    /// The ways from a file to its bytes, and to its size, that succeed.
+    fn ways_to_change(file: &File) -> Vec<&'static str> {
+        let mut found = vec![];
+        let mut is_open = |way, succeeded: bool| found.extend(succeeded.then_some(way));
+        is_open("write", file.write_at(b"x", 0).is_ok());
+        is_open("a writable mapping", MmapOptions::new().len(BYTES).map_raw(file).is_ok());
+        if let Ok(mapping) = MmapOptions::new().len(BYTES).map_raw_read_only(file) {
+            let rights = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: the whole mapping, to which no reference exists.
+            is_open("mprotect", unsafe { libc::mprotect(mapping.as_mut_ptr().cast(), BYTES, rights) } == 0);
+        }
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        is_open("a hole", fallocate(file, hole, 0, 4096).is_ok());
+        is_open("a smaller size", file.set_len(4096).is_ok());
+        is_open("a larger size", file.set_len(2 * BYTES as u64).is_ok());
+        found
+    }
+
+    /// Where a process finds a descriptor of this one in `/proc`.
+    fn reopened(segment: &OwnSegment) -> Vec<File> {
+        let (pid, fd) = (std::process::id(), segment.for_peers.as_raw_fd());
+        let paths = [format!("/proc/self/fd/{fd}"), format!("/proc/{pid}/fd/{fd}"), format!("/dev/fd/{fd}")];
+        paths.map(|path| OpenOptions::new().read(true).write(true).open(path).unwrap()).into()
+    }
+
+    #[test]
+    fn neither_the_descriptor_of_an_outbox_nor_reopening_it_leads_to_a_write() {
+        let own = segment(MemoryFlavour::Memfd, Writers::Owner);
+        let for_peers = File::from(own.for_peers.try_clone().unwrap());
+        for file in reopened(&own).iter().chain([&for_peers]) {
+            assert_eq!(ways_to_change(file), Vec::<&str>::new());
+            assert!(fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::empty())).is_err(), "seals can be changed");
+        }
+        own.mapping.write(0, b"own");
+        let mut seen = [0; 3];
+        map_peer(own.for_peers, 0, MemoryFlavour::Memfd, Writers::Owner, BYTES).unwrap().read(0, &mut seen);
+        assert_eq!(&seen, b"own");
+    }
+
+    /// Says that the test above looks at what it means to.
+    #[test]
+    fn a_heap_may_be_written_by_anyone_and_keeps_its_size() {
+        for file in reopened(&segment(MemoryFlavour::Memfd, Writers::Anyone)) {
+            assert_eq!(ways_to_change(&file), ["write", "a writable mapping", "mprotect", "a hole"]);
+        }
+    }
+
+    #[test]
+    fn the_descriptor_of_a_named_outbox_is_for_reading() {
+        let own = segment(MemoryFlavour::Posix, Writers::Owner);
+        assert_eq!(ways_to_change(&File::from(own.for_peers)), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn a_store_through_a_peers_mapping_is_a_fault() {
+        for flavour in [MemoryFlavour::Memfd, MemoryFlavour::Posix] {
+            let own = segment(flavour, Writers::Owner);
+            let peers = map_peer(own.for_peers, 0, flavour, Writers::Owner, BYTES).unwrap();
+            let at = peers.at(0, 1).cast_mut();
+            // SAFETY: the child only limits itself, stores and ends: no lock, no allocation.
+            match unsafe { fork() }.unwrap() {
+                ForkResult::Child => {
+                    let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
+                    // SAFETY: not sound, which is the point: it must not come back.
+                    unsafe {
+                        at.write_volatile(1);
+                        libc::_exit(0)
+                    }
+                }
+                ForkResult::Parent { child } => {
+                    let ended = waitpid(child, None).unwrap();
+                    assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGSEGV, _)), "{flavour:?}: {ended:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_segment_that_is_smaller_than_its_owner_says_or_may_shrink_is_refused() {
+        let own = segment(MemoryFlavour::Memfd, Writers::Owner);
+        let mapped = map_peer(own.for_peers, 3, MemoryFlavour::Memfd, Writers::Owner, 2 * BYTES).map(|_| ());
+        assert!(matches!(mapped, Err(Error::Corrupt { rank: 3, value: 8192, limit: 16384, .. })), "{mapped:?}");
+        let loose = memfd_create(c"xccl", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
+        nix::unistd::ftruncate(&loose, BYTES as i64).unwrap();
+        let mapped = map_peer(loose, 3, MemoryFlavour::Memfd, Writers::Owner, BYTES).map(|_| ());
+        assert!(matches!(mapped, Err(Error::Corrupt { rank: 3, what: "a segment's seals", .. })), "{mapped:?}");
+    }
+
+    #[test]
+    fn a_name_that_a_killed_process_has_left_is_cleared_and_others_stay() {
+        // A process that has ended and was waited for: its number is free.
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        let left = format!("/dev/shm/{NAME_PREFIX}{}-0", child.id());
+        let own = std::process::id();
+        let others = ["x", ""].map(|before| format!("/dev/shm/{NAME_PREFIX}{before}{own}-test"));
+        for name in others.iter().chain([&left]) {
+            std::fs::write(name, "").unwrap();
+        }
+        drop(segment(MemoryFlavour::Posix, Writers::Anyone));
+        let stays = others.each_ref().map(|name| std::fs::remove_file(name).is_ok());
+        assert!(!std::path::Path::new(&left).exists() && stays == [true, true], "{stays:?}");
+    }
+}
