@@ -399,6 +399,24 @@ mod tests {
     }
 
     #[test]
+    fn another_version_is_named_with_both_everywhere() {
+        let id = UniqueId::new().unwrap();
+        let newer = thread::spawn(move || {
+            let description = vec![("version".to_string(), "9.9.9".to_string()), fields("1").remove(0)];
+            let patience = Duration::from_secs(20);
+            let hello = Hello { secret: id.secret(), rank: 2, world_size: 3, pid: 1, patience, description };
+            Star::join_as_member(&id, &hello, soon())
+        });
+        let mut outcomes = join_all(&id, &[(0, 3, "1"), (1, 3, "1")], Duration::from_secs(5));
+        outcomes.push(newer.join().unwrap());
+        for outcome in outcomes {
+            let Err(Error::Mismatch { rank: 2, what, theirs, ours }) = outcome else { panic!("{:?}", outcome.err()) };
+            assert_eq!((what.as_str(), theirs.as_str()), ("version", "9.9.9"));
+            assert_eq!(ours, env!("CARGO_PKG_VERSION"));
+        }
+    }
+
+    #[test]
     fn strangers_do_no_harm() {
         let id = UniqueId::new().unwrap();
         let name = id.socket_name();
