@@ -34,6 +34,7 @@ impl InfoArgs {
         let cma = if alone.cma_readable_by(0)? { "permitted" } else { "not permitted (large messages are pipelined)" };
         println!("plane                    shared memory (load and store)");
         println!("process_vm_readv         {cma}");
+        println!("huge pages               {}", huge_pages());
         let plan = Communicator::memory_plan(ranks, &config);
         let moe = MoeConfig::new(self.tokens, self.hidden, self.topk, self.experts, DType::BF16);
         println!("\nmemory of each of {ranks} ranks, once every page has been touched");
@@ -52,5 +53,15 @@ impl InfoArgs {
             println!("  {:<22} {:>12}  ({})  {}", s.variable, s.value, s.origin, s.meaning);
         }
         Ok(())
+    }
+}
+
+/// What the kernel offers for shared memory: its choices, the one in force in brackets.
+fn huge_pages() -> String {
+    let text = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    match text.split(['[', ']']).nth(1) {
+        Some("never" | "deny") => "not offered (/sys/kernel/mm/transparent_hugepage/shmem_enabled)".to_owned(),
+        Some(choice) => format!("offered ({choice})"),
+        None => "not known to this kernel".to_owned(),
     }
 }

@@ -1,5 +1,6 @@
 //! `xccl bench` and `xccl info`, as a user runs them.
 
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 fn xccl(args: &[&str]) -> Command {
@@ -54,7 +55,8 @@ fn bench_moe_verifies_every_layout_input_and_type() {
     ] {
         for point in points(&[&small[..], extra].concat()) {
             assert_eq!(point["verified"], true, "{point}");
-            for key in ["bench", "ranks", "tokens", "hidden", "topk", "experts", "dtype", "layout", "input"] {
+            for key in ["bench", "ranks", "tokens", "hidden", "topk", "experts", "dtype", "routing", "layout", "input"]
+            {
                 assert!(!point[key].is_null(), "{key} is missing in {point}");
             }
             for key in ["dispatch_us", "combine_us"] {
@@ -68,18 +70,22 @@ fn bench_moe_verifies_every_layout_input_and_type() {
     }
 }
 
-#[test]
-fn bench_moe_replays_a_recorded_routing() {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("ids.npy");
-    // A header as numpy writes it, then [3, 2] int64.
-    let header = format!("{:<117}\n", "{'descr': '<i8', 'fortran_order': False, 'shape': (3, 2), }");
+/// A file as numpy writes it: a header, then [3, 2] int64.
+fn recording(file: &Path, fortran_order: &str, ids: [i64; 6]) {
+    let dict = format!("{{'descr': '<i8', 'fortran_order': {fortran_order}, 'shape': (3, 2), }}");
+    let header = format!("{dict:<117}\n");
     let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
     bytes.extend((header.len() as u16).to_le_bytes());
     bytes.extend(header.as_bytes());
-    [0i64, 1, 2, -1, 3, 0].iter().for_each(|id| bytes.extend(id.to_le_bytes()));
-    std::fs::write(&file, bytes).unwrap();
-    let file = file.to_str().unwrap();
+    ids.iter().for_each(|id| bytes.extend(id.to_le_bytes()));
+    std::fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn bench_moe_replays_a_recorded_routing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ids.npy");
+    let file = path.to_str().unwrap();
     let args = [
         "bench",
         "moe",
@@ -95,7 +101,69 @@ fn bench_moe_replays_a_recorded_routing() {
         "2",
         "--verify",
     ];
-    assert_eq!(points(&[&args[..], &["--routing", file]].concat())[0]["verified"], true);
+    let args = [&args[..], &["--routing", file]].concat();
+    recording(&path, "False", [0, 1, 2, -1, 3, 0]);
+    assert_eq!(points(&args)[0]["verified"], true);
+    recording(&path, "False", [0, 1, 2, 4, 3, 0]);
+    assert!(refused(&args).contains("token 1 names expert 4: --experts 4 has 0 to 3"), "{}", refused(&args));
+    recording(&path, "True", [0, 1, 2, -1, 3, 0]);
+    assert!(refused(&args).contains("Fortran's order"), "{}", refused(&args));
+    recording(&path, "False", [0, 1, 2, 2, 3, 0]);
+    assert!(refused(&args).contains("names expert 2 twice"), "{}", refused(&args));
+    let other = ["bench", "moe", "--tokens", "5", "--hidden", "16", "--topk", "3", "--experts", "4", "--routing", file];
+    assert!(refused(&other).contains("has shape [3, 2], expected [tokens, 3]"), "{}", refused(&other));
+    std::fs::write(&path, "no numbers").unwrap();
+    assert!(refused(&args).contains(file), "{}", refused(&args));
+}
+
+/// What a call that must fail says.
+fn refused(args: &[&str]) -> String {
+    let out = output(args);
+    assert_eq!(out.status.code(), Some(1), "{args:?}");
+    stderr(&out)
+}
+
+const QUICK: [&str; 9] = ["bench", "p2p", "--sizes", "8,100", "--iters", "2", "--warmup", "1", "--verify"];
+
+#[test]
+fn json_on_standard_output_is_alone_there() {
+    for bench in [&QUICK[..], &["bench", "moe", "--hidden", "16", "--tokens", "1,2", "--iters", "2", "--verify"]] {
+        let out = output(&[bench, &["--json", "-"]].concat());
+        let points: Vec<serde_json::Value> = stdout(&out).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert!(points.len() == 2 && points.iter().all(|p| p["verified"] == true), "{points:?}");
+        assert!(stderr(&out).starts_with("# xccl bench"), "the table is for people all the same: {}", stderr(&out));
+    }
+}
+
+#[test]
+fn under_a_launcher_a_bench_joins_its_ranks() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("points.json");
+    let json = ["--json", file.to_str().unwrap()];
+    // Its own -n is not looked at then.
+    let out =
+        output(&[&["run", "-n", "3", "--", env!("CARGO_BIN_EXE_xccl")], &QUICK[..], &["-n", "7"], &json].concat());
+    assert!(out.status.success(), "{}", stderr(&out));
+    let point: serde_json::Value =
+        serde_json::from_str(std::fs::read_to_string(file).unwrap().lines().next().unwrap()).unwrap();
+    assert_eq!(point["ranks"], 3);
+    assert!(stdout(&out).lines().all(|line| line.starts_with("[0] ")), "{}", stdout(&out));
+}
+
+#[test]
+fn a_progress_bar_is_shown_on_a_terminal_and_nowhere_else() {
+    let bench = ["bench", "moe", "--tokens", "64", "--hidden", "512", "--iters", "300"];
+    let out = output(&bench);
+    assert_eq!(stderr(&out), "");
+    assert!(!stdout(&out).contains('\u{2588}'), "{}", stdout(&out));
+    // `script` gives the command a terminal.
+    let command = format!("{} {}", env!("CARGO_BIN_EXE_xccl"), bench.join(" "));
+    let mut script = Command::new("script");
+    let out = script.args(["--quiet", "--return", "--command", &command, "/dev/null"]).stdin(Stdio::null()).output();
+    match out {
+        Ok(out) => assert!(out.status.success() && stdout(&out).contains('\u{2588}'), "{}", stdout(&out)),
+        Err(err) => eprintln!("skipped: script (Debian: apt-get install bsdutils): {err}"),
+    }
 }
 
 #[test]
@@ -104,6 +172,11 @@ fn bench_p2p_verifies_small_and_large_messages() {
         points(&["bench", "p2p", "--sizes", "0,8,41,4096,300000", "--iters", "3", "--warmup", "1", "--verify"]);
     assert_eq!(points.len(), 5);
     assert!(points.iter().all(|p| p["verified"] == true && p["half_rtt_us"]["median"].as_f64().unwrap() > 0.0));
+    for (point, bytes) in points.iter().zip([0, 8, 41, 4096, 300_000]) {
+        assert!(point["bench"] == "p2p" && point["ranks"] == 2 && point["bytes"] == bytes, "{point}");
+        assert!(point["gbps"].is_number() && point["limit"]["memcpy_us"].is_number(), "{point}");
+        assert!(point["limit"].as_object().unwrap().contains_key("line_ns"), "{point}");
+    }
 }
 
 #[test]
@@ -113,6 +186,12 @@ fn info_shows_every_option_with_its_origin() {
     let heap = text.lines().find(|l| l.contains("XCCL_HEAP")).unwrap();
     assert!(heap.contains("1048576") && heap.contains("environment"), "{heap}");
     assert!(text.lines().any(|l| l.contains("XCCL_TIMEOUT") && l.contains("default")), "{text}");
+    let plan = xccl::Communicator::memory_plan(8, &xccl::Config::default());
+    for part in ["process_vm_readv", "huge pages", "outbox", &plan.outbox_bytes.to_string(), "MoE handle"] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    let settings = xccl::Config::default().settings();
+    assert!(settings.iter().all(|s| text.contains(s.variable) && text.contains(s.meaning)), "{text}");
     let out = xccl(&["info"]).env("XCCL_HEAP", "lots").output().unwrap();
     assert!(!out.status.success() && stderr(&out).contains("XCCL_HEAP"), "{}", stderr(&out));
 }

@@ -113,8 +113,11 @@ fn one_game() -> Option<f64> {
     })
 }
 
-/// Writes JSON objects, one per line.
-pub struct JsonLines(Option<Box<dyn Write>>);
+/// Writes JSON objects, one per line; and the table for people, which gives way to them on standard output.
+pub struct JsonLines {
+    to: Option<Box<dyn Write>>,
+    table_to_stderr: bool,
+}
 
 impl JsonLines {
     pub fn open(comm: &Communicator, path: Option<&str>) -> Result<Self> {
@@ -123,11 +126,16 @@ impl JsonLines {
             Some("-") => Some(Box::new(std::io::stdout())),
             Some(path) => Some(Box::new(File::create(path).with_context(|| format!("creating {path:?}"))?)),
         };
-        Ok(JsonLines(to))
+        Ok(JsonLines { to, table_to_stderr: path == Some("-") })
+    }
+
+    /// A line of the table.
+    pub fn table(&self, line: &str) {
+        if self.table_to_stderr { eprintln!("{line}") } else { println!("{line}") }
     }
 
     pub fn write(&mut self, point: &impl Serialize) -> Result<()> {
-        if let Some(to) = &mut self.0 {
+        if let Some(to) = &mut self.to {
             writeln!(to, "{}", serde_json::to_string(point)?)?;
         }
         Ok(())

@@ -91,7 +91,8 @@ enum Reduce {
     Engine,
 }
 
-#[derive(Clone)]
+#[derive(Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum RoutingSource {
     Uniform,
     Skew(f64),
@@ -125,11 +126,14 @@ struct Limit {
 struct Point {
     bench: &'static str,
     ranks: usize,
+    /// Of rank 0.
     tokens: usize,
+    tokens_per_rank: Vec<usize>,
     hidden: usize,
     topk: usize,
     experts: usize,
     dtype: String,
+    routing: RoutingSource,
     layout: Layout,
     input: Place,
     output: Place,
@@ -166,7 +170,7 @@ impl MoeArgs {
         comm.barrier()?;
         let line_ns = if comm.rank() == 0 { line_ns() } else { None };
         if comm.rank() == 0 {
-            println!(
+            json.table(&format!(
                 "# xccl bench moe: {} ranks, hidden {}, top-{} of {}, {}; time of the slowest rank, median; line handover {}",
                 comm.world_size(),
                 self.hidden,
@@ -174,16 +178,16 @@ impl MoeArgs {
                 self.experts,
                 self.dtype,
                 show_line(line_ns)
-            );
-            println!(
+            ));
+            json.table(&format!(
                 "{:>8} {:>12} {:>8} {:>12} {:>8} {:>12} {:>12} {:>9}",
                 "tokens", "dispatch us", "/ limit", "combine us", "/ limit", "disp. GB/s", "comb. GB/s", "verified"
-            );
+            ));
         }
         for tokens in &points {
             if let Some(point) = self.point::<E>(comm, tokens, line_ns)? {
                 let gbps = |us: f64| (point.tokens * self.hidden * size_of::<E>()) as f64 / us / 1e3;
-                println!(
+                json.table(&format!(
                     "{:>8} {:>12.2} {:>8.2} {:>12.2} {:>8.2} {:>12.2} {:>12.2} {:>9}",
                     point.tokens,
                     point.dispatch_us.median,
@@ -193,7 +197,7 @@ impl MoeArgs {
                     gbps(point.dispatch_us.median),
                     gbps(point.combine_us.median),
                     point.verified.map_or("-", |v| if v { "yes" } else { "NO" })
-                );
+                ));
                 json.write(&point)?;
             }
         }
@@ -239,10 +243,12 @@ impl MoeArgs {
             bench: "moe",
             ranks: comm.world_size(),
             tokens: tokens[0],
+            tokens_per_rank: tokens.to_vec(),
             hidden: self.hidden,
             topk: self.topk,
             experts: self.experts,
             dtype: self.dtype.to_string(),
+            routing: self.routing.clone(),
             layout: self.layout,
             input: self.input,
             output: self.output(),
@@ -292,11 +298,19 @@ impl MoeArgs {
             "{path:?} has shape [{rows}, {topk}], expected [tokens, {}]",
             self.topk
         );
+        ensure!(npy.order() == npyz::Order::C, "{path:?} is in Fortran's order: save it with numpy.ascontiguousarray");
         let ids: Vec<i64> = match npy.dtype().descr().as_str() {
             text if text.contains("i4") => npy.into_vec::<i32>()?.into_iter().map(i64::from).collect(),
             text if text.contains("i8") => npy.into_vec::<i64>()?,
             other => bail!("{path:?} holds {other}, expected 4- or 8-byte signed integers"),
         };
+        if let Some((i, id)) = ids.iter().enumerate().find(|&(_, &id)| !(-1..self.experts as i64).contains(&id)) {
+            let (token, limit) = (i / self.topk, self.experts - 1);
+            bail!(
+                "{path:?}: token {token} names expert {id}: --experts {} has 0 to {limit}, and -1 for none",
+                self.experts
+            );
+        }
         let first = rank * tokens;
         let row = |t: usize| &ids[(first + t) % rows as usize * self.topk..][..self.topk];
         (0..tokens).flat_map(row).map(|&id| i32::try_from(id).with_context(|| format!("expert id {id}"))).collect()

@@ -51,23 +51,29 @@ impl P2pArgs {
         let line = if comm.rank() == 0 { line_ns() } else { None };
         comm.barrier()?;
         if comm.rank() == 0 {
-            println!("# xccl bench p2p: ranks 0 and 1 of {}; line handover {}", comm.world_size(), show_line(line));
-            println!(
+            json.table(&format!(
+                "# xccl bench p2p: ranks 0 and 1 of {}; line handover {}",
+                comm.world_size(),
+                show_line(line)
+            ));
+            json.table(&format!(
                 "{:>10} {:>12} {:>12} {:>9} {:>12} {:>9}",
                 "bytes", "half rtt us", "p90 us", "GB/s", "memcpy us", "verified"
-            );
+            ));
         }
         for &bytes in &self.sizes {
             if let Some(point) = self.point(comm, bytes, line)? {
                 let verified = point.verified.map_or("-", |v| if v { "yes" } else { "NO" });
-                println!(
+                let line = format!(
                     "{:>10} {:>12.3} {:>12.3} {:>9.2} {:>12.3} {:>9}",
                     bytes, point.half_rtt_us.median, point.half_rtt_us.p90, point.gbps, point.limit.memcpy_us, verified
                 );
+                bar.suspend(|| json.table(&line));
                 json.write(&point)?;
             }
             bar.inc(1);
         }
+        bar.finish_and_clear();
         comm.barrier()?;
         Ok(())
     }
