@@ -21,6 +21,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
 /** What a configuration starts from: all options from the environment, or their defaults. */
 #define XCCL_CONFIG_INITIALIZER { sizeof(xcclConfig_t), XCCL_VERSION, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, \
                                   XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED }
@@ -72,7 +73,7 @@
 #define XCCL_ANY_SOURCE -1
 
 /**
- * The result of every call. The numbers are fixed; where NCCL has the same result, they are NCCL's. 
+ * The result of every call. The numbers are fixed; where NCCL has the same result, they are NCCL's.
  */
 typedef enum {
   /**
@@ -134,7 +135,7 @@ typedef enum {
 } xcclResult_t;
 
 /**
- * Types of elements. The numbers are fixed, and NCCL's. 
+ * Types of elements. The numbers are fixed, and NCCL's.
  */
 typedef enum {
   /**
@@ -160,7 +161,7 @@ typedef enum {
 } xcclDataType_t;
 
 /**
- * Where the weighted sum over a token's experts is formed. The numbers are fixed. 
+ * Where the weighted sum over a token's experts is formed. The numbers are fixed.
  */
 typedef enum {
   /**
@@ -174,7 +175,7 @@ typedef enum {
 } xcclReduction_t;
 
 /**
- * Where shared segments come from. The numbers are fixed. 
+ * Where shared segments come from. The numbers are fixed.
  */
 typedef enum {
   /**
@@ -587,20 +588,24 @@ typedef struct {
 extern "C" {
 #endif // __cplusplus
 
+/* ---- Results --------------------------------------------------------------------------------------------------- */
+
 /**
  * A short text for a result, for example "invalid argument". It lives for ever; "unknown result" for other numbers.
- * xcclGetLastError says what was wrong in particular.
+ * xcclGetLastError says what was wrong in particular. Does not block.
  */
 const char *xcclGetErrorString(int result);
 
 /**
  * The text of the last call of this thread that failed: the call, the value that was wrong and what to do. An empty string
- * when none has failed. It belongs to the library and lives until the next failing call of this thread.
+ * when none has failed. It belongs to the library and lives until the next failing call of this thread. Does not block.
  */
 const char *xcclGetLastError(void);
 
+/* ---- Communicators --------------------------------------------------------------------------------------------- */
+
 /**
- * Writes the library's version to *version: major * 10000 + minor * 100 + patch.
+ * Writes the library's version to *version: major * 10000 + minor * 100 + patch. Does not block.
  */
 xcclResult_t xcclGetVersion(int *version);
 
@@ -621,7 +626,7 @@ xcclResult_t xcclCommInitRank(xcclComm_t *comm,
 
 /**
  * As xcclCommInitRank, with options of the application's: those of *config that are not XCCL_UNDEFINED win over the
- * environment. config may be null. Every rank must give the same.
+ * environment. config may be null. Every rank must give the same. Blocks as xcclCommInitRank does.
  */
 xcclResult_t xcclCommInitRankConfig(xcclComm_t *comm,
                                     int nranks,
@@ -662,12 +667,12 @@ xcclResult_t xcclCommDestroy(xcclComm_t comm);
 xcclResult_t xcclCommAbort(xcclComm_t comm);
 
 /**
- * Writes this process's rank, 0 to nranks - 1, to *rank.
+ * Writes this process's rank, 0 to nranks - 1, to *rank. Does not block.
  */
 xcclResult_t xcclCommUserRank(xcclComm_t comm, int *rank);
 
 /**
- * Writes the number of ranks to *count.
+ * Writes the number of ranks to *count. Does not block.
  */
 xcclResult_t xcclCommCount(xcclComm_t comm, int *count);
 
@@ -676,24 +681,30 @@ xcclResult_t xcclCommCount(xcclComm_t comm, int *count);
  */
 xcclResult_t xcclBarrier(xcclComm_t comm);
 
+/* ---- Memory on the symmetric heap, and statistics -------------------------------------------------------------- */
+
 /**
  * Allocates bytes bytes (at least 1) on this rank's symmetric heap and writes their address, a multiple of 256, to *ptr.
  * A message that is sent from there is copied once, by its receiver. The memory is the communicator's: it is given back by
- * xcclMemFree or xcclCommDestroy. Any contents. xcclOutOfMemory when the heap (XCCL_HEAP, or heap_bytes) is full.
+ * xcclMemFree or xcclCommDestroy. Any contents. xcclOutOfMemory when the heap (XCCL_HEAP, or heap_bytes) is full. Does not
+ * block.
  */
 xcclResult_t xcclMemAlloc(void **ptr,
                           size_t bytes,
                           xcclComm_t comm);
 
 /**
- * Gives back what xcclMemAlloc has allocated from the same communicator. No request may use it any more.
+ * Gives back what xcclMemAlloc has allocated from the same communicator. No request may use it any more. Does not block.
  */
-xcclResult_t xcclMemFree(void *ptr, xcclComm_t comm);
+xcclResult_t xcclMemFree(void *ptr,
+                         xcclComm_t comm);
 
 /**
  * Writes this rank's counters to *statistics. Does not block.
  */
 xcclResult_t xcclCommGetStatistics(xcclComm_t comm, xcclStatistics_t *statistics);
+
+/* ---- Messages -------------------------------------------------------------------------------------------------- */
 
 /**
  * Sends `bytes` bytes at data (may be null when bytes is 0) to rank peer, possibly this one. Messages of one sender with one
@@ -752,7 +763,8 @@ xcclResult_t xcclWait(xcclRequest_t request,
 
 /**
  * Waits for the count requests at requests, in any order of completion, and writes to statuses[i] for requests[i] unless
- * statuses is null. On the first failure it returns: the requests after that one are not over.
+ * statuses is null. On the first failure it returns: the requests after that one are not over. Blocks for each as xcclWait
+ * does.
  */
 xcclResult_t xcclWaitAll(size_t count,
                          const xcclRequest_t *requests,
@@ -771,6 +783,8 @@ xcclResult_t xcclTest(xcclRequest_t request, int *done, xcclStatus_t *status, xc
 xcclResult_t xcclRequestFree(xcclRequest_t request,
                              xcclComm_t comm);
 
+/* ---- Experts: handles, and batches for kernels ----------------------------------------------------------------- */
+
 /**
  * Makes a handle for exchanges of the shape *config and writes it to *moe; *moe is left as it is on failure. Every rank of
  * comm must call it, with the same configuration (xcclJoinFailed on every rank otherwise). Blocks until all have.
@@ -786,7 +800,7 @@ xcclResult_t xcclMoeCreate(xcclMoe_t *moe,
 xcclResult_t xcclMoeDestroy(xcclMoe_t moe);
 
 /**
- * Writes the number of experts that this rank holds to *local_experts.
+ * Writes the number of experts that this rank holds to *local_experts. Does not block.
  */
 xcclResult_t xcclMoeLocalExperts(xcclMoe_t moe, size_t *local_experts);
 
@@ -814,6 +828,8 @@ xcclResult_t xcclMoeOutbox(int rank,
                            const void **base,
                            size_t *bytes,
                            xcclMoe_t moe);
+
+/* ---- Experts: an exchange in four halves ----------------------------------------------------------------------- */
 
 /**
  * Gives the rows that the next exchange's tokens lie in: [num_tokens, *row_bytes], of which hidden elements of each row count,
@@ -916,6 +932,8 @@ xcclResult_t xcclMoeCombineRecv(xcclExchange_t exchange,
  * Gives an exchange up: the ranks that wait for this one's part get xcclRemoteError. Does not block.
  */
 xcclResult_t xcclMoeGiveUp(xcclExchange_t exchange, xcclMoe_t moe);
+
+/* ---- Experts: an exchange in two calls ------------------------------------------------------------------------- */
 
 /**
  * Sends this rank's tokens to the ranks that hold their experts, and receives what all ranks sent to this rank's experts.

@@ -1,5 +1,6 @@
 //! Starts the processes of a test, and ends them; compiles those in C and C++.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -143,6 +144,15 @@ pub fn compile(compiler: &str, flags: &[&str], source: &Path, program: &Path) ->
     command.arg(built.join("libxccl_c.a")).args(["-lpthread", "-ldl", "-lm"]);
     succeeds(&mut command);
     program.display().to_string()
+}
+
+/// The functions that the library of the C interface exports, which cargo has built along with the test.
+pub fn exported_functions() -> BTreeSet<String> {
+    let test = std::env::current_exe().expect("the test's own path");
+    let library = test.parent().expect("target/<profile>/deps").join("libxccl_c.so");
+    let symbols = succeeds(Command::new("nm").args(["-D", "--defined-only", "--format=posix"]).arg(&library));
+    let names = symbols.lines().filter_map(|line| line.split(' ').next());
+    names.filter(|name| name.starts_with("xccl")).map(str::to_owned).collect()
 }
 
 /// Flags under which nothing of the interface may cause a warning.

@@ -46,7 +46,7 @@ thread_local! {
 }
 
 /// The text of the last call of this thread that failed: the call, the value that was wrong and what to do. An empty string
-/// when none has failed. It belongs to the library and lives until the next failing call of this thread.
+/// when none has failed. It belongs to the library and lives until the next failing call of this thread. Does not block.
 #[unsafe(no_mangle)]
 pub extern "C" fn xcclGetLastError() -> *const c_char {
     // At a thread's end its texts are gone.

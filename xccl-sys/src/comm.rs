@@ -101,7 +101,7 @@ fn hand_out(comm: Communicator) -> xcclComm_t {
     handle::hand_out(xcclComm { magic: Magic::of::<xcclComm>(), inner: RwLock::new(Some(live)) })
 }
 
-/// Writes the library's version to *version: major * 10000 + minor * 100 + patch.
+/// Writes the library's version to *version: major * 10000 + minor * 100 + patch. Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclGetVersion(version: *mut c_int) -> xcclResult_t {
     guard("xcclGetVersion", || {
@@ -137,7 +137,7 @@ pub unsafe extern "C" fn xcclCommInitRank(
 }
 
 /// As xcclCommInitRank, with options of the application's: those of *config that are not XCCL_UNDEFINED win over the
-/// environment. config may be null. Every rank must give the same.
+/// environment. config may be null. Every rank must give the same. Blocks as xcclCommInitRank does.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclCommInitRankConfig(
     comm: *mut xcclComm_t,
@@ -249,7 +249,7 @@ pub unsafe extern "C" fn xcclCommAbort(comm: xcclComm_t) -> xcclResult_t {
     })
 }
 
-/// Writes this process's rank, 0 to nranks - 1, to *rank.
+/// Writes this process's rank, 0 to nranks - 1, to *rank. Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclCommUserRank(comm: xcclComm_t, rank: *mut c_int) -> xcclResult_t {
     guard("xcclCommUserRank", || {
@@ -260,7 +260,7 @@ pub unsafe extern "C" fn xcclCommUserRank(comm: xcclComm_t, rank: *mut c_int) ->
     })
 }
 
-/// Writes the number of ranks to *count.
+/// Writes the number of ranks to *count. Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclCommCount(comm: xcclComm_t, count: *mut c_int) -> xcclResult_t {
     guard("xcclCommCount", || {
@@ -282,7 +282,8 @@ pub unsafe extern "C" fn xcclBarrier(comm: xcclComm_t) -> xcclResult_t {
 
 /// Allocates bytes bytes (at least 1) on this rank's symmetric heap and writes their address, a multiple of 256, to *ptr.
 /// A message that is sent from there is copied once, by its receiver. The memory is the communicator's: it is given back by
-/// xcclMemFree or xcclCommDestroy. Any contents. xcclOutOfMemory when the heap (XCCL_HEAP, or heap_bytes) is full.
+/// xcclMemFree or xcclCommDestroy. Any contents. xcclOutOfMemory when the heap (XCCL_HEAP, or heap_bytes) is full. Does not
+/// block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMemAlloc(ptr: *mut *mut c_void, bytes: usize, comm: xcclComm_t) -> xcclResult_t {
     guard("xcclMemAlloc", || {
@@ -305,7 +306,7 @@ pub unsafe extern "C" fn xcclMemAlloc(ptr: *mut *mut c_void, bytes: usize, comm:
     })
 }
 
-/// Gives back what xcclMemAlloc has allocated from the same communicator. No request may use it any more.
+/// Gives back what xcclMemAlloc has allocated from the same communicator. No request may use it any more. Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMemFree(ptr: *mut c_void, comm: xcclComm_t) -> xcclResult_t {
     guard("xcclMemFree", || {

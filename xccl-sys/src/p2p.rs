@@ -251,7 +251,8 @@ pub unsafe extern "C" fn xcclWait(request: xcclRequest_t, status: *mut xcclStatu
 }
 
 /// Waits for the count requests at requests, in any order of completion, and writes to statuses[i] for requests[i] unless
-/// statuses is null. On the first failure it returns: the requests after that one are not over.
+/// statuses is null. On the first failure it returns: the requests after that one are not over. Blocks for each as xcclWait
+/// does.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclWaitAll(
     count: usize,

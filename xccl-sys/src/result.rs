@@ -59,7 +59,7 @@ const TEXTS: [(xcclResult_t, &CStr); 14] = [
 ];
 
 /// A short text for a result, for example "invalid argument". It lives for ever; "unknown result" for other numbers.
-/// xcclGetLastError says what was wrong in particular.
+/// xcclGetLastError says what was wrong in particular. Does not block.
 #[unsafe(no_mangle)]
 pub extern "C" fn xcclGetErrorString(result: c_int) -> *const c_char {
     let known = TEXTS.iter().find(|&&(code, _)| code as c_int == result);

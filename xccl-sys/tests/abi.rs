@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use xccl_tests::succeeds;
+use xccl_tests::{exported_functions, succeeds};
 
 fn crate_dir() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -72,19 +72,10 @@ fn declared(header: &str) -> BTreeSet<String> {
     starts.collect()
 }
 
-/// The symbols of the library that cargo has built along with this test, which lies beside it.
-fn exported() -> BTreeSet<String> {
-    let test = std::env::current_exe().expect("the test's own path");
-    let library = test.parent().expect("target/<profile>/deps").join("libxccl_c.so");
-    let symbols = succeeds(Command::new("nm").args(["-D", "--defined-only", "--format=posix"]).arg(&library));
-    let names = symbols.lines().filter_map(|line| line.split(' ').next());
-    names.filter(|name| name.starts_with("xccl")).map(str::to_owned).collect()
-}
-
 #[test]
 fn the_binary_interface_is_the_one_of_this_version() {
     let header = header();
-    let (declared, exported) = (declared(&header), exported());
+    let (declared, exported) = (declared(&header), exported_functions());
     assert_eq!(declared, exported, "what the header declares is what the library exports");
 
     let dir = tempfile::tempdir().expect("a temporary folder");

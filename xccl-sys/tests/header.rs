@@ -1,4 +1,5 @@
-//! `include/xccl.h` is what the sources say, and a C99 and a C++11 compiler accept it without a warning.
+//! `include/xccl.h` is what the sources say, says of each function whether it blocks, and compilers of C99, C11, C++11 and C++20
+//! accept it without a warning.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,7 +22,7 @@ fn header_is_current() {
     });
     let mut generated = vec![];
     builder.generate().expect("cbindgen understands the sources").write(&mut generated);
-    let generated = String::from_utf8(generated).expect("a header is text");
+    let generated = grouped(&String::from_utf8(generated).expect("a header is text"));
     if std::env::var_os("XCCL_UPDATE_HEADER").is_some() {
         std::fs::write(header(), &generated).expect("include/xccl.h can be written");
     }
@@ -30,6 +31,45 @@ fn header_is_current() {
         current == generated,
         "include/xccl.h is stale: run XCCL_UPDATE_HEADER=1 cargo test -p xccl-sys --test header"
     );
+}
+
+/// The first function of each group, and what the group is about.
+const GROUPS: [(&str, &str); 7] = [
+    ("xcclGetErrorString", "Results"),
+    ("xcclGetVersion", "Communicators"),
+    ("xcclMemAlloc", "Memory on the symmetric heap, and statistics"),
+    ("xcclSend", "Messages"),
+    ("xcclMoeCreate", "Experts: handles, and batches for kernels"),
+    ("xcclMoeInputRows", "Experts: an exchange in four halves"),
+    ("xcclMoeDispatch", "Experts: an exchange in two calls"),
+];
+
+/// Puts a heading before each group of functions, and takes away the blanks that cbindgen leaves at the end of lines.
+fn grouped(header: &str) -> String {
+    let mut text: String = header.lines().map(|line| format!("{}\n", line.trim_end())).collect();
+    for (function, about) in GROUPS {
+        let declared = text.find(&format!(" {function}(")).or_else(|| text.find(&format!("*{function}(")));
+        let declared = declared.unwrap_or_else(|| panic!("{function} is not declared"));
+        let comment = text[..declared].rfind("/**").expect("every function has its documentation");
+        text.insert_str(comment, &format!("/* ---- {about} {} */\n\n", "-".repeat(106 - about.len())));
+    }
+    text
+}
+
+/// Whoever calls a function must know whether it may wait for other ranks.
+#[test]
+fn every_function_says_whether_it_blocks() {
+    let text = std::fs::read_to_string(header()).expect("include/xccl.h");
+    let mut functions = 0;
+    for (documentation, declared) in text.split("/**").filter_map(|part| part.split_once("*/\n")) {
+        let Some((name, _)) = declared.split_once('(').filter(|(name, _)| !name.contains(['#', '{', ';'])) else {
+            continue;
+        };
+        functions += 1;
+        let says = ["lock", "Returns once"].iter().any(|word| documentation.contains(word));
+        assert!(says, "{name}: write in its documentation when it blocks, or that it does not block");
+    }
+    assert!(functions > 30, "only {functions} functions were found");
 }
 
 /// What a program needs beside the header, to use every initializer.
@@ -42,7 +82,9 @@ int main(void) {
   xcclMoeConfig_t moe = XCCL_MOE_CONFIG_INITIALIZER;
   xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
   xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
-  return XCCL_IN_PLACE != XCCL_SUMMED && config.size + statistics.size + moe.size + batch.size && input.ids_type == xcclInt32 ? 0 : 1;
+  xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
+  size_t sizes = config.size + statistics.size + moe.size + batch.size + device.size;
+  return XCCL_IN_PLACE != XCCL_SUMMED && sizes && input.ids_type == xcclInt32 ? 0 : 1;
 }
 "#;
 

@@ -43,6 +43,10 @@ static xcclRequest_t requests[8];
 static void *blocks[8];
 static size_t turn;
 static int refused;
+static struct {
+  const char *name;
+  int calls, refused;
+} tried[FUNCTIONS]; /* with -DFUNCTIONS=<number of cases> */
 
 static int is_bad(void) { return draw(4) == 0; }
 static xcclComm_t any_comm(void) {
@@ -138,10 +142,20 @@ static xcclMoeInput_t any_input(void) {
     function = #name;                         \
     result = name(__VA_ARGS__);               \
     break
+/* The two that give a text and cannot be refused. */
+#define TEXT(name, ...)                       \
+  case __COUNTER__:                           \
+    function = #name;                         \
+    text = name(__VA_ARGS__);                 \
+    EXPECT(text && strlen(text) < 1000);      \
+    cannot_fail = 1;                          \
+    break
 
 static void call(void) {
   xcclResult_t result = xcclSuccess;
   const char *function = "", *text;
+  const size_t which = draw(FUNCTIONS);
+  int cannot_fail = 0;
   xcclConfig_t config = any_config();
   xcclMoeConfig_t shape = any_shape();
   xcclMoeInput_t input = any_input();
@@ -168,7 +182,9 @@ static void call(void) {
   statistics.size = struct_size(statistics.size);
   bytes = size();
   /* Collective calls need the other ranks: alone they are tried with all arguments. */
-  switch (draw(FUNCTIONS)) {
+  switch (which) {
+    TEXT(xcclGetErrorString, draw(2) ? (int)draw(20) : number());
+    TEXT(xcclGetLastError);
     ONE(xcclGetVersion, int_out);
     ONE(xcclGetUniqueId, (xcclUniqueId *)(draw(2) ? &id : NULL));
     ONE(xcclCommInitRank, is_bad() ? NULL : &made, ranks == 1 ? (int)PICK(1, 0, -1, INT_MIN, INT_MAX) : -1, id, number());
@@ -188,7 +204,8 @@ static void call(void) {
     ONE(xcclIsend, data(), bytes, number(), tag(), any_comm(), is_bad() ? NULL : &started);
     ONE(xcclIrecv, data(), bytes, number(), tag(), any_comm(), is_bad() ? NULL : &started);
     ONE(xcclWait, request(), (xcclStatus_t *)out(&status), any_comm());
-    ONE(xcclWaitAll, (size_t)PICK(0, 1, 8), is_bad() ? NULL : requests, NULL, any_comm());
+    ONE(xcclWaitAll, (size_t)PICK(0, 1, 8, -1), is_bad() ? NULL : requests,
+        draw(2) ? NULL : (xcclStatus_t *)(void *)((char *)memory + (is_bad() ? 1 : 0)), any_comm());
     ONE(xcclTest, request(), int_out, (xcclStatus_t *)out(&status), any_comm());
     ONE(xcclRequestFree, request(), any_comm());
     ONE(xcclMoeCreate, is_bad() ? NULL : &made_moe, ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &shape);
@@ -211,10 +228,13 @@ static void call(void) {
         is_bad() ? NULL : (const float *)(void *)nothing, data(), (size_t)PICK(0, 1, 64, -1), (uint32_t *)out(memory),
         size_out, any_moe());
     ONE(xcclMoeCombine, data(), data(), any_moe());
-    default: fail(__LINE__, "FUNCTIONS is wrong"); /* with -DFUNCTIONS=<number of cases> */
+    default: fail(__LINE__, "FUNCTIONS is wrong");
   }
   text = xcclGetLastError();
   refused += result != xcclSuccess;
+  tried[which].name = function;
+  tried[which].calls++;
+  tried[which].refused += result != xcclSuccess || cannot_fail;
   if (result != xcclSuccess) {
     size_t name = strlen(function);
     if (strcmp(xcclGetErrorString((int)result), "unknown result") == 0 || result == xcclInternalError ||
@@ -406,6 +426,12 @@ int main(void) {
   health();
   printf("%d calls, %d of them refused, none harmful\n", CALLS, refused);
   EXPECT(refused > CALLS / 4 && refused < CALLS);
+  for (i = 0; i < FUNCTIONS; i++) {
+    if (tried[i].calls < 50 || tried[i].refused == 0) {
+      fprintf(stderr, "%s: %d calls, %d refused\n", tried[i].name ? tried[i].name : "?", tried[i].calls, tried[i].refused);
+      fail(__LINE__, "a function was not tried often enough, or never refused anything");
+    }
+  }
   CHECK(xcclMoeDestroy(moe));
   CHECK(xcclCommDestroy(comm));
   return 0;

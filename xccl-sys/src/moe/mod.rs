@@ -433,7 +433,7 @@ pub unsafe extern "C" fn xcclMoeDestroy(moe: xcclMoe_t) -> xcclResult_t {
     })
 }
 
-/// Writes the number of experts that this rank holds to *local_experts.
+/// Writes the number of experts that this rank holds to *local_experts. Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMoeLocalExperts(moe: xcclMoe_t, local_experts: *mut usize) -> xcclResult_t {
     guard("xcclMoeLocalExperts", || {
