@@ -25,7 +25,9 @@ static int tokens_list[64], n_tokens;
 static int expert_major = 1, use_p2p = 0, self_copy = 0, thp = 1, verify = 0;
 static int opt_nt = -1, opt_iters = 0, opt_warmup = -1;
 static uint64_t seed = 1;
-static const char *json_path = NULL;
+static const char *json_path = NULL, *routing_path = NULL;
+static int32_t *recorded; /* of --routing: recorded_rows x K */
+static long recorded_rows;
 
 static void die(const char *m) {
   fprintf(stderr, "moe_mpi: rank %d: %s\n", R, m);
@@ -63,7 +65,27 @@ static void gen_row(int rank, int tok, bf16 *restrict out) {
     out[c] = f2bf((float)v * (1.0f / 2147483648.0f));
   }
 }
-/* Uniform distinct experts in random order (as a top-k gives them), weights that sum to one. */
+/* A .npy file of 4-byte integers, [tokens, K], as `xccl bench moe --routing` reads it. */
+static void load_routing(void) {
+  unsigned char head[10];
+  char dict[4096];
+  long rows, cols;
+  FILE *f = fopen(routing_path, "rb");
+  if (!f || fread(head, 1, 10, f) != 10 || memcmp(head, "\x93NUMPY\x01", 7)) die("--routing: no .npy file of version 1");
+  size_t len = head[8] | (size_t)head[9] << 8;
+  if (len >= sizeof dict || fread(dict, 1, len, f) != len) die("--routing: the header is too long or cut off");
+  dict[len] = 0;
+  const char *shape = strstr(dict, "'shape':");
+  if (!strstr(dict, "'<i4'") || strstr(dict, "'fortran_order': True") || !shape) die("--routing: expected '<i4', C order");
+  if (sscanf(shape, "'shape': (%ld, %ld)", &rows, &cols) != 2 || rows < 1 || cols != K) die("--routing: expected [tokens, --topk]");
+  recorded = malloc(sizeof(int32_t) * (size_t)rows * (size_t)K);
+  if (!recorded || fread(recorded, sizeof(int32_t) * (size_t)K, (size_t)rows, f) != (size_t)rows) die("--routing: the ids are cut off");
+  for (long i = 0; i < rows * K; i++)
+    if (recorded[i] < 0 || recorded[i] >= E) die("--routing: an id that is no expert");
+  recorded_rows = rows;
+  fclose(f);
+}
+/* Uniform distinct experts in random order (as a top-k gives them), or the recorded ones; weights that sum to one. */
 static void gen_routing(int rank, int T, int32_t *ids, float *w) {
   uint64_t s = seed * 1000003u + (uint64_t)rank * 7919u + (uint64_t)T;
   int *perm = malloc(sizeof(int) * E);
@@ -78,8 +100,21 @@ static void gen_routing(int rank, int T, int32_t *ids, float *w) {
       sum += w[t * K + k];
     }
     for (int k = 0; k < K; k++) w[t * K + k] /= sum;
+    if (recorded) memcpy(ids + (size_t)t * K, recorded + ((long)rank * T + t) % recorded_rows * K, sizeof(int32_t) * (size_t)K);
   }
   free(perm);
+}
+/* Tells one routing from another: as `xccl bench moe` has it. */
+static uint64_t routing_sum(int ranks, int T) {
+  int32_t *id = malloc(sizeof(*id) * (size_t)T * K);
+  float *w = malloc(sizeof(*w) * (size_t)T * K);
+  uint64_t sum = 0, i = 0;
+  for (int r = 0; r < ranks; r++) {
+    gen_routing(r, T, id, w);
+    for (int k = 0; k < T * K; k++) sum += (uint64_t)(id[k] + 1) * ++i;
+  }
+  free(id); free(w);
+  return sum;
 }
 
 /* ---- memory ---- */
@@ -507,7 +542,7 @@ int main(int argc, char **argv) {
     if (!strcmp(a, "--help") || !strcmp(a, "-h")) {
       if (!R) printf("moe_mpi [--tokens 1,8,128,1024] [--hidden 7168] [--topk 8] [--experts 256] [--layout expert-major|rows]\n"
                      "        [--exchange alltoallv|p2p] [--self inplace|copy] [--nt auto|on|off] [--thp on|off]\n"
-                     "        [--iters I] [--warmup W] [--seed S] [--verify] [--json FILE|-]\n");
+                     "        [--routing FILE.npy] [--iters I] [--warmup W] [--seed S] [--verify] [--json FILE|-]\n");
       MPI_Finalize();
       return 0;
     }
@@ -521,6 +556,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(a, "--warmup")) opt_warmup = atoi(v);
     else if (!strcmp(a, "--seed")) seed = strtoull(v, NULL, 10);
     else if (!strcmp(a, "--json")) json_path = v;
+    else if (!strcmp(a, "--routing")) routing_path = v;
     else if (!strcmp(a, "--layout")) {
       if (strcmp(v, "expert-major") && strcmp(v, "rows")) die("--layout expert-major|rows");
       expert_major = v[0] == 'e';
@@ -537,6 +573,7 @@ int main(int argc, char **argv) {
   if (H < 32 || H % 32) die("--hidden must be a multiple of 32");
   if (K < 1 || K > MAXK || K > E || E > 65535) die("--topk 1 to 32, at most --experts");
   if (E % N) die("--experts must be a multiple of the number of ranks");
+  if (routing_path) load_routing();
 
   mw = xmalloc(sizeof(*mw) * N); nrow = xmalloc(4 * N);
   int **iv[] = {&scnt, &rcnt, &sdis, &rdis, &cscnt, &crcnt, &cdis};
@@ -614,12 +651,12 @@ int main(int argc, char **argv) {
       printf("%7d %9.2f %9.2f %9.2f   %9.2f %9.2f %9.2f  %s\n", T, q[0], q[1], q[2], q[3], q[4], q[5],
              !verify ? "not asked" : all_bad ? "NO" : "yes");
       if (json)
-        fprintf(json, "{\"peer\":\"%s\",\"version\":\"%s\",\"ranks\":%d,\"tokens\":%d,\"hidden\":%d,\"topk\":%d,\"experts\":%d,"
-                "\"dtype\":\"bf16\",\"layout\":\"%s\",\"exchange\":\"%s\",\"iters\":%d,"
+        fprintf(json, "{\"bench\":\"moe\",\"peer\":\"%s\",\"version\":\"%s\",\"ranks\":%d,\"tokens\":%d,\"hidden\":%d,\"topk\":%d,\"experts\":%d,"
+                "\"dtype\":\"bf16\",\"layout\":\"%s\",\"exchange\":\"%s\",\"iters\":%d,\"routing_sum\":%llu,"
                 "\"dispatch_us\":{\"p10\":%.2f,\"median\":%.2f,\"p90\":%.2f},"
                 "\"combine_us\":{\"p10\":%.2f,\"median\":%.2f,\"p90\":%.2f},\"verified\":%s}\n",
                 peer, version, N, T, H, K, E, expert_major ? "expert-major" : "rows", use_p2p ? "p2p" : "alltoallv", iters,
-                q[0], q[1], q[2], q[3], q[4], q[5], ver);
+                (unsigned long long)routing_sum(N, T), q[0], q[1], q[2], q[3], q[4], q[5], ver);
       fflush(NULL);
     }
     free(tm); free(mx);
