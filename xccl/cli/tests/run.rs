@@ -205,6 +205,25 @@ fn a_rank_killed_by_a_signal_is_named_with_the_signal() {
 }
 
 #[test]
+fn a_job_whose_time_is_over_is_ended_with_what_it_has_started() {
+    let dir = tempfile::tempdir().unwrap();
+    // One that does not listen, and one in a session of its own.
+    let script = format!(
+        "trap '' TERM; cd {}; setsid sh -c 'echo $$ > child$XCCL_RANK.pid; exec sleep 60' & echo $$ > $XCCL_RANK.pid; \
+         while :; do sleep 60; done",
+        dir.path().display()
+    );
+    let out = output(sh(&["-n", "2", "--timeout", "0.7", "--grace", "0.1"], &script));
+    assert_eq!(out.status.code(), Some(124), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("0.7 s is over with 2 ranks still running"), "{}", text(&out.stderr));
+    let pids = pids(dir.path());
+    assert!(pids.len() == 4 && pids.iter().all(|pid| !is_alive(pid)), "{pids:?}");
+    // Time left over changes nothing.
+    assert_eq!(output(sh(&["-n", "2", "--timeout", "60"], "exit 3")).status.code(), Some(3));
+    assert!(output(sh(&["-n", "2", "--timeout", "60"], "true")).status.success());
+}
+
+#[test]
 fn what_ignores_the_request_to_end_is_killed_after_the_grace_even_if_stopped() {
     let script = "trap '' TERM; case $XCCL_RANK in 0) sleep 0.1; exit 3;; 1) kill -STOP $$;; esac; exec sleep 60";
     let start = Instant::now();

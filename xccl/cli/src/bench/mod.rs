@@ -77,6 +77,7 @@ fn start(common: &Common) -> Result<u8> {
         args,
         env: vec![],
         grace: Duration::from_secs(1),
+        timeout: None,
     })
 }
 

@@ -47,14 +47,25 @@ pub struct RunArgs {
     /// Seconds between asking the other ranks to end and killing them, once one has failed (0 to 3600)
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
     grace: Duration,
+    /// End the job after so many seconds (0 to 86400), with exit code 124 as timeout(1) has it [default: never]
+    #[arg(long, value_name = "SECONDS", value_parser = long_seconds)]
+    timeout: Option<Duration>,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true)]
     program: Vec<OsString>,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
-    let value = text.parse::<f64>().ok().filter(|s| (0.0..=3600.0).contains(s));
-    value.map(Duration::from_secs_f64).ok_or_else(|| format!("{text:?} is not a number of seconds from 0 to 3600"))
+    seconds_up_to(text, 3600)
+}
+
+fn long_seconds(text: &str) -> Result<Duration, String> {
+    seconds_up_to(text, 86400)
+}
+
+fn seconds_up_to(text: &str, most: u32) -> Result<Duration, String> {
+    let value = text.parse::<f64>().ok().filter(|s| (0.0..=f64::from(most)).contains(s));
+    value.map(Duration::from_secs_f64).ok_or_else(|| format!("{text:?} is not a number of seconds from 0 to {most}"))
 }
 
 impl RunArgs {
@@ -69,6 +80,7 @@ impl RunArgs {
             args: words.collect(),
             env: vec![],
             grace: self.grace,
+            timeout: self.timeout,
         })
     }
 }
@@ -86,7 +98,12 @@ pub struct RunOptions {
     pub env: Vec<(OsString, OsString)>,
     /// Time between SIGTERM and SIGKILL for the others once a rank has failed.
     pub grace: Duration,
+    /// Time after which the job is ended.
+    pub timeout: Option<Duration>,
 }
+
+/// Exit code of a job that was ended because its time was over.
+pub const TIMED_OUT: u8 = 124;
 
 /// Runs the ranks to their end; gives the exit code of the first that failed, or 0.
 ///
@@ -101,7 +118,7 @@ pub fn launch(options: RunOptions) -> Result<u8> {
     let started = child::start(&options, &job, &guard, &signals, &mut output, &mut ranks);
     // An early return closes the guard's pipe as well.
     let output = output.forward()?;
-    let code = started.and_then(|()| supervisor::supervise(&ranks, &signals, options.grace, &output));
+    let code = started.and_then(|()| supervisor::supervise(&ranks, &signals, &options, &output));
     guard.end();
     for rank in &mut ranks {
         // It has ended: by itself, or by the guard.

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 
 use super::output::Forwarder;
 use super::signals::{Event, Signals};
+use super::{RunOptions, TIMED_OUT};
 
 struct Supervisor<'a> {
     /// By rank: its process and the group that this leads.
@@ -21,24 +22,27 @@ struct Supervisor<'a> {
     failed: Option<u8>,
     /// When those that do not react to SIGTERM are killed.
     kill_at: Option<Instant>,
+    /// When the job's time is over, unless that is past.
+    over_at: Option<Instant>,
+    timeout: Duration,
     grace: Duration,
     output: &'a Forwarder,
 }
 
 /// Returns once every rank has ended; none is reaped. Gives the exit code of the first that failed, or 0.
-pub fn supervise(ranks: &[Child], signals: &Signals, grace: Duration, output: &Forwarder) -> Result<u8> {
+pub fn supervise(ranks: &[Child], signals: &Signals, options: &RunOptions, output: &Forwarder) -> Result<u8> {
     let groups = ranks.iter().map(|rank| Pid::from_raw(rank.id() as i32)).collect();
     let running = (0..ranks.len()).collect();
-    let mut supervisor = Supervisor { groups, running, failed: None, kill_at: None, grace, output };
+    let over_at = options.timeout.map(|timeout| Instant::now() + timeout);
+    let (timeout, grace) = (options.timeout.unwrap_or_default(), options.grace);
+    let mut supervisor = Supervisor { groups, running, failed: None, kill_at: None, over_at, timeout, grace, output };
     while !supervisor.running.is_empty() {
-        let patience = supervisor.kill_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let next = supervisor.kill_at.into_iter().chain(supervisor.over_at).min();
+        let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
         match signals.next(patience)? {
             Some(Event::Child(first)) => supervisor.look(first)?,
             Some(Event::Signal(signal)) => supervisor.pass_on(signal),
-            None => {
-                supervisor.send(Signal::SIGKILL);
-                supervisor.kill_at = None;
-            }
+            None => supervisor.time_passed(),
         }
     }
     Ok(supervisor.failed.unwrap_or(0))
@@ -50,6 +54,33 @@ impl Supervisor<'_> {
             // A group that is gone has nothing to be told.
             let _ = killpg(group, signal);
         }
+    }
+
+    fn time_passed(&mut self) {
+        let now = Instant::now();
+        if self.over_at.is_some_and(|at| at <= now) {
+            self.over_at = None;
+            if self.failed.is_none() {
+                let (time, still) = (self.timeout.as_secs_f64(), self.running.len());
+                let say =
+                    format!("xccl run: the time of {time} s is over with {still} ranks still running; ending them\n");
+                self.output.say(&say);
+                self.fail(TIMED_OUT);
+            }
+        }
+        if self.kill_at.is_some_and(|at| at <= now) {
+            self.kill_at = None;
+            self.send(Signal::SIGKILL);
+        }
+    }
+
+    /// The job has failed: the ranks are asked to end, and have some time for it.
+    fn fail(&mut self, code: u8) {
+        self.failed = Some(code);
+        self.send(Signal::SIGTERM);
+        // A stopped one does not even see the former.
+        self.send(Signal::SIGCONT);
+        self.kill_at = Some(Instant::now() + self.grace);
     }
 
     fn pass_on(&self, signal: Signal) {
@@ -96,16 +127,12 @@ impl Supervisor<'_> {
         if code == 0 || self.failed.is_some() {
             return;
         }
-        self.failed = Some(code);
         let rest = match self.running.len() {
             0 => String::new(),
             1 => "; ending the other rank".to_owned(),
             n => format!("; ending the other {n} ranks"),
         };
         self.output.say(&format!("xccl run: rank {rank} (pid {}) {how}{rest}\n", self.groups[rank]));
-        self.send(Signal::SIGTERM);
-        // A stopped one does not even see the former.
-        self.send(Signal::SIGCONT);
-        self.kill_at = Some(Instant::now() + self.grace);
+        self.fail(code);
     }
 }
