@@ -103,7 +103,11 @@ fn bench_moe_replays_a_recorded_routing() {
     ];
     let args = [&args[..], &["--routing", file]].concat();
     recording(&path, "False", [0, 1, 2, -1, 3, 0]);
-    assert_eq!(points(&args)[0]["verified"], true);
+    let point = &points(&args)[0];
+    assert_eq!(point["verified"], true);
+    // Ranks 0 and 1 have five tokens each: the recording over and over.
+    let ids = [0i64, 1, 2, -1, 3, 0].into_iter().cycle().take(2 * 5 * 2);
+    assert_eq!(point["routing_sum"], (1..).zip(ids).map(|(place, id)| place * (id + 1)).sum::<i64>());
     recording(&path, "False", [0, 1, 2, 4, 3, 0]);
     assert!(refused(&args).contains("token 1 names expert 4: --experts 4 has 0 to 3"), "{}", refused(&args));
     recording(&path, "True", [0, 1, 2, -1, 3, 0]);

@@ -138,6 +138,8 @@ struct Point {
     input: Place,
     output: Place,
     reduction: Reduce,
+    /// Tells one routing from another: over all ranks' ids in turn, the sum of (id + 1) times the id's place, counted from 1.
+    routing_sum: u64,
     dispatch_us: Percentiles,
     combine_us: Percentiles,
     limit: Limit,
@@ -253,6 +255,7 @@ impl MoeArgs {
             input: self.input,
             output: self.output(),
             reduction: self.reduction,
+            routing_sum: self.routing_sum(tokens)?,
             dispatch_us,
             combine_us,
             limit: Limit { dispatch_us: limit_dispatch.median, combine_us: limit_combine.median, line_ns },
@@ -286,6 +289,17 @@ impl MoeArgs {
             }
         }
         Ok(ids)
+    }
+
+    fn routing_sum(&self, tokens: &[usize]) -> Result<u64> {
+        let (mut sum, mut place) = (0u64, 0u64);
+        for (rank, &t) in tokens.iter().enumerate() {
+            for id in self.ids(rank, t)? {
+                place += 1;
+                sum = sum.wrapping_add((i64::from(id) as u64).wrapping_add(1).wrapping_mul(place));
+            }
+        }
+        Ok(sum)
     }
 
     /// Rows of a recording, dealt out to the ranks in turn, from the beginning again when they run out.
