@@ -20,7 +20,7 @@ use crate::p2p::engine::P2p;
 use crate::sync::bell::{self, Sleeper};
 use crate::sync::liveness::Liveness;
 use crate::sync::progress::{self, Operation, Waiting};
-use crate::sync::wait::{self, Patience};
+use crate::sync::wait::{self, Patience, Phase};
 
 /// Values of the state word.
 const RUNNING: u32 = 1;
@@ -36,6 +36,9 @@ pub(crate) struct Counters {
     pub(crate) exchanges: AtomicU64,
     pub(crate) tokens: AtomicU64,
     pub(crate) waits: AtomicU64,
+    pub(crate) waits_yielded: AtomicU64,
+    pub(crate) waits_slept: AtomicU64,
+    pub(crate) wake_ups: AtomicU64,
     pub(crate) waited_us: AtomicU64,
 }
 
@@ -158,7 +161,9 @@ impl CommInner {
 
     fn ring_if_waiting(&self, peer: usize) {
         let to = self.fabric.peer(peer);
-        bell::ring_if_waiting(to.outbox.word32(self.layout.sleep), to.heap.word32(BELL), self.rank);
+        if bell::ring_if_waiting(to.outbox.word32(self.layout.sleep), to.heap.word32(BELL), self.rank) {
+            self.counters.wake_ups.fetch_add(1, Relaxed);
+        }
     }
 
     /// Waits until `ready` gives a value, or until there is a reason to give up.
@@ -212,9 +217,15 @@ impl CommInner {
         if published {
             progress::computes(own, self.layout.progress);
         }
-        self.counters.waits.fetch_add(1, Relaxed);
-        self.counters.waited_us.fetch_add(started.elapsed().as_micros() as u64, Relaxed);
-        result
+        let counters = &self.counters;
+        counters.waits.fetch_add(1, Relaxed);
+        counters.waited_us.fetch_add(started.elapsed().as_micros() as u64, Relaxed);
+        match result {
+            Ok((_, Phase::Spinning)) => {}
+            Ok((_, Phase::Yielding)) => _ = counters.waits_yielded.fetch_add(1, Relaxed),
+            Ok((_, Phase::Asleep)) | Err(_) => _ = counters.waits_slept.fetch_add(1, Relaxed),
+        }
+        result.map(|(value, _)| value)
     }
 
     fn reason_to_give_up(&self, what: &Waiting, started: Instant) -> Result<()> {

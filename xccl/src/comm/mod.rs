@@ -61,8 +61,14 @@ pub struct Statistics {
     pub tokens: u64,
     /// Waits that were not satisfied at once.
     pub waits: u64,
+    /// Waits among them that went on to give the core away (`sched_yield`) before they ended.
+    pub waits_yielded: u64,
+    /// Waits among them that went to sleep.
+    pub waits_slept: u64,
     /// Microseconds spent in them.
     pub waited_us: u64,
+    /// Sleeping ranks that this one has woken.
+    pub wake_ups: u64,
 }
 
 /// Memory that a communicator takes on each rank, as its configuration implies it.
@@ -142,7 +148,10 @@ impl Communicator {
             exchanges: c.exchanges.load(Relaxed),
             tokens: c.tokens.load(Relaxed),
             waits: c.waits.load(Relaxed),
+            waits_yielded: c.waits_yielded.load(Relaxed),
+            waits_slept: c.waits_slept.load(Relaxed),
             waited_us: c.waited_us.load(Relaxed),
+            wake_ups: c.wake_ups.load(Relaxed),
         }
     }
 

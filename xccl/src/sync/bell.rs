@@ -29,14 +29,16 @@ pub(crate) fn only(rank: usize) -> u32 {
     rank as u32 + 1
 }
 
-/// To be called after a publication: wakes the owner of `sleep` and `bell` if it waits for rank `me`.
+/// To be called after a publication: wakes the owner of `sleep` and `bell` if it waits for rank `me`. Says whether it did.
 ///
 /// The caller has executed [`publish_fence`] between its store and this call.
-pub(crate) fn ring_if_waiting(sleep: &AtomicU32, bell: &AtomicU32, me: usize) {
+pub(crate) fn ring_if_waiting(sleep: &AtomicU32, bell: &AtomicU32, me: usize) -> bool {
     let waits_for = sleep.load(Ordering::Relaxed);
-    if waits_for != AWAKE && (waits_for == only(me) || waits_for == ANYONE) {
+    let rings = waits_for != AWAKE && (waits_for == only(me) || waits_for == ANYONE);
+    if rings {
         ring(bell);
     }
+    rings
 }
 
 /// Orders a publication before the look at the sleep words.

@@ -37,7 +37,16 @@ pub(crate) fn briefly<T>(mut ready: impl FnMut() -> Option<T>) -> Option<T> {
     (0..BRIEF_SPINS).find_map(|_| ready())
 }
 
-/// Waits until `ready` gives a value.
+/// How patient a wait had become when it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Spinning,
+    Yielding,
+    /// It has slept, or was about to.
+    Asleep,
+}
+
+/// Waits until `ready` gives a value, and tells in which phase it came.
 ///
 /// `sleep` sleeps for at most the slice it is given, unless its second argument turns true; `check` runs before every
 /// sleep and ends the wait by its error.
@@ -46,12 +55,12 @@ pub(crate) fn until<T>(
     mut ready: impl FnMut() -> Option<T>,
     mut sleep: impl FnMut(Duration, &mut dyn FnMut() -> bool),
     mut check: impl FnMut() -> Result<()>,
-) -> Result<T> {
+) -> Result<(T, Phase)> {
     let started = Instant::now();
     while started.elapsed() < patience.spin {
         for _ in 0..SPINS_PER_LOOK {
             if let Some(value) = ready() {
-                return Ok(value);
+                return Ok((value, Phase::Spinning));
             }
             std::hint::spin_loop();
         }
@@ -60,17 +69,17 @@ pub(crate) fn until<T>(
     while yielding_since.elapsed() < patience.yielding {
         std::thread::yield_now();
         if let Some(value) = ready() {
-            return Ok(value);
+            return Ok((value, Phase::Yielding));
         }
     }
     let mut slice = FIRST_SLICE;
     loop {
         if let Some(value) = ready() {
-            return Ok(value);
+            return Ok((value, Phase::Asleep));
         }
         if let Err(err) = check() {
             // What was waited for may have come just before the reason to give up.
-            return ready().ok_or(err);
+            return ready().map(|value| (value, Phase::Asleep)).ok_or(err);
         }
         let mut found = None;
         sleep(slice, &mut || {
@@ -78,7 +87,7 @@ pub(crate) fn until<T>(
             found.is_some()
         });
         if let Some(value) = found {
-            return Ok(value);
+            return Ok((value, Phase::Asleep));
         }
         slice = (slice * 2).min(LAST_SLICE);
     }

@@ -1,8 +1,10 @@
 //! `xccl bench`: measure, and verify every byte in a pass of its own.
 
 mod figures;
+mod growth;
 mod moe;
 mod p2p;
+mod process;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -21,6 +23,8 @@ pub enum Bench {
     P2p(p2p::P2pArgs),
     /// Dispatch and combine of a mixture-of-experts layer
     Moe(moe::MoeArgs),
+    /// The same tokens by more and more ranks: processor time per token, start-up, memory
+    Growth(growth::GrowthArgs),
 }
 
 #[derive(Args)]
@@ -51,6 +55,8 @@ impl Bench {
         let common = match &self {
             Bench::P2p(args) => &args.common,
             Bench::Moe(args) => &args.common,
+            // It starts its own jobs, one after another.
+            Bench::Growth(args) => return args.run(),
         };
         match Launch::from_env() {
             Ok(_) => {}
@@ -61,6 +67,7 @@ impl Bench {
         match self {
             Bench::P2p(args) => args.measure(&comm)?,
             Bench::Moe(args) => args.measure(&comm)?,
+            Bench::Growth(_) => {}
         }
         Ok(0)
     }
