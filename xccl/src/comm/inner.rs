@@ -166,10 +166,16 @@ impl CommInner {
         }
     }
 
+    /// Looks a few times whether `ready` gives a value.
+    #[inline]
+    pub(crate) fn briefly<T>(&self, ready: impl FnMut() -> Option<T>) -> Option<T> {
+        wait::briefly(&self.patience, ready)
+    }
+
     /// Waits until `ready` gives a value, or until there is a reason to give up.
     #[inline]
     pub(crate) fn wait<T>(&self, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
-        match wait::briefly(&mut ready) {
+        match self.briefly(&mut ready) {
             Some(value) => Ok(value),
             None => self.wait_slowly(what, ready),
         }
@@ -179,7 +185,7 @@ impl CommInner {
     pub(crate) fn poll<T>(&self, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
         // From 0.1 ms to 2 ms.
         const SHORTER: u32 = 20;
-        match wait::briefly(&mut ready) {
+        match self.briefly(&mut ready) {
             Some(value) => Ok(value),
             None => self.wait_with(what, ready, |slice, ready| {
                 std::thread::sleep(slice / SHORTER);

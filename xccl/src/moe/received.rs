@@ -141,12 +141,15 @@ impl Received {
     /// The local expert, the source and the entry of row `row` of the batch.
     pub(super) fn locate(&self, row: usize) -> (usize, usize, usize) {
         let expert = self.offsets.partition_point(|&before| before as usize <= row) - 1;
-        let within = |source: usize| {
-            let index = row.checked_sub(self.runs[source * self.local + expert] as usize)?;
-            let range = self.range(source, expert);
-            (index < range.len()).then_some((expert, source, range.start + index))
-        };
-        (0..self.world_size).find_map(within).expect("the runs of an expert cover its rows")
+        // The last source whose run begins at `row` or before: the runs of an expert ascend, those that are empty begin where the
+        // next one does.
+        let run = |source: usize| self.runs[source * self.local + expert] as usize;
+        let (mut source, mut beyond) = (0, self.world_size);
+        while beyond - source > 1 {
+            let middle = source.midpoint(beyond);
+            if run(middle) <= row { source = middle } else { beyond = middle }
+        }
+        (expert, source, self.range(source, expert).start + row - run(source))
     }
 
     /// Tells the sources where they find their rows: in the batch's order, or in that of the entries.

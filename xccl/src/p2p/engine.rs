@@ -25,7 +25,7 @@ use crate::comm::layout::SLOTS;
 use crate::error::{Error, Result};
 use crate::fabric::cma;
 use crate::sync::progress::{Operation, Waiting};
-use crate::sync::{ring, wait};
+use crate::sync::ring;
 
 const INLINE_BYTES: usize = 40;
 /// Payloads start on cache lines, so that sender and receiver do not meet on one.
@@ -391,7 +391,7 @@ impl P2p {
         let turn = comm.fabric.peer(from).outbox.word64(slot);
         let has_come = || ring::reached(turn, n).then_some(());
         // The lock is kept for less than it takes to get it again.
-        if wait::briefly(has_come).is_none() {
+        if comm.briefly(has_come).is_none() {
             drop(incoming);
             comm.wait(what, has_come)?;
             incoming = lock(&self.incoming);

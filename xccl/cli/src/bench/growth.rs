@@ -23,6 +23,8 @@ use crate::run::{self, RunOptions};
 
 /// When the launcher began to start the ranks, by the clock that they share.
 const STARTED: &str = "XCCL_BENCH_STARTED_US";
+/// The engine's among the parts of an exchange.
+const ENGINE: usize = 2;
 /// Tag of the benchmark's own messages.
 const GATHER: u32 = 0xffff_0003;
 
@@ -103,6 +105,7 @@ struct Point {
     cpu_us_per_token: f64,
     /// The same without the engine's part.
     exchange_cpu_us_per_token: f64,
+    parts: Parts,
     system_us_per_token: f64,
     wall_us_per_exchange: f64,
     /// Bytes that a token's rows have in dispatch and combine, and those of them that lie on another rank.
@@ -112,6 +115,16 @@ struct Point {
     start: Start,
     memory: PerRank,
     verified: Option<bool>,
+}
+
+/// Processor time per token, waiting included.
+#[derive(Serialize, Deserialize)]
+struct Parts {
+    dispatch_send_us: f64,
+    dispatch_recv_us: f64,
+    engine_us: f64,
+    combine_send_us: f64,
+    combine_recv_us: f64,
 }
 
 /// Sums over all ranks.
@@ -163,7 +176,7 @@ struct Figures {
     init: Usage,
     joined: Memory,
     used: Usage,
-    engine_us: f64,
+    parts_us: [f64; 5],
     rows: f64,
     remote_rows: f64,
     waits: [f64; 4],
@@ -189,9 +202,9 @@ impl GrowthArgs {
             self.tokens, self.hidden, self.topk, self.experts
         );
         println!(
-            "{:>6} {:>9} {:>6} {:>9} {:>6} {:>10} {:>9} {:>9} {:>7} {:>7} {:>7} {:>9} {:>9}",
-            "ranks", "cpu/token", "x", "exchange", "x", "KiB/token", "of remote", "wall us", "yielded", "slept", "switch",
-            "preempted", "verified"
+            "{:>6} {:>9} {:>6} {:>9} {:>6} | {:>7} {:>7} {:>7} {:>7} {:>7} | {:>9} {:>7} {:>8} {:>8} {:>6} {:>9} {:>9} {:>8}",
+            "ranks", "cpu/token", "x", "exchange", "x", "d.send", "d.recv", "engine", "c.send", "c.recv", "KiB/token",
+            "remote", "wall us", "yielded", "slept", "switches", "preempted", "verified"
         );
         for &ranks in &self.ranks {
             // A file without a name: nothing is left, however this ends.
@@ -234,12 +247,17 @@ impl GrowthArgs {
         let (Some(first), Some(p)) = (points.first(), points.last()) else { return };
         let each = |sum: f64| sum / p.ranks as f64;
         println!(
-            "{:>6} {:>9.3} {:>6.2} {:>9.3} {:>6.2} {:>10.1} {:>9.2} {:>9.0} {:>7.2} {:>7.2} {:>7.2} {:>9.2} {:>9}",
+            "{:>6} {:>9.3} {:>6.2} {:>9.3} {:>6.2} | {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} | {:>9.1} {:>7.2} {:>8.0} {:>8.2} {:>6.2} {:>9.2} {:>9.2} {:>8}",
             p.ranks,
             p.cpu_us_per_token,
             p.cpu_us_per_token / first.cpu_us_per_token,
             p.exchange_cpu_us_per_token,
             p.exchange_cpu_us_per_token / first.exchange_cpu_us_per_token,
+            p.parts.dispatch_send_us,
+            p.parts.dispatch_recv_us,
+            p.parts.engine_us,
+            p.parts.combine_send_us,
+            p.parts.combine_recv_us,
             p.bytes_per_token / 1024.0,
             p.remote_bytes_per_token / p.bytes_per_token,
             p.wall_us_per_exchange,
@@ -293,7 +311,7 @@ impl GrowthArgs {
         for _ in 0..self.warmup {
             rank.exchange()?;
         }
-        rank.engine_us = 0.0;
+        rank.parts_us = [0.0; 5];
         comm.barrier()?;
         let (started, before, counted) = (clock_us()?, Usage::now()?, comm.statistics());
         for _ in 0..self.iters {
@@ -312,7 +330,7 @@ impl GrowthArgs {
             init,
             joined,
             used,
-            engine_us: rank.engine_us,
+            parts_us: rank.parts_us,
             rows,
             remote_rows,
             waits: [count(|s| s.waits), count(|s| s.waits_yielded), count(|s| s.waits_slept), count(|s| s.wake_ups)],
@@ -336,7 +354,15 @@ impl GrowthArgs {
         let per_token = |us: f64| us / iters / tokens;
         let (cpu, row_bytes) = (sum(&|f| f.used.cpu_us()), (self.hidden * size_of::<bf16>()) as f64);
         let ready = last(&|f| f.ready_us);
+        let part = |i: usize| per_token(sum(&|f| f.parts_us[i]));
         Ok(Point {
+            parts: Parts {
+                dispatch_send_us: part(0),
+                dispatch_recv_us: part(1),
+                engine_us: part(ENGINE),
+                combine_send_us: part(3),
+                combine_recv_us: part(4),
+            },
             bench: "growth".to_owned(),
             ranks: all.len(),
             tokens: self.tokens,
@@ -347,7 +373,7 @@ impl GrowthArgs {
             routing: self.routing,
             exchanges: self.iters,
             cpu_us_per_token: per_token(cpu),
-            exchange_cpu_us_per_token: per_token(cpu - sum(&|f| f.engine_us)),
+            exchange_cpu_us_per_token: per_token(cpu - sum(&|f| f.parts_us[ENGINE])),
             system_us_per_token: per_token(sum(&|f| f.used.system_us)),
             wall_us_per_exchange: wall_us / iters,
             bytes_per_token: sum(&|f| f.rows) * row_bytes / tokens,
@@ -445,8 +471,8 @@ struct Rank<'a> {
     weights: Vec<f32>,
     out: Vec<bf16>,
     row: Vec<bf16>,
-    /// Processor time spent on the experts' part.
-    engine_us: f64,
+    /// Processor time of each part of the exchanges: [`PARTS`].
+    parts_us: [f64; 5],
 }
 
 impl<'a> Rank<'a> {
@@ -490,22 +516,33 @@ impl<'a> Rank<'a> {
             ids,
             out: vec![bf16::ZERO; mine.len() * hidden],
             row: vec![bf16::ZERO; hidden],
-            engine_us: 0.0,
+            parts_us: [0.0; 5],
         })
     }
 
     /// One exchange. The experts' part reads every row from where it lies and writes every output.
     fn exchange(&mut self) -> Result<()> {
+        let mut lap = thread_cpu_us()?;
+        let mut parts = self.parts_us.iter_mut();
+        let mut next = || -> Result<()> {
+            let now = thread_cpu_us()?;
+            parts.next().map(|part| *part += now - lap);
+            lap = now;
+            Ok(())
+        };
         let sent = self.moe.dispatch_send(&self.tokens, &Routing::new(&self.ids, &self.weights))?;
+        next()?;
         let mut batch = self.moe.dispatch_recv(&sent)?;
-        let before = thread_cpu_us()?;
+        next()?;
         for i in 0..batch.len() {
             batch.copy_row(i, &mut self.row)?;
             batch.output_row::<bf16>(i)?.copy_from_slice(&self.row);
         }
-        self.engine_us += thread_cpu_us()? - before;
+        next()?;
         self.moe.combine_send(batch)?;
-        Ok(self.moe.combine_recv(sent, &mut self.out)?)
+        next()?;
+        self.moe.combine_recv(sent, &mut self.out)?;
+        next()
     }
 
     /// Rows that this rank reads in an exchange: tokens for its experts, and outputs for its tokens. And those of them that lie
