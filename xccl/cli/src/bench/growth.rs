@@ -203,8 +203,24 @@ impl GrowthArgs {
         );
         println!(
             "{:>6} {:>9} {:>6} {:>9} {:>6} | {:>7} {:>7} {:>7} {:>7} {:>7} | {:>9} {:>7} {:>8} {:>8} {:>6} {:>9} {:>9} {:>8}",
-            "ranks", "cpu/token", "x", "exchange", "x", "d.send", "d.recv", "engine", "c.send", "c.recv", "KiB/token",
-            "remote", "wall us", "yielded", "slept", "switches", "preempted", "verified"
+            "ranks",
+            "cpu/token",
+            "x",
+            "exchange",
+            "x",
+            "d.send",
+            "d.recv",
+            "engine",
+            "c.send",
+            "c.recv",
+            "KiB/token",
+            "remote",
+            "wall us",
+            "yielded",
+            "slept",
+            "switches",
+            "preempted",
+            "verified"
         );
         for &ranks in &self.ranks {
             // A file without a name: nothing is left, however this ends.
@@ -220,6 +236,7 @@ impl GrowthArgs {
                 args,
                 env: vec![(STARTED.into(), clock_us()?.to_string().into())],
                 grace: Duration::from_secs(1),
+                timeout: None,
             })?;
             if code != 0 {
                 return Ok(code);
@@ -273,8 +290,19 @@ impl GrowthArgs {
         println!("\n# start in ms; memory per rank in KiB, of shared memory what was touched");
         println!(
             "{:>6} {:>9} {:>8} {:>9} {:>9} {:>8} {:>9} {:>9} {:>9} {:>9} {:>9} {:>11} {:>6}",
-            "ranks", "to ready", "init", "last join", "init cpu", "faults", "joined", "touched", "planned", "private",
-            "tables", "mapped", "files"
+            "ranks",
+            "to ready",
+            "init",
+            "last join",
+            "init cpu",
+            "faults",
+            "joined",
+            "touched",
+            "planned",
+            "private",
+            "tables",
+            "mapped",
+            "files"
         );
         for p in points {
             let (s, m) = (&p.start, &p.memory);
@@ -526,7 +554,9 @@ impl<'a> Rank<'a> {
         let mut parts = self.parts_us.iter_mut();
         let mut next = || -> Result<()> {
             let now = thread_cpu_us()?;
-            parts.next().map(|part| *part += now - lap);
+            if let Some(part) = parts.next() {
+                *part += now - lap;
+            }
             lap = now;
             Ok(())
         };
