@@ -41,7 +41,10 @@ pub use crate::{
     dtype::{DType, Element, ExpertId},
     error::{Error, Result},
     memory::MemoryFlavour,
-    moe::{Arrivals, BatchRow, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction, Routing, TokenSum},
+    moe::{
+        Arrivals, BatchRow, Epilogue, Exchange, ExpertBatch, InputRows, Lanes, Moe, MoeConfig, Reduction, Residual,
+        RmsNorm, Routing, TokenSum,
+    },
     p2p::{RawRequest, Request, Scope, Source, Status, wait_all},
     sync::Operation,
 };

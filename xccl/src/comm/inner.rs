@@ -279,7 +279,7 @@ impl CommInner {
         if let Some(&rank) = self.first_dead.get() {
             return Some(rank);
         }
-        let rank = self.liveness.dead().into_iter().find(|&r| self.state(r) != LEFT)?;
+        let rank = self.liveness.first_dead(|r| self.state(r) != LEFT)?;
         Some(*self.first_dead.get_or_init(|| rank))
     }
 

@@ -10,7 +10,7 @@ use super::received::Received;
 use super::{Moe, Phase, Reduction, kernels};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::memory::row::Row;
+use crate::memory::divided::{Divided, Owners};
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
 
@@ -192,7 +192,7 @@ impl<'m> ExpertBatch<'m> {
     pub(super) fn copy_arrived<E: Element>(&self, entry: usize, to: &mut [E]) -> Result<()> {
         self.moe.check_rows("the row's buffer", to, 1)?;
         let BatchRow { source, token, .. } = self.arrived_row(entry);
-        self.token_row(source, token).copy_to(to);
+        self.moe.outboxes().token(self.epoch, source, token).copy_to(to);
         Ok(())
     }
 
@@ -270,17 +270,11 @@ impl<'m> ExpertBatch<'m> {
     pub fn copy_row<E: Element>(&self, i: usize, to: &mut [E]) -> Result<()> {
         self.moe.check_rows("the row's buffer", to, 1)?;
         let BatchRow { source, token, .. } = self.row(i);
-        self.token_row(source, token).copy_to(to);
+        self.moe.outboxes().token(self.epoch, source, token).copy_to(to);
         Ok(())
     }
 
-    /// A token of `source`; the index was checked when the lists were taken.
-    fn token_row<E: Element>(&self, source: usize, token: usize) -> Row<'m, E> {
-        let moe = self.moe;
-        moe.peers[source].row(moe.layout.slot(self.epoch).rows.start + token * moe.layout.stride, moe.config.hidden)
-    }
-
-    /// As [`token_row`](Self::token_row), in the mapping that [`Moe::outbox_address`] names: this rank's own tokens are mapped
+    /// Where a token of `source` lies, in the mapping that [`Moe::outbox_address`] names: this rank's own tokens are mapped
     /// twice.
     fn token_address(&self, source: usize, token: usize) -> *const u8 {
         let outbox = match source == self.moe.comm.rank {
@@ -305,7 +299,7 @@ impl<'m> ExpertBatch<'m> {
         self.moe.check_dtype::<E>("row_slice")?;
         let BatchRow { source, token, .. } = self.row(i);
         // SAFETY: unchanged for as long as the batch is borrowed, by the caller's acceptance.
-        Ok(unsafe { self.token_row(source, token).as_slice() })
+        Ok(unsafe { self.moe.outboxes().token(self.epoch, source, token).as_slice() })
     }
 
     /// The row of this rank's outbox that the output for row `i` is to be written to: `hidden` elements, aligned to 64 bytes,
@@ -402,15 +396,13 @@ impl<'m> ExpertBatch<'m> {
     pub fn copy_into<E: Element>(&mut self, to: &mut [E], align: usize) -> Result<()> {
         let align = align.max(1);
         self.check_room(to, self.aligned_rows(align))?;
+        let Received { counts, places, .. } = self.received_mut();
         let mut end = 0;
-        let places = self.counts().iter().map(|&count| {
-            let begin = end;
+        for (place, &count) in places.iter_mut().zip(&*counts) {
+            *place = end;
             end += (count as usize).next_multiple_of(align);
-            begin
-        });
-        let places = places.collect::<Vec<_>>();
-        self.copy_experts(to, &places);
-        Ok(())
+        }
+        self.copy_experts(to)
     }
 
     /// Copies all rows into the padded layout `[local experts, capacity, hidden]`. Rows beyond an expert's count are left as
@@ -424,9 +416,9 @@ impl<'m> ExpertBatch<'m> {
             return Err(Error::CapacityExceeded { expert, rows: rows as usize, capacity });
         }
         self.check_room(to, self.counts().len() * capacity)?;
-        let places = (0..self.counts().len()).map(|expert| expert * capacity).collect::<Vec<_>>();
-        self.copy_experts(to, &places);
-        Ok(())
+        let places = self.received_mut().places.iter_mut().enumerate();
+        places.for_each(|(expert, place)| *place = expert * capacity);
+        self.copy_experts(to)
     }
 
     fn check_room<E: Element>(&self, to: &[E], rows: usize) -> Result<()> {
@@ -439,28 +431,41 @@ impl<'m> ExpertBatch<'m> {
         Err(Error::Shape { what: "the layout's buffer", given: to.len(), expected })
     }
 
-    /// Copies each expert's rows to where `places` says that they begin: token by token, so that a row that several experts
-    /// work on comes over from its sender once and is then in this core's cache.
-    fn copy_experts<E: Element>(&mut self, to: &mut [E], places: &[usize]) {
-        self.received_mut().index_tokens();
-        let (received, hidden) = (self.received(), self.moe.config.hidden);
-        let streaming = self.len() * hidden * size_of::<E>() >= kernels::STREAMING_BYTES;
-        for span in received.tokens() {
-            let row = self.token_row::<E>(span.source as usize, span.token as usize);
-            let mut expert = 0;
-            for &entry in received.entries_at(span) {
-                let at = received.row_of(entry);
-                while received.offsets[expert + 1] <= at {
-                    expert += 1;
-                }
-                let at = (places[expert] + (at - received.offsets[expert]) as usize) * hidden;
-                let to = &mut to[at..at + hidden];
-                if streaming { kernels::stream(row, to) } else { row.copy_to(to) }
+    /// Copies each expert's rows to where [`Received::places`] says that they begin: token by token, so that a row that several
+    /// experts work on comes over from its sender once and is then in this core's cache.
+    fn copy_experts<E: Element>(&mut self, to: &mut [E]) -> Result<()> {
+        let (epoch, hidden, rows) = (self.epoch, self.moe.config.hidden, self.len());
+        let (outboxes, lanes) = (self.moe.outboxes(), self.moe.lanes());
+        let received = self.received_mut();
+        received.index_tokens();
+        let bytes = rows * hidden * size_of::<E>();
+        let (streaming, cut) = (bytes >= kernels::STREAMING_BYTES, lanes.cut(received.tokens().len(), bytes));
+        let (places, mut owners) = (to.len() / hidden, std::mem::take(&mut received.owners));
+        let received = &*received;
+        let owned = match cut.pieces {
+            1 => Owners::Blocks(places),
+            _ => {
+                received.list_owners(&cut, places, &mut owners);
+                Owners::Listed(&owners)
             }
-        }
-        if streaming {
-            kernels::end_streaming();
-        }
+        };
+        let to = Divided::new(to, hidden, owned);
+        let copied = lanes.share(cut, &|piece| {
+            let mut to = to.part(piece);
+            for span in &received.tokens()[cut.range(piece)] {
+                let row = outboxes.token::<E>(epoch, span.source as usize, span.token as usize);
+                received.places_of(span).for_each(|place| {
+                    let to = to.row_mut(place);
+                    if streaming { kernels::stream(row, to) } else { row.copy_to(to) }
+                });
+            }
+            if streaming {
+                kernels::end_streaming();
+            }
+            Ok(())
+        });
+        self.received_mut().owners = owners;
+        copied
     }
 
     /// The sums that [`Reduction::PerRank`] asks of this rank, by source, then token: for an engine that forms them itself, in
@@ -514,29 +519,46 @@ impl<'m> ExpertBatch<'m> {
         self.moe.check_rows("outputs", outputs, self.len())?;
         let (stride, hidden) = (self.moe.layout.stride, self.moe.config.hidden);
         match self.moe.config.reduction {
-            Reduction::PerExpert => {
-                let rows = outputs.chunks_exact(hidden).enumerate();
-                for (i, output) in rows {
-                    let row = self.output_index(i);
-                    self.received_mut().outputs.slice_mut(row * stride, hidden).copy_from_slice(output);
-                }
-            }
+            Reduction::PerExpert => self.copy_outputs(outputs)?,
             Reduction::PerRank => {
-                self.received_mut().sum_buffer(outputs, hidden, stride);
+                let lanes = self.moe.lanes();
+                self.received_mut().sum_buffer(outputs, hidden, stride, &lanes)?;
                 self.outputs = Outputs::Summed;
             }
         }
         Ok(())
     }
 
-    pub(super) fn publish(&mut self) {
+    /// Copies outputs in the batch's order to where this batch's are.
+    fn copy_outputs<E: Element>(&mut self, outputs: &[E]) -> Result<()> {
+        let (stride, hidden, rows) = (self.moe.layout.stride, self.moe.config.hidden, self.len());
+        if self.outputs == Outputs::AsArrived {
+            for (i, output) in outputs.chunks_exact(hidden).enumerate() {
+                let row = self.output_index(i);
+                self.output(row).copy_from_slice(output);
+            }
+            return Ok(());
+        }
+        let lanes = self.moe.lanes();
+        let cut = lanes.cut(rows, rows * stride);
+        let to = self.received_mut().outputs.divide::<E>(rows, stride, Owners::Blocks(cut.each));
+        lanes.share(cut, &|piece| {
+            let mut to = to.part(piece);
+            for row in cut.range(piece) {
+                to.row_mut(row)[..hidden].copy_from_slice(&outputs[row * hidden..(row + 1) * hidden]);
+            }
+            Ok(())
+        })
+    }
+
+    pub(super) fn publish(&mut self) -> Result<()> {
         let (moe, epoch) = (self.moe, self.epoch);
         let slot = moe.layout.slot(epoch);
         if moe.config.reduction == Reduction::PerRank && self.outputs != Outputs::Summed {
             match moe.config.dtype {
-                DType::F32 => self.sum_outbox::<f32>(),
-                DType::F16 => self.sum_outbox::<f16>(),
-                DType::BF16 => self.sum_outbox::<bf16>(),
+                DType::F32 => self.sum_outbox::<f32>()?,
+                DType::F16 => self.sum_outbox::<f16>()?,
+                DType::BF16 => self.sum_outbox::<bf16>()?,
             }
         }
         let in_order = self.outputs == Outputs::InOrder;
@@ -548,12 +570,13 @@ impl<'m> ExpertBatch<'m> {
         self.end();
         epoch::publish(moe.own.word64(slot.combined), epoch);
         moe.comm.notify_all();
+        Ok(())
     }
 
-    fn sum_outbox<E: Element>(&mut self) {
+    fn sum_outbox<E: Element>(&mut self) -> Result<()> {
         let (stride, hidden) = (self.moe.layout.stride, self.moe.config.hidden);
-        let in_order = self.outputs == Outputs::InOrder;
-        self.received_mut().sum_outbox::<E>(in_order, hidden, stride);
+        let (in_order, lanes) = (self.outputs == Outputs::InOrder, self.moe.lanes());
+        self.received_mut().sum_outbox::<E>(in_order, hidden, stride, &lanes)
     }
 
     /// Gives the lists back without ending the exchange: `dispatch_recv` may be called again.

@@ -18,8 +18,11 @@
 
 mod arrivals;
 mod batch;
+mod combine;
 mod config;
+mod epilogue;
 mod kernels;
+mod lanes;
 mod layout;
 mod placement;
 mod received;
@@ -32,13 +35,16 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 pub use arrivals::Arrivals;
 pub use batch::{BatchRow, ExpertBatch, TokenSum};
-use config::MAX_TOPK;
+use combine::FirstRows;
 pub use config::{MoeConfig, Reduction};
+pub use epilogue::{Epilogue, Residual, RmsNorm};
+use lanes::LaneSet;
+pub use lanes::Lanes;
 use layout::{AREAS, MoeLayout, SLOTS};
 use placement::Placement;
 use received::{Received, SendAreas};
 pub use routing::Routing;
-use routing::{Choice, ListBuilder, NONE};
+use routing::{Choice, ListBuilder};
 
 use crate::comm::Communicator;
 use crate::comm::inner::CommInner;
@@ -46,6 +52,7 @@ use crate::dtype::{Element, ExpertId};
 use crate::error::{Error, Result};
 use crate::fabric;
 use crate::memory::area::{Area, Words};
+use crate::memory::divided::Owners;
 use crate::memory::mapping::Mapping;
 use crate::memory::row::Row;
 use crate::memory::segment::Writers;
@@ -93,16 +100,6 @@ struct State {
     first_rows: FirstRows,
 }
 
-/// Where the peers say that their output rows for this rank begin; kept from exchange to exchange.
-struct FirstRows {
-    /// By expert; with [`Reduction::PerRank`] by rank.
-    first: Vec<u32>,
-    /// Sums taken so far, by rank.
-    taken: Vec<u32>,
-    /// What one peer says, before it is put in its places.
-    copied: Vec<u32>,
-}
-
 /// A handle for the exchanges of one MoE shape over one communicator. Two exchanges may be in flight.
 ///
 /// It may be moved between threads and is used by one at a time.
@@ -143,6 +140,7 @@ pub struct Moe {
     /// Every rank's outbox for the handle.
     peers: Vec<Mapping>,
     state: RefCell<State>,
+    lanes: RefCell<LaneSet>,
 }
 
 /// A dispatch that was sent: what [`Moe::dispatch_recv`] and [`Moe::combine_recv`] need to know of it.
@@ -208,6 +206,42 @@ impl<E> Drop for InputRows<'_, E> {
     }
 }
 
+/// Tells the peers that this rank's input was bad, unless it is forgotten: after an error, or a panic of the threads that
+/// share the copy.
+struct Refusal<'m> {
+    moe: &'m Moe,
+    epoch: u64,
+}
+
+impl Drop for Refusal<'_> {
+    fn drop(&mut self) {
+        self.moe.refuse(self.epoch);
+    }
+}
+
+/// What any thread needs to find rows in the ranks' outboxes.
+#[derive(Clone, Copy)]
+struct Outboxes<'m> {
+    peers: &'m [Mapping],
+    layout: &'m MoeLayout,
+    hidden: usize,
+}
+
+impl<'m> Outboxes<'m> {
+    /// A token of `source`; its index was checked when the lists were taken.
+    fn token<E: Element>(&self, epoch: u64, source: usize, token: usize) -> Row<'m, E> {
+        self.peers[source].row(self.layout.slot(epoch).rows.start + token * self.layout.stride, self.hidden)
+    }
+
+    /// Row `row` of an area (offset, rows); `row` is what the peer says.
+    fn output<E: Element>(&self, rank: usize, (start, rows): (usize, usize), row: usize) -> Result<Row<'m, E>> {
+        if row >= rows {
+            return Err(Error::Corrupt { rank, what: "an output row's index", value: row as u64, limit: rows as u64 });
+        }
+        Ok(self.peers[rank].row(start + row * self.layout.stride, self.hidden))
+    }
+}
+
 impl State {
     /// The exchange that uses `epoch`'s slot.
     fn flight(&mut self, epoch: u64) -> &mut Flight {
@@ -255,15 +289,40 @@ impl Moe {
             }
         });
         let builder = ListBuilder::new(config.experts);
-        let first = vec![0; config.experts.max(comm.world_size)];
-        let first_rows = FirstRows { first, taken: vec![0; comm.world_size], copied: vec![0; config.experts] };
+        let first_rows = FirstRows::new(config.experts, comm.world_size);
         let state = RefCell::new(State { next: 1, flights, builder, first_rows });
-        Ok(Moe { comm, config, layout, placement, own, peers: outboxes.peers, state })
+        let lanes = RefCell::default();
+        Ok(Moe { comm, config, layout, placement, own, peers: outboxes.peers, state, lanes })
     }
 
     /// The configuration.
     pub fn config(&self) -> &MoeConfig {
         &self.config
+    }
+
+    /// From now on shares the copies and sums of each call with `lanes` threads, 1 to 64, where there is enough to share;
+    /// `threads` lends them. With 1, as at first, the calling thread works alone. Results have the same bits for any number.
+    ///
+    /// Shared are the copy of [`dispatch_send`](Self::dispatch_send), [`ExpertBatch::copy_into`] and
+    /// [`ExpertBatch::copy_padded`], what [`combine_send`](Self::combine_send) sums, the copy of
+    /// [`combine_send_from`](Self::combine_send_from), and [`combine_recv`](Self::combine_recv). A panic of `threads` goes on in
+    /// the call.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_lanes(&self, lanes: usize, threads: Arc<dyn Lanes>) -> Result<()> {
+        self.lanes.replace(LaneSet::new(lanes, threads)?);
+        Ok(())
+    }
+
+    /// The lanes, for one call: while its threads run, nothing of the handle is borrowed for them.
+    fn lanes(&self) -> LaneSet {
+        self.lanes.borrow().clone()
+    }
+
+    /// Where rows lie, for any thread.
+    fn outboxes(&self) -> Outboxes<'_> {
+        Outboxes { peers: &self.peers, layout: &self.layout, hidden: self.config.hidden }
     }
 
     /// Elements from one row of [`InputRows::matrix`] or [`ExpertBatch::output_matrix`] to the next: `hidden`, rounded up to
@@ -297,12 +356,23 @@ impl Moe {
         let epoch = self.claim()?;
         self.send(epoch, routing, |count, rows| {
             self.check_rows("tokens", tokens, count)?;
-            let (hidden, stride) = (self.config.hidden, self.layout.stride);
+            self.copy_tokens(tokens, count, rows)
+        })
+    }
+
+    /// Copies the tokens into the outbox.
+    fn copy_tokens<E: Element>(&self, tokens: &[E], count: usize, rows: &mut Area) -> Result<()> {
+        let (hidden, stride, lanes) = (self.config.hidden, self.layout.stride, self.lanes());
+        let cut = lanes.cut(count, count * stride);
+        let rows = rows.divide::<E>(count, stride, Owners::Blocks(cut.each));
+        lanes.share(cut, &|piece| {
+            let (mut part, range) = (rows.part(piece), cut.range(piece));
+            let tokens = &tokens[range.start * hidden..range.end * hidden];
             if hidden * size_of::<E>() == stride {
-                rows.slice_mut(0, tokens.len()).copy_from_slice(tokens);
+                part.rows_mut(range).copy_from_slice(tokens);
             } else {
-                for (i, token) in tokens.chunks_exact(hidden).enumerate() {
-                    rows.slice_mut(i * stride, hidden).copy_from_slice(token);
+                for (i, token) in range.zip(tokens.chunks_exact(hidden)) {
+                    part.row_mut(i)[..hidden].copy_from_slice(token);
                 }
             }
             Ok(())
@@ -374,8 +444,9 @@ impl Moe {
         routing: &Routing<'_, I>,
         fill_rows: impl FnOnce(usize, &mut Area) -> Result<()>,
     ) -> Result<Exchange<'_>> {
-        let sent = self.fill(epoch, routing, fill_rows);
-        sent.inspect_err(|_| self.refuse(epoch))?;
+        let refusal = Refusal { moe: self, epoch };
+        self.fill(epoch, routing, fill_rows)?;
+        std::mem::forget(refusal);
         epoch::publish(self.own.word64(self.layout.dispatched), epoch);
         self.comm.notify_all();
         Ok(Exchange { moe: self, epoch })
@@ -502,8 +573,7 @@ impl Moe {
             let expected = "a batch of the same handle";
             return Err(Error::WrongOrder { call: "combine_send", epoch, expected });
         }
-        batch.publish();
-        Ok(())
+        batch.publish()
     }
 
     /// As [`combine_send`](Self::combine_send), with the outputs in a buffer: `[batch.len(), hidden]` in the batch's order,
@@ -523,119 +593,6 @@ impl Moe {
     pub fn combine_send_sums(&self, mut batch: ExpertBatch<'_>) -> Result<()> {
         batch.take_sums()?;
         self.combine_send(batch)
-    }
-
-    /// Receives the experts' outputs and writes `out[t] = sum over k of weight[t, k] * output[t, k]`, `[T, hidden]`, summed in
-    /// f32 and rounded once. Tokens without experts get zeros. Blocks until the ranks that had tokens of this one have
-    /// published.
-    ///
-    /// # Errors
-    /// [`Error::Shape`], [`Error::DTypeMismatch`], [`Error::WrongOrder`], [`Error::PeerAbandoned`], [`Error::Corrupt`] and what
-    /// waiting can meet. The exchange has ended then.
-    pub fn combine_recv<E: Element>(&self, sent: Exchange<'_>, out: &mut [E]) -> Result<()> {
-        let epoch = self.check_exchange("combine_recv", &sent, Phase::Combined, "combine_recv after combine_send")?;
-        let mut state = self.state.borrow_mut();
-        let State { flights, first_rows, .. } = &mut *state;
-        let flight = &mut flights[(epoch % SLOTS as u64) as usize];
-        self.check_rows("out", out, flight.tokens)?;
-        self.await_outputs(flight, first_rows)?;
-        let hidden = self.config.hidden;
-        for (choices, out) in flight.choices.chunks_exact(self.config.topk).zip(out.chunks_exact_mut(hidden)) {
-            match self.config.reduction {
-                Reduction::PerExpert => self.sum_experts(epoch, first_rows, choices, out)?,
-                Reduction::PerRank => self.sum_ranks(epoch, first_rows, choices, out)?,
-            }
-        }
-        self.comm.counters.exchanges.fetch_add(1, Relaxed);
-        Ok(())
-    }
-
-    /// Waits for every rank that had entries of this one; notes where its output rows for this rank begin.
-    fn await_outputs(&self, flight: &mut Flight, first_rows: &mut FirstRows) -> Result<()> {
-        let (epoch, slot) = (flight.epoch, self.layout.slot(flight.epoch));
-        let starts = flight.lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
-        first_rows.taken.fill(0);
-        for (peer, outbox) in self.peers.iter().enumerate() {
-            let positions = self.placement.starts[peer]..self.placement.starts[peer + 1];
-            if starts[positions.start] == starts[positions.end] {
-                continue;
-            }
-            let word = outbox.word64(slot.combined);
-            let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
-            self.comm.wait(what, || epoch::reached(word, epoch).then_some(()))?;
-            if outbox.word64(slot.abandoned).load(Acquire) == epoch {
-                return Err(Error::PeerAbandoned { rank: peer, epoch });
-            }
-            let at = slot.bases.start + self.comm.rank * self.layout.bases_per_source * 4;
-            match self.config.reduction {
-                Reduction::PerExpert => {
-                    let experts = &self.placement.expert[positions];
-                    let copied = &mut first_rows.copied[..experts.len()];
-                    outbox.row(at, copied.len()).copy_to(copied);
-                    experts.iter().zip(copied).for_each(|(&expert, row)| first_rows.first[expert] = *row);
-                }
-                Reduction::PerRank => outbox.row(at, 1).copy_to(&mut first_rows.first[peer..peer + 1]),
-            }
-        }
-        Ok(())
-    }
-
-    fn sum_experts<E: Element>(
-        &self,
-        epoch: u64,
-        first_rows: &FirstRows,
-        choices: &[Choice],
-        out: &mut [E],
-    ) -> Result<()> {
-        let mut rows = [(Row::from(&[][..]), 0.0); MAX_TOPK];
-        let mut n = 0;
-        for choice in choices.iter().filter(|c| c.expert != NONE) {
-            let rank = self.placement.rank[choice.expert as usize] as usize;
-            let row = first_rows.first[choice.expert as usize] as usize + choice.index as usize;
-            let area = (self.layout.slot(epoch).outputs.start, self.layout.output_rows);
-            rows[n] = (self.peer_row(rank, area, row)?, choice.weight);
-            n += 1;
-        }
-        kernels::weighted_sum(&rows[..n], out);
-        Ok(())
-    }
-
-    /// One row per rank, ascending. Each rank's sums are those of the tokens that have entries there, in order.
-    fn sum_ranks<E: Element>(
-        &self,
-        epoch: u64,
-        first_rows: &mut FirstRows,
-        choices: &[Choice],
-        out: &mut [E],
-    ) -> Result<()> {
-        let mut ranks = [0; MAX_TOPK];
-        let mut n = 0;
-        for choice in choices.iter().filter(|c| c.expert != NONE) {
-            let rank = self.placement.rank[choice.expert as usize];
-            if !ranks[..n].contains(&rank) {
-                ranks[n] = rank;
-                n += 1;
-            }
-        }
-        ranks[..n].sort_unstable();
-        let mut rows = [(Row::from(&[][..]), 1.0); MAX_TOPK];
-        for (row, &rank) in rows.iter_mut().zip(&ranks[..n]) {
-            let taken = &mut first_rows.taken[rank as usize];
-            let at = first_rows.first[rank as usize] as usize + *taken as usize;
-            *taken += 1;
-            let area = (self.layout.slot(epoch).sums.start, self.layout.sum_rows);
-            row.0 = self.peer_row(rank as usize, area, at)?;
-        }
-        kernels::weighted_sum(&rows[..n], out);
-        Ok(())
-    }
-
-    /// Row `row` of an area (offset, rows) of a peer's outbox; `row` is what the peer says.
-    fn peer_row<E: Element>(&self, rank: usize, (start, rows): (usize, usize), row: usize) -> Result<Row<'_, E>> {
-        if row >= rows {
-            return Err(Error::Corrupt { rank, what: "an output row's index", value: row as u64, limit: rows as u64 });
-        }
-        Ok(self.peers[rank].row(start + row * self.layout.stride, self.config.hidden))
     }
 
     fn check_exchange(

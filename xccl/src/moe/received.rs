@@ -2,9 +2,12 @@
 
 use super::config::MAX_TOPK;
 use super::kernels;
+use super::lanes::{Cut, LaneSet};
 use super::layout::{AREAS, Entry, MoeLayout, SlotLayout};
 use crate::dtype::Element;
+use crate::error::Result;
 use crate::memory::area::Area;
+use crate::memory::divided::Owners;
 use crate::memory::row::Row;
 
 /// Lists copied out of the senders' memory and checked; kept from exchange to exchange.
@@ -23,6 +26,10 @@ pub(super) struct Received {
     pub(super) offsets: Vec<u32>,
     /// `[source][local expert]`: rows of the batch before those.
     runs: Vec<u32>,
+    /// Per local expert: where its rows begin in a layout that they are copied to.
+    pub(super) places: Vec<usize>,
+    /// Per row of such a layout: the piece of the work that copies it.
+    pub(super) owners: Vec<u16>,
     /// How many of `entries` count.
     pub(super) len: usize,
     /// The same entries by source and token, made when somebody needs them.
@@ -77,6 +84,8 @@ impl Received {
             counts: vec![0; local],
             offsets: vec![0; local + 1],
             runs: vec![0; local * world_size],
+            places: vec![0; local],
+            owners: vec![],
             len: 0,
             by_token: ByToken::default(),
             outputs,
@@ -186,18 +195,54 @@ impl Received {
     }
 
     /// Forms each token's weighted sum over this rank's experts, in ascending order, from outputs in the batch's order.
-    pub(super) fn sum_buffer<E: Element>(&mut self, outputs: &[E], hidden: usize, stride: usize) {
+    pub(super) fn sum_buffer<E: Element>(
+        &mut self,
+        outputs: &[E],
+        hidden: usize,
+        stride: usize,
+        lanes: &LaneSet,
+    ) -> Result<()> {
         self.index_tokens();
         let Received { by_token, entries, sums, .. } = self;
-        by_token.sum(entries, sums, hidden, stride, |_, row| Row::from(&outputs[row * hidden..(row + 1) * hidden]));
+        let output = |_, row| Row::from(&outputs[row * hidden..(row + 1) * hidden]);
+        by_token.sum(entries, sums, hidden, stride, output, lanes)
     }
 
     /// As [`sum_buffer`](Self::sum_buffer), from the outputs in the outbox, in the batch's order or in that of the entries.
-    pub(super) fn sum_outbox<E: Element>(&mut self, in_order: bool, hidden: usize, stride: usize) {
+    pub(super) fn sum_outbox<E: Element>(
+        &mut self,
+        in_order: bool,
+        hidden: usize,
+        stride: usize,
+        lanes: &LaneSet,
+    ) -> Result<()> {
         self.index_tokens();
         let Received { by_token, entries, outputs, sums, .. } = self;
+        let outputs = &*outputs;
         let output = |entry, row| outputs.row::<E>(if in_order { row } else { entry } * stride, hidden);
-        by_token.sum(entries, sums, hidden, stride, output);
+        by_token.sum(entries, sums, hidden, stride, output, lanes)
+    }
+
+    /// Where the rows of a token go in the layout whose experts begin at `places`: after [`index_tokens`](Self::index_tokens).
+    pub(super) fn places_of(&self, span: &Span) -> impl Iterator<Item = usize> + '_ {
+        let mut expert = 0;
+        self.entries_at(span).iter().map(move |&entry| {
+            let row = self.row_of(entry);
+            while self.offsets[expert + 1] <= row {
+                expert += 1;
+            }
+            self.places[expert] + (row - self.offsets[expert]) as usize
+        })
+    }
+
+    /// Lists for each of `rows` rows of that layout the piece of the tokens that it belongs to.
+    pub(super) fn list_owners(&self, cut: &Cut, rows: usize, owners: &mut Vec<u16>) {
+        owners.clear();
+        owners.resize(rows, u16::MAX);
+        for piece in 0..cut.pieces {
+            let places = self.tokens()[cut.range(piece)].iter().flat_map(|span| self.places_of(span));
+            places.for_each(|place| owners[place] = piece as u16);
+        }
     }
 
     /// The tokens that have entries here, by source, then token: after [`index_tokens`](Self::index_tokens).
@@ -224,17 +269,28 @@ impl ByToken {
         sums: &mut Area,
         hidden: usize,
         stride: usize,
-        output: impl Fn(usize, usize) -> Row<'o, E>,
-    ) {
-        let mut rows = Vec::with_capacity(MAX_TOPK);
-        for (i, span) in self.tokens.iter().enumerate() {
-            rows.clear();
-            rows.extend(self.entries[span.first as usize..span.end as usize].iter().map(|&entry| {
-                let entry = entry as usize;
-                (output(entry, self.rows[entry] as usize), entries[entry].weight)
-            }));
-            kernels::weighted_sum(&rows, sums.slice_mut(i * stride, hidden));
-        }
+        output: impl Fn(usize, usize) -> Row<'o, E> + Sync,
+        lanes: &LaneSet,
+    ) -> Result<()> {
+        // The bytes that are read: what is shared is the time they take.
+        let cut = lanes.cut(self.tokens.len(), self.entries.len() * stride);
+        let sums = sums.divide::<E>(self.tokens.len(), stride, Owners::Blocks(cut.each));
+        lanes.share(cut, &|piece| {
+            let mut sums = sums.part(piece);
+            let mut terms = [(Row::from(&[][..]), 0.0); MAX_TOPK];
+            for i in cut.range(piece) {
+                let Span { first, end, .. } = self.tokens[i];
+                let named = &self.entries[first as usize..end as usize];
+                // Only a broken peer names more for one of its tokens.
+                let named = &named[..named.len().min(MAX_TOPK)];
+                for (term, &entry) in terms.iter_mut().zip(named) {
+                    let entry = entry as usize;
+                    *term = (output(entry, self.rows[entry] as usize), entries[entry].weight);
+                }
+                kernels::weighted_sum(&terms[..named.len()], &mut sums.row_mut(i)[..hidden]);
+            }
+            Ok(())
+        })
     }
 
     fn fill(&mut self, received: &Received) {

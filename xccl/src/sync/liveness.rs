@@ -21,16 +21,25 @@ impl Liveness {
         Liveness { pidfds }
     }
 
-    /// The ranks whose processes have ended.
-    pub(crate) fn dead(&self) -> Vec<usize> {
-        let mut fds: Vec<_> = self.pidfds.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
-        if fds.is_empty() || poll(&mut fds, PollTimeout::ZERO).unwrap_or(0) == 0 {
-            return vec![];
-        }
-        let ended = |fd: &PollFd| fd.revents().is_some_and(|r| !r.is_empty());
-        self.pidfds.iter().zip(&fds).filter(|(_, fd)| ended(fd)).map(|((rank, _), _)| *rank).collect()
+    /// The first of the ranks whose processes have ended that `counts`. Allocates nothing: a wait may look often.
+    pub(crate) fn first_dead(&self, counts: impl Fn(usize) -> bool) -> Option<usize> {
+        self.pidfds.chunks(AT_ONCE).find_map(|watched| {
+            let mut fds: [_; AT_ONCE] = std::array::from_fn(|i| {
+                let (_, fd) = &watched[i.min(watched.len() - 1)];
+                PollFd::new(fd.as_fd(), PollFlags::POLLIN)
+            });
+            let fds = &mut fds[..watched.len()];
+            if poll(fds, PollTimeout::ZERO).unwrap_or(0) == 0 {
+                return None;
+            }
+            let ended = |fd: &PollFd| fd.revents().is_some_and(|r| !r.is_empty());
+            watched.iter().zip(&*fds).find(|((rank, _), fd)| ended(fd) && counts(*rank)).map(|((rank, _), _)| *rank)
+        })
     }
 }
+
+/// Descriptors that one system call looks at.
+const AT_ONCE: usize = 64;
 
 fn pidfd_open(pid: u32) -> Option<OwnedFd> {
     // SAFETY: the call takes two numbers and touches no memory.

@@ -6,7 +6,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use loom::thread;
 
-use super::{bell, epoch, ring};
+use super::{bell, epoch, pieces, ring};
 
 /// Two buffers in turn; the reader's own word frees a buffer for the epoch after next.
 #[test]
@@ -136,5 +136,41 @@ fn loom_a_sleeper_waits_for_one_of_two_publishers() {
         for publisher in publishers {
             publisher.join().unwrap();
         }
+    });
+}
+
+/// The threads are not waited for, as by a runner that returns too early: the caller still finds every piece done, once.
+#[test]
+fn loom_each_piece_is_done_once_and_seen_by_the_caller() {
+    const PIECES: usize = 3;
+    loom::model(|| {
+        struct Shared {
+            pieces: pieces::Pieces,
+            rows: [loom::cell::UnsafeCell<u64>; PIECES],
+        }
+        let shared = Arc::new(Shared {
+            pieces: pieces::Pieces::new(PIECES),
+            rows: std::array::from_fn(|_| loom::cell::UnsafeCell::new(0)),
+        });
+        let take_part = |shared: &Shared| {
+            while let Some(piece) = shared.pieces.take() {
+                // SAFETY: loom's cell itself checks that no access is concurrent.
+                shared.rows[piece].with_mut(|row| unsafe { *row += 1 });
+                shared.pieces.finish();
+            }
+        };
+        let lane = {
+            let shared = shared.clone();
+            thread::spawn(move || take_part(&shared))
+        };
+        take_part(&shared);
+        while !shared.pieces.all_finished() {
+            thread::yield_now();
+        }
+        for row in &shared.rows {
+            // SAFETY: as above.
+            assert_eq!(row.with(|row| unsafe { *row }), 1);
+        }
+        lane.join().unwrap();
     });
 }

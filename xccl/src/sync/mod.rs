@@ -7,6 +7,7 @@ pub(crate) mod bell;
 pub(crate) mod epoch;
 #[cfg(not(loom))]
 pub(crate) mod liveness;
+pub(crate) mod pieces;
 #[cfg(not(loom))]
 pub(crate) mod progress;
 pub(crate) mod ring;

@@ -1,0 +1,240 @@
+//! The source's side of a combine: what the experts' ranks have published is read once and summed.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+
+use super::config::MAX_TOPK;
+use super::epilogue::{Epilogue, Steps};
+use super::placement::Placement;
+use super::routing::{Choice, NONE};
+use super::{Exchange, Flight, Moe, Outboxes, Phase, Reduction, SLOTS, State, kernels};
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::memory::divided::{Divided, Owners};
+use crate::memory::row::Row;
+use crate::sync::epoch;
+use crate::sync::progress::{Operation, Waiting};
+
+/// Where the peers say that their output rows for this rank begin; kept from exchange to exchange.
+pub(super) struct FirstRows {
+    /// By expert; with [`Reduction::PerRank`] by rank.
+    first: Vec<u32>,
+    /// Sums taken before each piece, `[piece, rank]`.
+    taken: Vec<u32>,
+    /// What one peer says, before it is put in its places.
+    copied: Vec<u32>,
+    world_size: usize,
+}
+
+impl FirstRows {
+    pub(super) fn new(experts: usize, world_size: usize) -> Self {
+        FirstRows { first: vec![0; experts.max(world_size)], taken: vec![], copied: vec![0; experts], world_size }
+    }
+
+    /// Notes where in each rank's sums the pieces begin, each of `choices` choices: those of a token stand together.
+    fn count_sums(&mut self, placement: &Placement, all: &[Choice], topk: usize, choices: usize, pieces: usize) {
+        self.taken.clear();
+        self.taken.resize(pieces * self.world_size, 0);
+        for (i, piece) in all.chunks(choices.max(1)).take(pieces - 1).enumerate() {
+            let (before, after) = self.taken[i * self.world_size..].split_at_mut(self.world_size);
+            let after = &mut after[..self.world_size];
+            after.copy_from_slice(before);
+            for choices in piece.chunks_exact(topk) {
+                Ranks::of(choices, placement).get().iter().for_each(|&rank| after[rank as usize] += 1);
+            }
+        }
+    }
+}
+
+/// The ranks that hold experts of one token, ascending.
+struct Ranks {
+    ranks: [u32; MAX_TOPK],
+    n: usize,
+}
+
+impl Ranks {
+    fn of(choices: &[Choice], placement: &Placement) -> Self {
+        let (mut ranks, mut n) = ([0; MAX_TOPK], 0);
+        for choice in choices.iter().filter(|c| c.expert != NONE) {
+            let rank = placement.rank[choice.expert as usize];
+            if !ranks[..n].contains(&rank) {
+                ranks[n] = rank;
+                n += 1;
+            }
+        }
+        ranks[..n].sort_unstable();
+        Ranks { ranks, n }
+    }
+
+    fn get(&self) -> &[u32] {
+        &self.ranks[..self.n]
+    }
+}
+
+impl Moe {
+    /// Receives the experts' outputs and writes `out[t] = sum over k of weight[t, k] * output[t, k]`, `[T, hidden]`, summed in
+    /// f32 and rounded once. Tokens without experts get zeros. Blocks until the ranks that had tokens of this one have
+    /// published.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DTypeMismatch`], [`Error::WrongOrder`], [`Error::PeerAbandoned`], [`Error::Corrupt`] and what
+    /// waiting can meet. The exchange has ended then.
+    pub fn combine_recv<E: Element>(&self, sent: Exchange<'_>, out: &mut [E]) -> Result<()> {
+        self.combine_recv_with(sent, out, Epilogue::default())
+    }
+
+    /// As [`combine_recv`](Self::combine_recv), and adds a bias and residual rows before the sums are rounded, and norms what it
+    /// has written, all while a row is in registers and caches: [`Epilogue`] has the formula.
+    ///
+    /// # Errors
+    /// As [`combine_recv`](Self::combine_recv); [`Error::Config`] for an `eps` that is none.
+    pub fn combine_recv_with<E: Element>(
+        &self,
+        sent: Exchange<'_>,
+        out: &mut [E],
+        epilogue: Epilogue<'_, E>,
+    ) -> Result<()> {
+        let epoch = self.check_exchange("combine_recv", &sent, Phase::Combined, "combine_recv after combine_send")?;
+        let mut state = self.state.borrow_mut();
+        let State { flights, first_rows, .. } = &mut *state;
+        let flight = &mut flights[(epoch % SLOTS as u64) as usize];
+        let (tokens, topk, hidden) = (flight.tokens, self.config.topk, self.config.hidden);
+        self.check_rows("out", out, tokens)?;
+        let lanes = self.lanes();
+        // The bytes that are read: what is shared is the time they take.
+        let cut = lanes.cut(tokens, flight.choices.len() * self.layout.stride);
+        let owners = Owners::Blocks(cut.each);
+        let steps = epilogue.check(tokens, hidden, owners)?;
+        self.await_outputs(flight, first_rows)?;
+        if self.config.reduction == Reduction::PerRank {
+            first_rows.count_sums(&self.placement, &flight.choices, topk, cut.each * topk, cut.pieces);
+        }
+        let combine = Combine {
+            outboxes: self.outboxes(),
+            placement: &self.placement,
+            epoch,
+            reduction: self.config.reduction,
+            topk,
+            choices: &flight.choices,
+            first: &first_rows.first,
+            steps,
+            out: Divided::new(out, hidden, owners),
+        };
+        let taken = Divided::new(&mut first_rows.taken, self.comm.world_size, Owners::Blocks(1));
+        lanes.share(cut, &|piece| {
+            let mut part = taken.part(piece);
+            let taken = match combine.reduction {
+                Reduction::PerExpert => &mut [][..],
+                Reduction::PerRank => part.row_mut(piece),
+            };
+            combine.tokens(piece, cut.range(piece), taken)
+        })?;
+        self.comm.counters.exchanges.fetch_add(1, Relaxed);
+        Ok(())
+    }
+
+    /// Waits for every rank that had entries of this one; notes where its output rows for this rank begin.
+    fn await_outputs(&self, flight: &mut Flight, first_rows: &mut FirstRows) -> Result<()> {
+        let (epoch, slot) = (flight.epoch, self.layout.slot(flight.epoch));
+        let starts = flight.lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
+        for (peer, outbox) in self.peers.iter().enumerate() {
+            let positions = self.placement.starts[peer]..self.placement.starts[peer + 1];
+            if starts[positions.start] == starts[positions.end] {
+                continue;
+            }
+            let word = outbox.word64(slot.combined);
+            let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
+            self.comm.wait(what, || epoch::reached(word, epoch).then_some(()))?;
+            if outbox.word64(slot.abandoned).load(Acquire) == epoch {
+                return Err(Error::PeerAbandoned { rank: peer, epoch });
+            }
+            let at = slot.bases.start + self.comm.rank * self.layout.bases_per_source * 4;
+            match self.config.reduction {
+                Reduction::PerExpert => {
+                    let experts = &self.placement.expert[positions];
+                    let copied = &mut first_rows.copied[..experts.len()];
+                    outbox.row(at, copied.len()).copy_to(copied);
+                    experts.iter().zip(copied).for_each(|(&expert, row)| first_rows.first[expert] = *row);
+                }
+                Reduction::PerRank => outbox.row(at, 1).copy_to(&mut first_rows.first[peer..peer + 1]),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rows of one token, with their factors: its experts' outputs, bias and residual.
+type Terms<'a, E> = [(Row<'a, E>, f32); MAX_TOPK + 2];
+
+/// A combine whose outputs are all there, for any thread.
+struct Combine<'a, E> {
+    outboxes: Outboxes<'a>,
+    placement: &'a Placement,
+    epoch: u64,
+    reduction: Reduction,
+    topk: usize,
+    choices: &'a [Choice],
+    /// As in [`FirstRows`].
+    first: &'a [u32],
+    steps: Steps<'a, E>,
+    out: Divided<'a, E>,
+}
+
+impl<E: Element> Combine<'_, E> {
+    /// Sums a piece's tokens; `taken` says by rank how many sums the earlier ones have taken.
+    fn tokens(&self, piece: usize, tokens: std::ops::Range<usize>, taken: &mut [u32]) -> Result<()> {
+        let Combine { topk, steps, .. } = self;
+        let hidden = self.outboxes.hidden;
+        let mut out = self.out.part(piece);
+        let mut normed = steps.norm.as_ref().map(|norm| (norm, norm.out.part(piece)));
+        let mut terms: Terms<'_, E> = [(Row::from(&[][..]), 1.0); MAX_TOPK + 2];
+        for token in tokens {
+            let choices = &self.choices[token * topk..(token + 1) * topk];
+            let mut n = match self.reduction {
+                Reduction::PerExpert => self.experts(choices, &mut terms)?,
+                Reduction::PerRank => self.ranks(choices, taken, &mut terms)?,
+            };
+            let residual = steps.residual.map(|rows| &rows[token * hidden..(token + 1) * hidden]);
+            for row in [steps.bias, residual].into_iter().flatten() {
+                terms[n] = (Row::from(row), 1.0);
+                n += 1;
+            }
+            let out = out.row_mut(token);
+            match steps.in_place {
+                false => kernels::weighted_sum(&terms[..n], out),
+                true => kernels::weighted_sum_onto(&terms[..n], out),
+            }
+            if let Some((norm, rows)) = &mut normed {
+                kernels::rms_norm(out, norm.weight, norm.eps, rows.row_mut(token));
+            }
+        }
+        Ok(())
+    }
+
+    /// One row per expert, in the order in which the token names them.
+    fn experts<'t>(&'t self, choices: &[Choice], terms: &mut Terms<'t, E>) -> Result<usize> {
+        let mut n = 0;
+        for choice in choices.iter().filter(|c| c.expert != NONE) {
+            let rank = self.placement.rank[choice.expert as usize] as usize;
+            let row = self.first[choice.expert as usize] as usize + choice.index as usize;
+            let layout = self.outboxes.layout;
+            let area = (layout.slot(self.epoch).outputs.start, layout.output_rows);
+            terms[n] = (self.outboxes.output(rank, area, row)?, choice.weight);
+            n += 1;
+        }
+        Ok(n)
+    }
+
+    /// One row per rank, ascending. Each rank's sums are those of the tokens that have entries there, in order.
+    fn ranks<'t>(&'t self, choices: &[Choice], taken: &mut [u32], terms: &mut Terms<'t, E>) -> Result<usize> {
+        let ranks = Ranks::of(choices, self.placement);
+        for (term, &rank) in terms.iter_mut().zip(ranks.get()) {
+            let taken = &mut taken[rank as usize];
+            let row = self.first[rank as usize] as usize + *taken as usize;
+            *taken += 1;
+            let layout = self.outboxes.layout;
+            let area = (layout.slot(self.epoch).sums.start, layout.sum_rows);
+            *term = (self.outboxes.output(rank as usize, area, row)?, 1.0);
+        }
+        Ok(ranks.n)
+    }
+}
