@@ -41,6 +41,9 @@
 /** What a batch for kernels starts from. */
 #define XCCL_DEVICE_BATCH_INITIALIZER { sizeof(xcclDeviceBatch_t), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0 }
 
+/** What an epilogue starts from: nothing is added, no norm. */
+#define XCCL_MOE_EPILOGUE_INITIALIZER { sizeof(xcclMoeEpilogue_t), NULL, NULL, NULL, NULL, 0 }
+
 /** For the outputs of xcclMoeCombineSend: they were written to the rows' outputs. */
 #define XCCL_IN_PLACE ((const void *)1)
 
@@ -466,6 +469,44 @@ typedef struct {
 } xcclDeviceBatch_t;
 
 /**
+ * What xcclMoeCombineRecvWith does with the sum s[t] of each token, over k from 0 on in f32:
+ *
+ * - out[t] = round(s[t] + bias + residual[t]), added in this order in f32 and rounded once;
+ * - normed[t] = round((out[t] * r) * norm_weight), r = 1 / sqrt(sum of out[t][i]^2 / hidden + eps), in f32 without fused
+ *   multiplications. The norm is that of the rounded out[t], so a pass of its own over out gives the same bits. The squares are
+ *   summed in a fixed order: 64 sums, the i-th of the elements i, i + 64, ..., of which the upper half is added to the lower one
+ *   until one is left; the result is the same on every processor.
+ *
+ * Set it to XCCL_MOE_EPILOGUE_INITIALIZER, then its fields. Elements are of the handle's type.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclMoeEpilogue_t).
+   */
+  size_t size;
+  /**
+   * [hidden]; null: none.
+   */
+  const void *bias;
+  /**
+   * [num_tokens, hidden], or the same memory as out, which the sums are then added to; null: none.
+   */
+  const void *residual;
+  /**
+   * [hidden]; null: no norm.
+   */
+  const void *norm_weight;
+  /**
+   * [num_tokens, hidden], where the normed rows go; not looked at without norm_weight.
+   */
+  void *normed;
+  /**
+   * Added to the mean of the squares: finite, 0 or more.
+   */
+  float eps;
+} xcclMoeEpilogue_t;
+
+/**
  * The tokens of one exchange. Set it to XCCL_MOE_INPUT_INITIALIZER, then its fields. It may be used again, also with other
  * tokens: a routing serves as many exchanges as you like.
  */
@@ -578,6 +619,17 @@ typedef struct {
    */
   uint32_t reserved;
 } xcclMoeSum_t;
+
+/**
+ * One lane's part of a call: call it with the state that xcclRunLanes_t was given and the number of the lane.
+ */
+typedef void (*xcclLaneWork_t)(void *state, size_t lane);
+
+/**
+ * Lends threads: calls work(state, i) for each i in 0 to lanes - 1, on any threads, and returns when all of these calls have.
+ * Calls that are left out, or come twice or late, cost time and nothing else. It must not use the MoE handle, nor throw.
+ */
+typedef void (*xcclRunLanes_t)(void *context, size_t lanes, xcclLaneWork_t work, void *state);
 
 /**
  * No request.
@@ -832,6 +884,16 @@ xcclResult_t xcclMoeOutbox(int rank,
 /* ---- Experts: an exchange in four halves ----------------------------------------------------------------------- */
 
 /**
+ * As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
+ * while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
+ * for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing.
+ */
+xcclResult_t xcclMoeCombineRecvWith(xcclExchange_t exchange,
+                                    void *out,
+                                    const xcclMoeEpilogue_t *epilogue,
+                                    xcclMoe_t moe);
+
+/**
  * Gives the rows that the next exchange's tokens lie in: [num_tokens, *row_bytes], of which hidden elements of each row count,
  * aligned to 64 bytes, with what an earlier exchange left there. Compute the tokens there, then call xcclMoeDispatchSend with
  * tokens null and this num_tokens: nothing is copied. Rows that were given before and not sent are taken back. Blocks as
@@ -984,6 +1046,18 @@ xcclResult_t xcclMoeDispatch(const void *tokens,
 xcclResult_t xcclMoeCombine(const void *expert_outputs,
                             void *out,
                             xcclMoe_t moe);
+
+/**
+ * From now on shares the copies and sums of each call with `lanes` threads of the program, 1 to 64, where there is enough to
+ * share: those of xcclMoeDispatchSend, xcclMoeDispatch, xcclMoeCopyExpertMajor, xcclMoeCopyPadded, xcclMoeCombineSend,
+ * xcclMoeCombineRecv, xcclMoeCombineRecvWith and xcclMoeCombine. run lends the threads; it is called with context by the thread
+ * that is in the call. Results have the same bits for any number of lanes. XCCL starts no threads itself. run and context must
+ * be good until they are replaced or the handle is destroyed; with run null, as at first, the calling thread works alone.
+ */
+xcclResult_t xcclMoeSetLanes(size_t lanes,
+                             xcclRunLanes_t run,
+                             void *context,
+                             xcclMoe_t moe);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -248,6 +248,22 @@ struct MoeInput : xcclMoeInput_t {
   }
 };
 
+/** What is done with the sums of a combine: nothing, until a field is set. */
+struct MoeEpilogue : xcclMoeEpilogue_t {
+  MoeEpilogue() : xcclMoeEpilogue_t XCCL_MOE_EPILOGUE_INITIALIZER {}
+};
+
+/** One lane's part of a call, for the threads that share it: xcclLaneWork_t. */
+class LaneWork {
+ public:
+  LaneWork(xcclLaneWork_t work, void *state) noexcept : work_(work), state_(state) {}
+  void operator()(std::size_t lane) const noexcept { work_(state_, lane); }
+
+ private:
+  xcclLaneWork_t work_;
+  void *state_;
+};
+
 /** What arrived for this rank's experts: a view of the handle's memory, good until the exchange is combined. */
 class Batch {
  public:
@@ -464,13 +480,17 @@ class basic_exchange {
     return P::give(xcclMoeCombineSend(number(), outputs, moe()), [] {});
   }
   /** xcclMoeCombineRecv. */
-  result<void> combine_recv(void *out) {
-    xcclResult_t code = xcclMoeCombineRecv(number(), out, moe());
-    if (code != xcclInvalidArgument && code != xcclInvalidUsage) held_.finish();
-    return P::give(code, [] {});
+  result<void> combine_recv(void *out) { return received(xcclMoeCombineRecv(number(), out, moe())); }
+  /** xcclMoeCombineRecvWith. */
+  result<void> combine_recv(void *out, const xcclMoeEpilogue_t &epilogue) {
+    return received(xcclMoeCombineRecvWith(number(), out, &epilogue, moe()));
   }
 
  private:
+  result<void> received(xcclResult_t code) {
+    if (code != xcclInvalidArgument && code != xcclInvalidUsage) held_.finish();
+    return P::give(code, [] {});
+  }
   xcclMoe_t moe() const noexcept { return held_.owner(); }
   detail::part<xcclExchange_t, xcclMoe_t, xcclMoeGiveUp> held_;
 };
@@ -499,6 +519,21 @@ class basic_moe {
   result<std::size_t> local_experts() const {
     std::size_t local = 0;
     return P::give(xcclMoeLocalExperts(get(), &local), [&] { return local; });
+  }
+  /** xcclMoeSetLanes. */
+  result<void> set_lanes(std::size_t lanes, xcclRunLanes_t run, void *context) {
+    return P::give(xcclMoeSetLanes(lanes, run, context, get()), [] {});
+  }
+  /**
+   * xcclMoeSetLanes with runner(lanes, work), which calls work(i) for each i below lanes and returns when all of these calls
+   * have. The runner must outlive the handle or be replaced; an exception that leaves it ends the program.
+   */
+  template <class Runner>
+  result<void> set_lanes(std::size_t lanes, Runner &runner) {
+    const auto run = [](void *context, std::size_t lanes, xcclLaneWork_t work, void *state) noexcept {
+      (*static_cast<Runner *>(context))(lanes, LaneWork(work, state));
+    };
+    return set_lanes(lanes, run, static_cast<void *>(&runner));
   }
   /** xcclMoeInputRows. */
   result<InputRows> input_rows(std::size_t num_tokens) {

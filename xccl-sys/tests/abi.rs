@@ -41,7 +41,8 @@ fn program(header: &str) -> String {
         }
     }
     for part in header.split("typedef ").skip(1) {
-        let Some((head, body)) = part.split_once('{') else { continue };
+        // Opaque structs and pointers to functions have nothing that could move.
+        let Some((head, body)) = part.split_once('{').filter(|(head, _)| !head.contains(';')) else { continue };
         let (body, tail) = body.split_once('}').expect("a type's end");
         let name = tail.split(';').next().unwrap_or_default().trim();
         print(format!("size {name}"), &format!("sizeof({name})"));

@@ -1,7 +1,9 @@
 // Uses every member of xccl.hpp: in the throwing style where there are exceptions, and in the returning one.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "xccl.hpp"
@@ -148,6 +150,42 @@ void exchanges(Moe &moe, int rank, int ranks) {
   TAKE_VOID(exchange.combine_send(XCCL_SUMMED));
   TAKE_VOID(exchange.combine_recv(out.data()));
   check();
+
+  // On two threads, with all that can be done with the sums: twice the token, for the weights of a token make 1.
+  auto threads = [](std::size_t lanes, xccl::LaneWork work) {
+    std::vector<std::thread> started;
+    for (std::size_t i = 0; i < lanes; i++) started.emplace_back(work, i);
+    for (auto &thread : started) thread.join();
+  };
+  TAKE_VOID(moe.set_lanes(2, threads));
+  exchange = take(moe.dispatch_send(xccl::MoeInput(tokens.data(), kTokens, ids.data(), weights.data())));
+  batch = take(exchange.dispatch_recv());
+  TAKE_VOID(exchange.copy_expert_major(rows.data(), 2 * most, 1));
+  for (auto &x : rows) x *= 2;
+  TAKE_VOID(exchange.combine_send(rows.data()));
+  std::vector<float> bias(kHidden, 3), stream(out.size(), 5), normed(out.size());
+  xccl::MoeEpilogue epilogue;
+  epilogue.bias = bias.data();
+  epilogue.residual = stream.data();
+  epilogue.norm_weight = bias.data();
+  epilogue.normed = stream.data();
+  epilogue.eps = 1e-6f;
+  if constexpr (std::is_same_v<decltype(exchange), xccl::expected::Exchange>) {
+    auto overlapping = exchange.combine_recv(stream.data(), epilogue);
+    EXPECT(!overlapping && std::strstr(overlapping.error().what(), "out overlaps epilogue->normed"));
+  }
+  epilogue.normed = normed.data();
+  TAKE_VOID(exchange.combine_recv(stream.data(), epilogue));
+  for (std::size_t i = 0; i < stream.size(); i++) EXPECT(stream[i] == out[i] + 3 + 5);
+  for (std::size_t t = 0; t < kTokens; t++) {
+    double squares = 0;
+    for (std::size_t c = 0; c < kHidden; c++) squares += stream[t * kHidden + c] * stream[t * kHidden + c];
+    for (std::size_t c = 0; c < kHidden; c++) {
+      const double expected = 3 * stream[t * kHidden + c] / std::sqrt(squares / kHidden + 1e-6);
+      EXPECT(std::fabs(normed[t * kHidden + c] - expected) < 1e-5);
+    }
+  }
+  TAKE_VOID(moe.set_lanes(0, nullptr, nullptr));
 
   // Joined.
   std::vector<std::uint32_t> counts(local);

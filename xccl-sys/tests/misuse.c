@@ -137,6 +137,24 @@ static xcclMoeInput_t any_input(void) {
   return input;
 }
 
+static xcclMoeEpilogue_t any_epilogue(void) {
+  static float rows[TOKENS * HIDDEN], normed[TOKENS * HIDDEN];
+  xcclMoeEpilogue_t epilogue = XCCL_MOE_EPILOGUE_INITIALIZER;
+  epilogue.size = struct_size(sizeof epilogue);
+  epilogue.bias = draw(2) ? NULL : rows;
+  epilogue.residual = draw(2) ? NULL : draw(2) ? memory : (void *)rows; /* memory is out */
+  epilogue.norm_weight = draw(2) ? NULL : rows;
+  epilogue.normed = is_bad() ? NULL : is_bad() ? rows + 1 : normed;
+  epilogue.eps = is_bad() ? -1.0f : 1e-6f;
+  return epilogue;
+}
+/* Leaves lanes out, and does others twice. */
+static void lanes(void *context, size_t n, xcclLaneWork_t work, void *state) {
+  size_t i;
+  (void)context;
+  for (i = 0; i < n; i++) work(state, draw((unsigned)n + 1));
+}
+
 #define ONE(name, ...)                        \
   case __COUNTER__:                           \
     function = #name;                         \
@@ -159,6 +177,7 @@ static void call(void) {
   xcclConfig_t config = any_config();
   xcclMoeConfig_t shape = any_shape();
   xcclMoeInput_t input = any_input();
+  xcclMoeEpilogue_t epilogue = any_epilogue();
   xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
   xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
   xcclStatistics_t statistics = XCCL_STATISTICS_INITIALIZER;
@@ -223,6 +242,8 @@ static void call(void) {
     ONE(xcclMoeSums, exchange(), is_bad() ? NULL : &sums, size_out, any_moe());
     ONE(xcclMoeCombineSend, exchange(), is_bad() ? NULL : is_bad() ? XCCL_SUMMED : is_bad() ? memory : XCCL_IN_PLACE, any_moe());
     ONE(xcclMoeCombineRecv, exchange(), data(), any_moe());
+    ONE(xcclMoeCombineRecvWith, exchange(), data(), is_bad() ? NULL : &epilogue, any_moe());
+    ONE(xcclMoeSetLanes, (size_t)PICK(0, 1, 2, 64, 65, -1), is_bad() ? NULL : lanes, NULL, any_moe());
     ONE(xcclMoeGiveUp, exchange(), any_moe());
     ONE(xcclMoeDispatch, data(), (size_t)PICK(0, 1, TOKENS, TOKENS + 1, -1), is_bad() ? NULL : (const int32_t *)(void *)nothing,
         is_bad() ? NULL : (const float *)(void *)nothing, data(), (size_t)PICK(0, 1, 64, -1), (uint32_t *)out(memory),
@@ -290,6 +311,7 @@ static void health(void) {
 /* The halves in every wrong order, each with its answer. One rank. */
 static void wrong_orders(void) {
   xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
+  xcclMoeEpilogue_t epilogue = XCCL_MOE_EPILOGUE_INITIALIZER;
   xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
   xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
   xcclExchange_t first, second, third = 77;
@@ -340,6 +362,17 @@ static void wrong_orders(void) {
   GIVES(xcclInvalidUsage, "was combined already", xcclMoeCombineSend(second, XCCL_IN_PLACE, moe));
   GIVES(xcclInvalidUsage, "was combined already", xcclMoeDispatchRecv(second, &batch, moe));
   GIVES(xcclInvalidArgument, "out is a null pointer", xcclMoeCombineRecv(second, NULL, moe));
+  GIVES(xcclInvalidArgument, "epilogue is a null pointer", xcclMoeCombineRecvWith(second, result, NULL, moe));
+  epilogue.norm_weight = tokens;
+  GIVES(xcclInvalidArgument, "epilogue->normed is a null pointer", xcclMoeCombineRecvWith(second, result, &epilogue, moe));
+  epilogue.normed = result + 1;
+  GIVES(xcclInvalidArgument, "out overlaps epilogue->normed", xcclMoeCombineRecvWith(second, result, &epilogue, moe));
+  epilogue.normed = tokens;
+  GIVES(xcclInvalidArgument, "normed overlaps epilogue->norm_weight", xcclMoeCombineRecvWith(second, result, &epilogue, moe));
+  epilogue.eps = -1;
+  GIVES(xcclInvalidArgument, "epilogue->eps is -1", xcclMoeCombineRecvWith(second, result, &epilogue, moe));
+  GIVES(xcclInvalidArgument, "lanes = \"65\"", xcclMoeSetLanes(65, lanes, NULL, moe));
+  CHECK(xcclMoeSetLanes(65, NULL, NULL, moe)); /* not looked at */
   CHECK(xcclMoeCombineRecv(second, result, moe));
   GIVES(xcclInvalidArgument, "is not under way", xcclMoeCombineRecv(second, result, moe));
   CHECK(xcclMoeGiveUp(first, moe));

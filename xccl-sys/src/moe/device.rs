@@ -51,7 +51,7 @@ pub unsafe extern "C" fn xcclMoeDeviceBatch(
                 let (config, local) = (held.moe().config(), held.local);
                 let row_bytes = held.moe().row_stride() * config.dtype.size();
                 let flight = held.flight(exchange)?;
-                let (rows, num_rows) = (flight.rows.as_ptr(), flight.rows.len());
+                let (rows, num_rows) = (flight.described.rows.as_ptr(), flight.described.rows.len());
                 let batch = flight.batch()?;
                 out.set(xcclDeviceBatch_t {
                     size: size_of::<xcclDeviceBatch_t>(),

@@ -125,10 +125,24 @@ unsafe fn send<E: Element>(held: &mut Held, input: &xcclMoeInput_t) -> Outcome<u
 /// # Safety
 /// As for [`send_any`].
 unsafe fn send_with<E: Element, I: ExpertId>(held: &mut Held, input: &xcclMoeInput_t) -> Outcome<u64> {
-    let moe = held.moe();
-    let mut active = vec![];
+    let mut active = std::mem::take(&mut held.active);
+    active.clear();
     // SAFETY: the caller's promise.
-    let (tokens, routing) = match unsafe { arrays::<E, I>(held, input, &mut active) } {
+    let sent = unsafe { send_arrays::<E, I>(held, input, &mut active) };
+    held.active = active;
+    sent
+}
+
+/// # Safety
+/// As for [`send_any`].
+unsafe fn send_arrays<E: Element, I: ExpertId>(
+    held: &mut Held,
+    input: &xcclMoeInput_t,
+    active: &mut Vec<bool>,
+) -> Outcome<u64> {
+    let moe = held.moe();
+    // SAFETY: the caller's promise.
+    let (tokens, routing) = match unsafe { arrays::<E, I>(held, input, active) } {
         Ok(arrays) => arrays,
         Err(failure) => {
             refuse(moe);
@@ -150,16 +164,9 @@ unsafe fn send_with<E: Element, I: ExpertId>(held: &mut Held, input: &xcclMoeInp
         },
     };
     let epoch = sent.epoch();
-    let rows = held.spare.pop().unwrap_or_default();
-    held.flights.push(Flight {
-        epoch,
-        arrived: Arrived::Nothing,
-        sent: Some(sent),
-        tokens: input.num_tokens,
-        rows,
-        sums: vec![],
-        sum_rows: vec![],
-    });
+    let described = held.spare.pop().unwrap_or_default();
+    let tokens = input.num_tokens;
+    held.flights.push(Flight { epoch, arrived: Arrived::Nothing, sent: Some(sent), tokens, described });
     Ok(epoch)
 }
 
@@ -217,9 +224,9 @@ pub unsafe extern "C" fn xcclMoeDispatchRecv(
                 receive(held, exchange)?;
                 let (moe, local_experts) = (held.moe(), held.local);
                 let flight = held.flight(exchange)?;
-                let rows = (flight.rows.as_ptr(), flight.rows.len());
-                let by_source = flight.rows.windows(2).any(|pair| pair[0].output > pair[1].output);
-                let outputs = flight.rows.first().filter(|_| !by_source).map_or(null_mut(), |row| row.output);
+                let rows = (flight.described.rows.as_ptr(), flight.described.rows.len());
+                let by_source = flight.described.rows.windows(2).any(|pair| pair[0].output > pair[1].output);
+                let outputs = flight.described.rows.first().filter(|_| !by_source).map_or(null_mut(), |row| row.output);
                 let batch = flight.batch()?;
                 out.set(xcclMoeBatch_t {
                     size: size_of::<xcclMoeBatch_t>(),
@@ -266,8 +273,8 @@ pub(super) fn receive(held: &mut Held, exchange: xcclExchange_t) -> Outcome {
             }
         }
     };
-    flight.rows.clear();
-    flight.rows.extend(batch.addresses().map(describe));
+    flight.described.rows.clear();
+    flight.described.rows.extend(batch.addresses().map(describe));
     flight.arrived = Arrived::All(batch);
     Ok(())
 }
@@ -295,12 +302,12 @@ pub unsafe extern "C" fn xcclMoeDispatchRecvSource(
                     let sent = flight.sent.as_ref().ok_or_else(|| Failure::usage("no exchange was sent"))?;
                     flight.arrived = Arrived::Some(moe.dispatch_recv_by_source(sent)?);
                 }
-                flight.rows.clear();
+                flight.described.rows.clear();
                 let next = match &mut flight.arrived {
                     Arrived::Some(arrivals) => {
                         let next = arrivals.next_source()?;
                         if let Some(source) = next {
-                            flight.rows.extend(arrivals.addresses(source).map(describe));
+                            flight.described.rows.extend(arrivals.addresses(source).map(describe));
                         }
                         next
                     }
@@ -310,8 +317,8 @@ pub unsafe extern "C" fn xcclMoeDispatchRecvSource(
                     }
                 };
                 out.0.set(next.map_or(-1, |source| source as c_int));
-                out.1.set(flight.rows.as_ptr());
-                out.2.set(flight.rows.len());
+                out.1.set(flight.described.rows.as_ptr());
+                out.2.set(flight.described.rows.len());
                 Ok(())
             })
         }
@@ -421,7 +428,8 @@ pub unsafe extern "C" fn xcclMoeSums(
                         "the handle was not made with xcclReducePerRank: nobody asks for its sums",
                     ));
                 }
-                let Flight { arrived: Arrived::All(batch), sums, sum_rows, .. } = flight else { return Ok(()) };
+                let Flight { arrived: Arrived::All(batch), described, .. } = flight else { return Ok(()) };
+                let Described { sums, sum_rows, .. } = described;
                 sums.clear();
                 sum_rows.clear();
                 for sum in batch.sums() {
@@ -525,15 +533,27 @@ pub unsafe extern "C" fn xcclMoeCombineRecv(
 /// # Safety
 /// As for [`xcclMoeCombineRecv`].
 pub(super) unsafe fn take_sums<E: Element>(held: &mut Held, exchange: xcclExchange_t, out: *mut c_void) -> Outcome {
+    // SAFETY: the caller's promise; nothing is added.
+    unsafe { take_sums_with::<E>(held, exchange, out, &NO_EPILOGUE) }
+}
+
+/// # Safety
+/// As for [`xcclMoeCombineRecvWith`].
+pub(super) unsafe fn take_sums_with<E: Element>(
+    held: &mut Held,
+    exchange: xcclExchange_t,
+    out: *mut c_void,
+    epilogue: &xcclMoeEpilogue_t,
+) -> Outcome {
     let moe = held.moe();
     let flight = held.flight(exchange)?;
     if !matches!(flight.arrived, Arrived::Combined) {
         return Err(Failure::usage(format!("exchange {exchange} was not combined: call xcclMoeCombineSend first")));
     }
     // SAFETY: the caller's promise.
-    let out = unsafe { slice_mut(out.cast::<E>(), flight.tokens * moe.config().hidden, "out") }?;
+    let (out, epilogue) = unsafe { arrays_of::<E>(epilogue, out, flight.tokens, moe.config().hidden) }?;
     let sent = held.end(exchange)?.sent.ok_or_else(|| Failure::usage("no exchange was sent"))?;
-    Ok(moe.combine_recv(sent, out)?)
+    Ok(moe.combine_recv_with(sent, out, epilogue)?)
 }
 
 /// Gives an exchange up: the ranks that wait for this one's part get xcclRemoteError. Does not block.

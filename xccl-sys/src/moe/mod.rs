@@ -1,12 +1,16 @@
 //! MoE handles and what C sees of an exchange. The four halves are in [`halves`], the joined calls in [`joined`].
 
 mod device;
+mod epilogue;
 mod halves;
 mod joined;
+mod lanes;
 
 pub use device::*;
+pub use epilogue::*;
 pub use halves::*;
 pub use joined::*;
+pub use lanes::*;
 
 use std::ffi::c_void;
 use std::ptr::{NonNull, null};
@@ -181,6 +185,12 @@ struct Flight {
     arrived: Arrived,
     sent: Option<Exchange<'static>>,
     tokens: usize,
+    described: Described,
+}
+
+/// What C was told of an exchange's rows and sums.
+#[derive(Default)]
+struct Described {
     rows: Vec<xcclMoeRow_t>,
     sums: Vec<xcclMoeSum_t>,
     sum_rows: Vec<u32>,
@@ -243,7 +253,9 @@ struct Held {
     /// The exchange of the joined calls, and whether its rows were copied to the caller: combine comes next.
     joined: Option<(u64, bool)>,
     /// Descriptors of exchanges that are over, for the next ones.
-    spare: Vec<Vec<xcclMoeRow_t>>,
+    spare: Vec<Described>,
+    /// Room for the tokens that go.
+    active: Vec<bool>,
 }
 
 const fn is_send<T: Send>() {}
@@ -257,7 +269,7 @@ impl Held {
     fn new(moe: Moe, local: usize) -> Self {
         // Not a Box: moving that would claim that nothing borrows from its contents.
         let moe = NonNull::from(Box::leak(Box::new(moe)));
-        Held { moe, local, flights: vec![], input_rows: None, joined: None, spare: vec![] }
+        Held { moe, local, flights: vec![], input_rows: None, joined: None, spare: vec![], active: vec![] }
     }
 
     /// The handle, for as long as `self` keeps it: the lifetime is longer than the truth, and no borrow with it is stored
@@ -281,7 +293,7 @@ impl Held {
     /// Takes an exchange out, keeping what can be used again.
     fn end(&mut self, exchange: xcclExchange_t) -> Outcome<Flight> {
         let mut flight = self.flights.swap_remove(self.place(exchange)?);
-        self.spare.push(std::mem::take(&mut flight.rows));
+        self.spare.push(std::mem::take(&mut flight.described));
         self.joined = self.joined.filter(|&(epoch, _)| epoch != exchange);
         Ok(flight)
     }
@@ -302,6 +314,7 @@ impl Drop for Held {
 pub struct xcclMoe {
     magic: Magic,
     inner: Mutex<Option<Held>>,
+    gate: Gate,
 }
 
 /// A handle for the exchanges of one MoE shape over one communicator. Made by xcclMoeCreate, owned by the caller, given back
@@ -413,7 +426,7 @@ pub unsafe extern "C" fn xcclMoeCreate(
             (out, held?)
         };
         let (out, held) = made;
-        let shell = xcclMoe { magic: Magic::of::<xcclMoe>(), inner: Mutex::new(Some(held)) };
+        let shell = xcclMoe { magic: Magic::of::<xcclMoe>(), inner: Mutex::new(Some(held)), gate: Gate::default() };
         out.set(handle::hand_out(shell));
         Ok(())
     })

@@ -1,0 +1,131 @@
+//! What a combine adds to the sums, and their norm.
+
+use std::ffi::c_void;
+use std::ptr::{null, null_mut};
+
+use xccl::{Element, Epilogue, Residual, RmsNorm};
+
+use super::halves::take_sums_with;
+use super::*;
+use crate::boundary::{Failure, Outcome, guard, sized, slice, slice_mut};
+use crate::result::xcclResult_t;
+
+/// What xcclMoeCombineRecvWith does with the sum s[t] of each token, over k from 0 on in f32:
+///
+/// - out[t] = round(s[t] + bias + residual[t]), added in this order in f32 and rounded once;
+/// - normed[t] = round((out[t] * r) * norm_weight), r = 1 / sqrt(sum of out[t][i]^2 / hidden + eps), in f32 without fused
+///   multiplications. The norm is that of the rounded out[t], so a pass of its own over out gives the same bits. The squares are
+///   summed in a fixed order: 64 sums, the i-th of the elements i, i + 64, ..., of which the upper half is added to the lower one
+///   until one is left; the result is the same on every processor.
+///
+/// Set it to XCCL_MOE_EPILOGUE_INITIALIZER, then its fields. Elements are of the handle's type.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct xcclMoeEpilogue_t {
+    /// sizeof(xcclMoeEpilogue_t).
+    pub size: usize,
+    /// [hidden]; null: none.
+    pub bias: *const c_void,
+    /// [num_tokens, hidden], or the same memory as out, which the sums are then added to; null: none.
+    pub residual: *const c_void,
+    /// [hidden]; null: no norm.
+    pub norm_weight: *const c_void,
+    /// [num_tokens, hidden], where the normed rows go; not looked at without norm_weight.
+    pub normed: *mut c_void,
+    /// Added to the mean of the squares: finite, 0 or more.
+    pub eps: f32,
+}
+
+pub(super) const NO_EPILOGUE: xcclMoeEpilogue_t =
+    xcclMoeEpilogue_t { size: 0, bias: null(), residual: null(), norm_weight: null(), normed: null_mut(), eps: 0.0 };
+
+/// As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
+/// while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
+/// for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclMoeCombineRecvWith(
+    exchange: xcclExchange_t,
+    out: *mut c_void,
+    epilogue: *const xcclMoeEpilogue_t,
+    moe: xcclMoe_t,
+) -> xcclResult_t {
+    guard("xcclMoeCombineRecvWith", || {
+        // SAFETY: C's promise about its pointers and handles.
+        unsafe {
+            with_held(moe, |held| {
+                let epilogue = sized(epilogue, NO_EPILOGUE, "epilogue")?;
+                let moe = held.moe();
+                by_dtype!(moe, take_sums_with(held, exchange, out, &epilogue))
+            })
+        }
+    })
+}
+
+/// Whether two arrays have an element in common.
+fn overlap<E>(a: &[E], b: &[E]) -> bool {
+    let (a, b) = (a.as_ptr_range(), b.as_ptr_range());
+    !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
+}
+
+/// `out` and the epilogue's arrays, checked.
+///
+/// # Safety
+/// The pointers are null or good for the sizes that [`xcclMoeEpilogue_t`] gives.
+pub(super) unsafe fn arrays_of<'a, E: Element>(
+    epilogue: &xcclMoeEpilogue_t,
+    out: *mut c_void,
+    tokens: usize,
+    hidden: usize,
+) -> Outcome<(&'a mut [E], Epilogue<'a, E>)> {
+    let xcclMoeEpilogue_t { bias, residual, norm_weight, normed, eps, .. } = *epilogue;
+    let (all, has_norm) = (tokens * hidden, !norm_weight.is_null());
+    let in_place = !residual.is_null() && residual == out.cast_const();
+    if has_norm && !(eps.is_finite() && eps >= 0.0) {
+        return Err(Failure::argument(format!("epilogue->eps is {eps}: expected a finite number, 0 or more")));
+    }
+    let elements = |at: *const c_void, n: usize| if at.is_null() { 0 } else { n };
+    let rows = if in_place { 0 } else { elements(residual, all) };
+    // Shared views of everything for the comparison, which are gone before anything is written.
+    // SAFETY: the caller's promise.
+    unsafe {
+        let written = [
+            ("out", slice(out.cast_const().cast::<E>(), all, "out")?),
+            (
+                "epilogue->normed",
+                slice(normed.cast_const().cast::<E>(), if has_norm { all } else { 0 }, "epilogue->normed")?,
+            ),
+        ];
+        let read = [
+            ("epilogue->bias", slice(bias.cast::<E>(), elements(bias, hidden), "epilogue->bias")?),
+            ("epilogue->residual", slice(residual.cast::<E>(), rows, "epilogue->residual")?),
+            (
+                "epilogue->norm_weight",
+                slice(norm_weight.cast::<E>(), elements(norm_weight, hidden), "epilogue->norm_weight")?,
+            ),
+        ];
+        let pairs = written.iter().flat_map(|w| read.iter().map(move |r| (w, r))).chain([(&written[0], &written[1])]);
+        for ((one, a), (other, b)) in pairs {
+            if overlap(a, b) {
+                return Err(Failure::argument(format!("{one} overlaps {other}: expected memory of its own")));
+            }
+        }
+    }
+    // SAFETY: the caller's promise; checked to be apart where something is written.
+    unsafe {
+        let some = |at: *const c_void, n: usize, name| match at.is_null() {
+            true => Ok::<_, Failure>(None),
+            false => slice(at.cast::<E>(), n, name).map(Some),
+        };
+        let norm = match some(norm_weight, hidden, "epilogue->norm_weight")? {
+            None => None,
+            Some(weight) => Some(RmsNorm { weight, eps, out: slice_mut(normed.cast::<E>(), all, "epilogue->normed")? }),
+        };
+        let residual = match some(residual, rows, "epilogue->residual")? {
+            _ if in_place => Residual::InPlace,
+            None => Residual::None,
+            Some(rows) => Residual::Rows(rows),
+        };
+        let epilogue = Epilogue { bias: some(bias, hidden, "epilogue->bias")?, residual, norm };
+        Ok((slice_mut(out.cast::<E>(), all, "out")?, epilogue))
+    }
+}
