@@ -6,6 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use xccl::{Communicator, Config, UniqueId};
+
 /// No test's process lives longer.
 const LONGEST: Duration = Duration::from_secs(60);
 
@@ -121,6 +123,23 @@ pub fn new_job() -> String {
 pub fn plays_well(program: &str, n: usize, scenario: &str, env: &[(&str, &str)]) {
     let ended = Job::start(program, n, scenario, env).wait();
     assert!(ended.iter().all(|e| e.code == Some(0)), "{scenario} with {n} ranks, {env:?}: {ended:#?}");
+}
+
+/// Plays `scenario` with `n` ranks that are threads of this process.
+///
+/// # Panics
+/// When a rank does, or cannot start.
+pub fn as_threads(n: usize, scenario: impl Fn(&Communicator) + Sync) {
+    let id = UniqueId::new().expect("an id");
+    std::thread::scope(|s| {
+        for rank in 0..n {
+            let (id, scenario) = (&id, &scenario);
+            s.spawn(move || {
+                let config = Config::default().timeout(Some(LONGEST / 3));
+                scenario(&Communicator::init(rank, n, id, config).expect("the ranks start"));
+            });
+        }
+    });
 }
 
 /// Runs a command to its end and gives what it printed; it must succeed.
