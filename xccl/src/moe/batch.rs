@@ -383,9 +383,10 @@ impl<'m> ExpertBatch<'m> {
         self.moe.own.word64(self.moe.layout.slot(self.epoch).done)
     }
 
-    /// Rows that [`copy_into`](Self::copy_into) needs room for.
+    /// Rows that [`copy_into`](Self::copy_into) needs room for; `usize::MAX` where that is more than a number can say.
     pub fn aligned_rows(&self, align: usize) -> usize {
-        self.counts().iter().map(|&n| (n as usize).next_multiple_of(align.max(1))).sum()
+        let aligned = |&rows: &u32| (rows as usize).checked_next_multiple_of(align.max(1)).unwrap_or(usize::MAX);
+        self.counts().iter().map(aligned).fold(0, usize::saturating_add)
     }
 
     /// Copies all rows into the expert-major contiguous layout `[aligned_rows(align), hidden]`: each expert's rows begin at a
@@ -423,7 +424,7 @@ impl<'m> ExpertBatch<'m> {
 
     fn check_room<E: Element>(&self, to: &[E], rows: usize) -> Result<()> {
         self.moe.check_dtype::<E>("the layout's buffer")?;
-        let needed = rows * self.moe.config.hidden;
+        let needed = rows.saturating_mul(self.moe.config.hidden);
         if to.len() >= needed {
             return Ok(());
         }
