@@ -4,8 +4,10 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use super::config::MAX_TOPK;
 use super::epilogue::{Epilogue, Steps};
+use super::kernels::Sum;
 use super::placement::Placement;
 use super::routing::{Choice, NONE};
+use super::terms::{Terms, sum_each};
 use super::{Exchange, Flight, Moe, Outboxes, Phase, Reduction, SLOTS, State, kernels};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -116,6 +118,7 @@ impl Moe {
             topk,
             choices: &flight.choices,
             first: &first_rows.first,
+            streaming: steps.norm.is_none() && tokens * hidden * size_of::<E>() >= kernels::STREAMING_BYTES,
             steps,
             out: Divided::new(out, hidden, owners),
         };
@@ -162,9 +165,6 @@ impl Moe {
     }
 }
 
-/// Rows of one token, with their factors: its experts' outputs, bias and residual.
-type Terms<'a, E> = [(Row<'a, E>, f32); MAX_TOPK + 2];
-
 /// A combine whose outputs are all there, for any thread.
 struct Combine<'a, E> {
     outboxes: Outboxes<'a>,
@@ -176,65 +176,65 @@ struct Combine<'a, E> {
     /// As in [`FirstRows`].
     first: &'a [u32],
     steps: Steps<'a, E>,
+    /// Whether the sums go past the caches: nothing of them is read again here.
+    streaming: bool,
     out: Divided<'a, E>,
 }
 
 impl<E: Element> Combine<'_, E> {
     /// Sums a piece's tokens; `taken` says by rank how many sums the earlier ones have taken.
-    fn tokens(&self, piece: usize, tokens: std::ops::Range<usize>, taken: &mut [u32]) -> Result<()> {
-        let Combine { topk, steps, .. } = self;
+    fn tokens<'t>(&'t self, piece: usize, tokens: std::ops::Range<usize>, taken: &mut [u32]) -> Result<()> {
+        let &Combine { topk, ref steps, streaming, .. } = self;
         let hidden = self.outboxes.hidden;
         let mut out = self.out.part(piece);
         let mut normed = steps.norm.as_ref().map(|norm| (norm, norm.out.part(piece)));
-        let mut terms: Terms<'_, E> = [(Row::from(&[][..]), 1.0); MAX_TOPK + 2];
-        for token in tokens {
+        let gather = |token: usize, terms: &mut Terms<'t, E>| {
             let choices = &self.choices[token * topk..(token + 1) * topk];
-            let mut n = match self.reduction {
-                Reduction::PerExpert => self.experts(choices, &mut terms)?,
-                Reduction::PerRank => self.ranks(choices, taken, &mut terms)?,
-            };
+            match self.reduction {
+                Reduction::PerExpert => self.experts(choices, terms)?,
+                Reduction::PerRank => self.ranks(choices, taken, terms)?,
+            }
             let residual = steps.residual.map(|rows| &rows[token * hidden..(token + 1) * hidden]);
             for row in [steps.bias, residual].into_iter().flatten() {
-                terms[n] = (Row::from(row), 1.0);
-                n += 1;
+                terms.push(Row::from(row), 1.0);
             }
+            Ok(())
+        };
+        sum_each(tokens, gather, |token, sum| {
             let out = out.row_mut(token);
-            match steps.in_place {
-                false => kernels::weighted_sum(&terms[..n], out),
-                true => kernels::weighted_sum_onto(&terms[..n], out),
-            }
+            Sum { onto: steps.in_place, streaming, ..sum }.write(out);
             if let Some((norm, rows)) = &mut normed {
                 kernels::rms_norm(out, norm.weight, norm.eps, rows.row_mut(token));
             }
+        })?;
+        if streaming {
+            kernels::end_streaming();
         }
         Ok(())
     }
 
     /// One row per expert, in the order in which the token names them.
-    fn experts<'t>(&'t self, choices: &[Choice], terms: &mut Terms<'t, E>) -> Result<usize> {
-        let mut n = 0;
+    fn experts<'t>(&'t self, choices: &[Choice], terms: &mut Terms<'t, E>) -> Result<()> {
         for choice in choices.iter().filter(|c| c.expert != NONE) {
             let rank = self.placement.rank[choice.expert as usize] as usize;
             let row = self.first[choice.expert as usize] as usize + choice.index as usize;
             let layout = self.outboxes.layout;
             let area = (layout.slot(self.epoch).outputs.start, layout.output_rows);
-            terms[n] = (self.outboxes.output(rank, area, row)?, choice.weight);
-            n += 1;
+            terms.push(self.outboxes.output(rank, area, row)?, choice.weight);
         }
-        Ok(n)
+        Ok(())
     }
 
     /// One row per rank, ascending. Each rank's sums are those of the tokens that have entries there, in order.
-    fn ranks<'t>(&'t self, choices: &[Choice], taken: &mut [u32], terms: &mut Terms<'t, E>) -> Result<usize> {
-        let ranks = Ranks::of(choices, self.placement);
-        for (term, &rank) in terms.iter_mut().zip(ranks.get()) {
+    fn ranks<'t>(&'t self, choices: &[Choice], taken: &mut [u32], terms: &mut Terms<'t, E>) -> Result<()> {
+        for &rank in Ranks::of(choices, self.placement).get() {
             let taken = &mut taken[rank as usize];
             let row = self.first[rank as usize] as usize + *taken as usize;
             *taken += 1;
             let layout = self.outboxes.layout;
             let area = (layout.slot(self.epoch).sums.start, layout.sum_rows);
-            *term = (self.outboxes.output(rank as usize, area, row)?, 1.0);
+            terms.push(self.outboxes.output(rank as usize, area, row)?, 1.0);
         }
-        Ok(ranks.n)
+        Ok(())
     }
 }

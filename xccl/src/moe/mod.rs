@@ -27,6 +27,7 @@ mod layout;
 mod placement;
 mod received;
 mod routing;
+mod terms;
 
 use std::cell::RefCell;
 use std::marker::PhantomData;

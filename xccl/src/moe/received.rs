@@ -1,9 +1,9 @@
 //! The receiver's side of a slot: the lists that came, and the areas that answers are written to.
 
 use super::config::MAX_TOPK;
-use super::kernels;
 use super::lanes::{Cut, LaneSet};
 use super::layout::{AREAS, Entry, MoeLayout, SlotLayout};
+use super::terms::{Terms, sum_each};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::area::Area;
@@ -277,19 +277,16 @@ impl ByToken {
         let sums = sums.divide::<E>(self.tokens.len(), stride, Owners::Blocks(cut.each));
         lanes.share(cut, &|piece| {
             let mut sums = sums.part(piece);
-            let mut terms = [(Row::from(&[][..]), 0.0); MAX_TOPK];
-            for i in cut.range(piece) {
+            let gather = |i: usize, terms: &mut Terms<'o, E>| {
                 let Span { first, end, .. } = self.tokens[i];
                 let named = &self.entries[first as usize..end as usize];
                 // Only a broken peer names more for one of its tokens.
-                let named = &named[..named.len().min(MAX_TOPK)];
-                for (term, &entry) in terms.iter_mut().zip(named) {
-                    let entry = entry as usize;
-                    *term = (output(entry, self.rows[entry] as usize), entries[entry].weight);
+                for entry in named.iter().take(MAX_TOPK).map(|&entry| entry as usize) {
+                    terms.push(output(entry, self.rows[entry] as usize), entries[entry].weight);
                 }
-                kernels::weighted_sum(&terms[..named.len()], &mut sums.row_mut(i)[..hidden]);
-            }
-            Ok(())
+                Ok(())
+            };
+            sum_each(cut.range(piece), gather, |i, sum| sum.write(&mut sums.row_mut(i)[..hidden]))
         })
     }
 

@@ -1,0 +1,60 @@
+//! Sums in a row: the terms of each are gathered while those of the one before are still to be summed, so that their memory can
+//! be fetched in time.
+
+use std::ops::Range;
+
+use super::config::MAX_TOPK;
+use super::kernels::Sum;
+use crate::dtype::Element;
+use crate::error::Result;
+use crate::memory::row::Row;
+
+/// The rows of one sum, with their factors: a token's experts or ranks, and bias and residual.
+pub(super) struct Terms<'a, E> {
+    rows: [(Row<'a, E>, f32); MAX_TOPK + 2],
+    n: usize,
+}
+
+impl<'a, E: Element> Terms<'a, E> {
+    fn new() -> Self {
+        Terms { rows: [(Row::from(&[][..]), 0.0); MAX_TOPK + 2], n: 0 }
+    }
+
+    /// Adds one more.
+    ///
+    /// # Panics
+    /// When there are more than a token can have.
+    pub(super) fn push(&mut self, row: Row<'a, E>, weight: f32) {
+        self.rows[self.n] = (row, weight);
+        self.n += 1;
+    }
+
+    fn get(&self) -> &[(Row<'a, E>, f32)] {
+        &self.rows[..self.n]
+    }
+}
+
+/// Forms the sums `range`: `gather(i, terms)` names the rows of sum `i`, `write(i, sum)` takes it.
+///
+/// # Errors
+/// The first one of `gather`; sums that were gathered before may be left out.
+pub(super) fn sum_each<'a, E: Element>(
+    range: Range<usize>,
+    mut gather: impl FnMut(usize, &mut Terms<'a, E>) -> Result<()>,
+    mut write: impl FnMut(usize, Sum<'_, E>),
+) -> Result<()> {
+    let mut terms = [Terms::new(), Terms::new()];
+    if !range.is_empty() {
+        gather(range.start, &mut terms[0])?;
+    }
+    for (turn, i) in range.clone().enumerate() {
+        let [even, odd] = &mut terms;
+        let (now, ahead) = if turn % 2 == 0 { (even, odd) } else { (odd, even) };
+        ahead.n = 0;
+        if i + 1 < range.end {
+            gather(i + 1, ahead)?;
+        }
+        write(i, Sum { ahead: ahead.get(), ..Sum::of(now.get()) });
+    }
+    Ok(())
+}
