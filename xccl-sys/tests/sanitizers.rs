@@ -11,8 +11,13 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-const PROGRAMS: [&str; 4] =
-    ["examples/c/ring.c", "examples/c/overlap.c", "examples/cpp/engine.cpp", "xccl-sys/tests/device.c"];
+const PROGRAMS: [&str; 5] = [
+    "examples/c/moe.c",
+    "examples/c/ring.c",
+    "examples/c/overlap.c",
+    "examples/cpp/engine.cpp",
+    "xccl-sys/tests/device.c",
+];
 
 fn instrumented(dir: &Path, source: &str, sanitizer: &'static str) -> String {
     let (compiler, flags) = if source.ends_with(".cpp") { ("c++", CXX17) } else { ("cc", C99) };
