@@ -37,6 +37,11 @@ fn a_deadline_tells_what_the_peer_was_last_seen_doing() {
 }
 
 #[test]
+fn a_call_that_waits_for_many_ranks_has_one_deadline() {
+    plays_well(RANK, 5, "staggered", &[("XCCL_TIMEOUT", "0.6")]);
+}
+
+#[test]
 fn a_dispatch_past_its_deadline_may_be_repeated() {
     plays_well(RANK, 2, "late-dispatch", &[("XCCL_TIMEOUT", "1")]);
 }

@@ -43,6 +43,7 @@ fn main() -> Result<()> {
         "rows-lent-out" => misuse::rows_lent_out(&comm),
         "large-handle" => misuse::a_handle_without_room_is_told(&comm),
         "late" => misuse::a_late_rank_is_described(&comm),
+        "staggered" => misuse::ranks_that_come_one_by_one(&comm),
         "late-dispatch" => misuse::late_dispatch(&comm),
         "messages" => p2p::messages(&comm),
         "mixed" => mixed::mixed_job(&comm),

@@ -59,6 +59,12 @@ pub(crate) struct CommInner {
     sleeper: Sleeper,
 }
 
+/// The waits of one call. Its deadline counts from the first that is not over at once.
+#[derive(Default)]
+pub(crate) struct Call {
+    since: Option<Instant>,
+}
+
 /// Where a private word of a rank lies, for its peers to try `process_vm_readv` on.
 #[derive(Serialize, Deserialize)]
 struct Probe {
@@ -174,10 +180,16 @@ impl CommInner {
 
     /// Waits until `ready` gives a value, or until there is a reason to give up.
     #[inline]
-    pub(crate) fn wait<T>(&self, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
+    pub(crate) fn wait<T>(&self, what: Waiting, ready: impl FnMut() -> Option<T>) -> Result<T> {
+        self.wait_in(&mut Call::default(), what, ready)
+    }
+
+    /// As [`wait`](Self::wait), for calls that wait several times and have one deadline for all.
+    #[inline]
+    pub(crate) fn wait_in<T>(&self, call: &mut Call, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
         match self.briefly(&mut ready) {
             Some(value) => Ok(value),
-            None => self.wait_slowly(what, ready),
+            None => self.wait_slowly(call, what, ready),
         }
     }
 
@@ -187,7 +199,7 @@ impl CommInner {
         const SHORTER: u32 = 20;
         match self.briefly(&mut ready) {
             Some(value) => Ok(value),
-            None => self.wait_with(what, ready, |slice, ready| {
+            None => self.wait_with(&mut Call::default(), what, ready, |slice, ready| {
                 std::thread::sleep(slice / SHORTER);
                 ready();
             }),
@@ -195,30 +207,32 @@ impl CommInner {
     }
 
     #[cold]
-    fn wait_slowly<T>(&self, what: Waiting, ready: impl FnMut() -> Option<T>) -> Result<T> {
+    fn wait_slowly<T>(&self, call: &mut Call, what: Waiting, ready: impl FnMut() -> Option<T>) -> Result<T> {
         let sleep = self.fabric.outbox.word32(self.layout.sleep);
         let bell = self.fabric.peer(self.rank).heap.word32(BELL);
         let waits_for = what.peer.map_or(bell::ANYONE, bell::only);
-        self.wait_with(what, ready, |slice, ready| {
+        self.wait_with(call, what, ready, |slice, ready| {
             self.sleeper.sleep_unless(sleep, waits_for, bell, slice, ready);
         })
     }
 
     fn wait_with<T>(
         &self,
+        call: &mut Call,
         what: Waiting,
         ready: impl FnMut() -> Option<T>,
         sleep: impl FnMut(Duration, &mut dyn FnMut() -> bool),
     ) -> Result<T> {
         let own = &self.fabric.outbox;
         let started = Instant::now();
+        let since = *call.since.get_or_insert(started);
         let mut published = false;
         let result = wait::until(&self.patience, ready, sleep, || {
             if !published {
                 progress::waits(own, self.layout.progress, &what);
                 published = true;
             }
-            self.reason_to_give_up(&what, started)
+            self.reason_to_give_up(&what, since)
         });
         if published {
             progress::computes(own, self.layout.progress);
@@ -234,7 +248,7 @@ impl CommInner {
         result.map(|(value, _)| value)
     }
 
-    fn reason_to_give_up(&self, what: &Waiting, started: Instant) -> Result<()> {
+    fn reason_to_give_up(&self, what: &Waiting, since: Instant) -> Result<()> {
         let during = what.operation;
         if let Some(by) = (0..self.world_size).find(|&r| self.state(r) == ABORTED) {
             return Err(Error::Aborted { by, during });
@@ -252,7 +266,7 @@ impl CommInner {
         if let Some(rank) = left {
             return Err(Error::PeerLeft { rank, during, epoch: what.epoch });
         }
-        let waited = started.elapsed();
+        let waited = since.elapsed();
         if self.config.timeout.is_some_and(|timeout| waited >= timeout) {
             return Err(self.timed_out(what, waited));
         }
@@ -295,10 +309,11 @@ impl CommInner {
         let epoch = *barriers + 1;
         crate::sync::epoch::publish(self.fabric.outbox.word64(self.layout.barrier), epoch);
         self.notify_all();
+        let mut call = Call::default();
         for peer in 0..self.world_size {
             let word = self.fabric.peer(peer).outbox.word64(self.layout.barrier);
             let what = Waiting { operation: Operation::Barrier, epoch, peer: Some(peer) };
-            self.wait(what, || crate::sync::epoch::reached(word, epoch).then_some(()))?;
+            self.wait_in(&mut call, what, || crate::sync::epoch::reached(word, epoch).then_some(()))?;
         }
         *barriers = epoch;
         Ok(())

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use super::layout::{Entry, SLOTS};
 use super::received::Received;
 use super::{Moe, Phase, Reduction, kernels};
+use crate::comm::inner::Call;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::memory::divided::{Divided, Owners};
@@ -104,9 +105,9 @@ impl<'m> ExpertBatch<'m> {
     }
 
     /// Waits for one source and takes its part of the lists.
-    pub(super) fn receive(&mut self, source: usize) -> Result<()> {
+    pub(super) fn receive(&mut self, source: usize, call: &mut Call) -> Result<()> {
         let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: Some(source) };
-        self.moe.comm.wait(what, || self.has_sent(source))??;
+        self.moe.comm.wait_in(call, what, || self.has_sent(source))??;
         self.take_lists(source)
     }
 

@@ -9,6 +9,7 @@ use super::placement::Placement;
 use super::routing::{Choice, NONE};
 use super::terms::{Terms, sum_each};
 use super::{Exchange, Flight, Moe, Outboxes, Phase, Reduction, SLOTS, State, kernels};
+use crate::comm::inner::Call;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::memory::divided::{Divided, Owners};
@@ -139,6 +140,7 @@ impl Moe {
     fn await_outputs(&self, flight: &mut Flight, first_rows: &mut FirstRows) -> Result<()> {
         let (epoch, slot) = (flight.epoch, self.layout.slot(flight.epoch));
         let starts = flight.lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
+        let mut call = Call::default();
         for (peer, outbox) in self.peers.iter().enumerate() {
             let positions = self.placement.starts[peer]..self.placement.starts[peer + 1];
             if starts[positions.start] == starts[positions.end] {
@@ -146,7 +148,7 @@ impl Moe {
             }
             let word = outbox.word64(slot.combined);
             let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
-            self.comm.wait(what, || epoch::reached(word, epoch).then_some(()))?;
+            self.comm.wait_in(&mut call, what, || epoch::reached(word, epoch).then_some(()))?;
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
                 return Err(Error::PeerAbandoned { rank: peer, epoch });
             }

@@ -48,7 +48,7 @@ pub use routing::Routing;
 use routing::{Choice, ListBuilder};
 
 use crate::comm::Communicator;
-use crate::comm::inner::CommInner;
+use crate::comm::inner::{Call, CommInner};
 use crate::dtype::{Element, ExpertId};
 use crate::error::{Error, Result};
 use crate::fabric;
@@ -431,10 +431,11 @@ impl Moe {
             return Err(Error::TooManyInFlight { limit: SLOTS, oldest: flight.epoch });
         }
         let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > 0) else { return Ok(epoch) };
+        let mut call = Call::default();
         for peer in 0..self.comm.world_size {
             let word = self.peers[peer].word64(self.layout.slot(previous).combined);
             let what = Waiting { operation: Operation::DispatchSend, epoch, peer: Some(peer) };
-            self.comm.wait(what, || epoch::reached(word, previous).then_some(()))?;
+            self.comm.wait_in(&mut call, what, || epoch::reached(word, previous).then_some(()))?;
         }
         Ok(epoch)
     }
@@ -490,7 +491,8 @@ impl Moe {
     /// whose input was bad. The call may be repeated.
     pub fn dispatch_recv<'m>(&'m self, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
         let mut batch = self.start_batch("dispatch_recv", sent)?;
-        match (0..self.comm.world_size).try_for_each(|source| batch.receive(source)) {
+        let mut call = Call::default();
+        match (0..self.comm.world_size).try_for_each(|source| batch.receive(source, &mut call)) {
             Ok(()) => {
                 batch.complete();
                 Ok(batch)

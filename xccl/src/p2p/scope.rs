@@ -39,7 +39,7 @@ impl Request<'_> {
     }
 }
 
-/// Waits for several requests, in any order of completion; gives their statuses in the order given.
+/// Waits for several requests, in any order of completion, each up to the deadline; gives their statuses in the order given.
 ///
 /// # Errors
 /// The first error; the requests after it are cancelled when their scope ends.

@@ -54,6 +54,40 @@ pub(crate) fn a_late_rank_is_described(comm: &Communicator) -> Result<()> {
     Ok(())
 }
 
+/// Each rank comes half a deadline later than the one before: what the first one waits is its deadline all the same, not one
+/// for each rank, and it names the rank that is missing then.
+pub(crate) fn ranks_that_come_one_by_one(comm: &Communicator) -> Result<()> {
+    // As the test sets it.
+    const DEADLINE: Duration = Duration::from_millis(600);
+    let (rank, last) = (comm.rank(), comm.world_size() - 1);
+    let moe = Moe::new(comm, MoeConfig::new(1, 8, 1, last + 1, DType::F32))?;
+    let come = |turn: usize| std::thread::sleep(DEADLINE * turn as u32 / 2);
+    let missing = |outcome: xccl::Result<()>| match outcome {
+        Err(Error::Timeout { peer: Some(peer), .. }) if peer < last => Ok(()),
+        other => bail!("{other:?}"),
+    };
+    // The others have more patience, as long as they are told nothing: they call again.
+    let until_it_ends = |call: &mut dyn FnMut() -> xccl::Result<()>| loop {
+        match call() {
+            Err(Error::Timeout { .. }) => {}
+            other => return other,
+        }
+    };
+    come(rank);
+    if rank == 0 {
+        missing(comm.barrier())?;
+    }
+    until_it_ends(&mut || comm.barrier())?;
+    come(rank);
+    let sent = moe.dispatch_send(&[1.0f32; 8], &Routing::new(&[last as i32], &[1.0]))?;
+    if rank == 0 {
+        missing(moe.dispatch_recv(&sent).map(|_| ()))?;
+    }
+    until_it_ends(&mut || moe.dispatch_recv(&sent).and_then(|batch| moe.combine_send(batch)))?;
+    until_it_ends(&mut || comm.barrier())?;
+    Ok(moe.combine_recv(sent, &mut [0.0f32; 8])?)
+}
+
 const GOOD: ([i32; 2], [f32; 2]) = ([0, 3], [0.5, 0.5]);
 
 /// Each error is named on the rank that makes it, told to the others soon, and gone once a correct call follows.
