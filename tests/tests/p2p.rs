@@ -43,6 +43,16 @@ fn a_message_too_long_for_one_receive_goes_to_the_next() {
 }
 
 #[test]
+fn a_receive_that_is_given_up_takes_no_message() {
+    in_every_way(&[1, 2], "given-up");
+}
+
+#[test]
+fn five_hundred_receives_get_what_they_were_posted_for() {
+    in_every_way(&[1, 2, 3], "many-posted");
+}
+
+#[test]
 fn communicators_split_and_end_in_any_order() {
     [1, 2, 7].into_iter().for_each(|n| plays_well(RANK, n, "split", &[]));
 }

@@ -50,6 +50,8 @@ fn main() -> Result<()> {
         "mixed-sizes" => p2p::mixed_sizes(&comm),
         "heap" => p2p::from_the_heap(&comm),
         "truncated" => p2p::truncated(&comm),
+        "given-up" => p2p::given_up(&comm),
+        "many-posted" => p2p::many_posted(&comm),
         "split" => p2p::split(&comm),
         "isolation" => isolation::outboxes_stay_their_owners(&comm),
         "idle" => many::idle(&comm),

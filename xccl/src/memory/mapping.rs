@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
+use super::layout::LINE;
 use crate::error::{Error, Result};
 
 /// A mapped segment. Offsets are checked on every access; what lies there may change at any time.
@@ -74,6 +75,15 @@ impl Mapping {
         assert!(offset.is_multiple_of(4), "word at odd offset {offset}");
         // SAFETY: as for `word64`.
         unsafe { AtomicU32::from_ptr(at.cast_mut().cast()) }
+    }
+
+    /// The cache line at `offset`, as words. On a read-only mapping they may only be loaded.
+    #[inline]
+    pub(crate) fn line(&self, offset: usize) -> &[AtomicU64; LINE / 8] {
+        let at = self.at(offset, LINE);
+        assert!(offset.is_multiple_of(LINE), "line at odd offset {offset}");
+        // SAFETY: as for `word64`, for each of the words.
+        unsafe { &*at.cast() }
     }
 
     /// Copies plain bytes in.

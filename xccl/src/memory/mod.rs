@@ -8,6 +8,7 @@ pub(crate) mod divided;
 pub(crate) mod fd;
 pub(crate) mod heap;
 pub(crate) mod layout;
+pub(crate) mod lent;
 pub(crate) mod machine;
 pub(crate) mod mapping;
 pub(crate) mod row;

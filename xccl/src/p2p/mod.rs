@@ -1,15 +1,20 @@
 //! Point to point: ordered messages per (source, tag), blocking and non-blocking.
 //!
-//! How a message travels depends on its size and on where it lies ([`engine`] has the protocol):
-//! - *inline*, up to 40 bytes: descriptor and payload in one cache line;
-//! - *ring*: the payload through the sender's ring, in one piece or, when it is longer than the ring has room for, in several
-//!   (pipelined);
+//! How a message travels depends on its size and on where it lies ([`engine`] has the map):
+//! - *inline*, up to 40 bytes: head and payload in one cache line;
+//! - *ring*: the payload through the sender's ring, in pieces that are copied in and out at the same time, straight from the
+//!   sender's buffer and straight into the receive that waits for it;
 //! - *rendezvous*, from `XCCL_RENDEZVOUS` bytes on, when the payload lies in the symmetric heap or the receiver can read the
 //!   sender's memory: only described; the receiver copies it once and tells the sender.
 
 pub(crate) mod engine;
+mod incoming;
+mod outgoing;
+mod queues;
 mod raw;
 mod scope;
+mod slab;
+mod slot;
 
 pub use raw::RawRequest;
 pub use scope::{Request, Scope, wait_all};

@@ -66,7 +66,7 @@ impl RawRequest {
 
     fn end(&mut self) {
         if let Some(ticket) = self.ticket.take() {
-            self.comm.p2p.cancel(ticket);
+            self.comm.p2p.cancel(&self.comm, ticket);
         }
     }
 }
@@ -88,7 +88,7 @@ impl Communicator {
     pub unsafe fn isend_raw(&self, to: usize, tag: u32, data: &[u8]) -> Result<RawRequest> {
         self.inner.check_rank(to)?;
         // SAFETY: the caller's promise; a dropped request is cancelled.
-        let ticket = unsafe { self.inner.p2p.start_send(&self.inner, to, tag, data)? };
+        let ticket = unsafe { self.inner.p2p.start_send(&self.inner, to, tag, data) };
         Ok(RawRequest { comm: self.inner.clone(), ticket: Some(ticket) })
     }
 

@@ -56,7 +56,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         let comm = &self.comm.inner;
         comm.check_rank(to)?;
         // SAFETY: `data` lives for 'env, which outlives the scope, and the scope's end forgets what is still pending.
-        let ticket = unsafe { comm.p2p.start_send(comm, to, tag, data)? };
+        let ticket = unsafe { comm.p2p.start_send(comm, to, tag, data) };
         Ok(self.request(ticket))
     }
 
@@ -84,7 +84,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
 impl Drop for Scope<'_, '_> {
     fn drop(&mut self) {
         for ticket in self.tickets.get_mut().drain(..) {
-            self.comm.inner.p2p.cancel(ticket);
+            self.comm.inner.p2p.cancel(&self.comm.inner, ticket);
         }
     }
 }

@@ -186,3 +186,73 @@ pub(crate) fn truncated(comm: &Communicator) -> Result<()> {
     comm.barrier()?;
     Ok(())
 }
+
+/// A receive that is given up before it was done takes no message, whatever it has been given of one already.
+pub(crate) fn given_up(comm: &Communicator) -> Result<()> {
+    let (rank, world) = (comm.rank(), comm.world_size());
+    let (right, left) = ((rank + 1) % world, (rank + world - 1) % world);
+    let mut halves = 0;
+    for (len, looks) in [10, 5_000, 300_000].into_iter().flat_map(|len| (0..6).map(move |looks| (len, looks))) {
+        let texts = |rank: usize| [pattern(len, rank), pattern(len + 1, rank + 1)];
+        let (own, mut first, mut buffer) = (texts(rank), vec![0; len], vec![0; len + 1]);
+        comm.scope(|s| {
+            let sends = [s.isend(right, 8, &own[0])?, s.isend(right, 8, &own[1])?];
+            // What fits the ring is there; the rest comes only when its sender looks at its own requests.
+            comm.barrier()?;
+            let is_done = comm.scope(|inner| {
+                let mut request = inner.irecv(left, 8, &mut first)?;
+                for _ in 0..looks {
+                    if request.test()?.is_some() {
+                        return Ok(true);
+                    }
+                }
+                Ok(false)
+            })?;
+            if is_done {
+                assert!(first == texts(left)[0], "the first {len} bytes differ");
+            } else {
+                halves += usize::from(first.iter().any(|&b| b != 0));
+            }
+            for expected in &texts(left)[usize::from(is_done)..] {
+                let status = comm.recv(left, 8, &mut buffer)?;
+                assert!(buffer[..status.len] == expected[..], "{} bytes differ after {looks} looks", status.len);
+            }
+            wait_all(sends)
+        })?;
+        comm.barrier()?;
+    }
+    // A message to itself comes at once; one that is longer than the ring is seen half received.
+    ensure!(world == 1 || halves > 0 || comm.cma_readable_by(right)?, "no receive was given up half way");
+    Ok(())
+}
+
+/// Receives with many tags, and from anyone, are each given the message they were posted for, in the order of posting.
+pub(crate) fn many_posted(comm: &Communicator) -> Result<()> {
+    let (rank, world) = (comm.rank(), comm.world_size());
+    let (right, left) = ((rank + 1) % world, (rank + world - 1) % world);
+    const N: usize = 500;
+    let text = |rank: usize, i: usize| pattern(i % 90, rank * 1000 + i);
+    let tag = |i: usize| (i % 7 * 1_000_000) as u32;
+    let texts: Vec<_> = (0..N).map(|i| text(rank, i)).collect();
+    let mut buffers = vec![[0u8; 90]; N];
+    comm.scope(|s| {
+        // By turns from the left and from anyone: only the left one sends these tags, so that the order of posting decides.
+        let receives = buffers
+            .iter_mut()
+            .enumerate()
+            .map(|(i, b)| s.irecv(if i % 3 == 0 { Source::Any } else { Source::Rank(left) }, tag(i), b))
+            .collect::<xccl::Result<Vec<_>>>()?;
+        let sends =
+            texts.iter().enumerate().map(|(i, t)| s.isend(right, tag(i), t)).collect::<xccl::Result<Vec<_>>>()?;
+        for (i, receive) in receives.into_iter().enumerate().rev() {
+            let status = receive.wait()?;
+            assert_eq!((status.source, status.tag, status.len), (left, tag(i), i % 90));
+        }
+        wait_all(sends)
+    })?;
+    for (i, buffer) in buffers.iter().enumerate() {
+        ensure!(buffer[..i % 90] == text(left, i), "message {i} differs");
+    }
+    comm.barrier()?;
+    Ok(())
+}
