@@ -66,50 +66,59 @@ pub fn show_line(line_ns: Option<f64>) -> String {
     line_ns.map_or("not measured (needs two idle cores)".to_owned(), |ns| format!("{ns:.0} ns"))
 }
 
-const GAMES: u32 = 20;
+/// Games that a handover is the best of.
+pub const GAMES: u32 = 20;
 const TURNS: u64 = 4_000;
 const LONGEST_GAME: Duration = Duration::from_millis(5);
 /// Spins between two looks at the clock.
 const SPINS_PER_LOOK: u32 = 256;
 
+/// Nanoseconds of a turn, of the time of a game.
+pub fn game_ns(took: Duration) -> f64 {
+    took.as_secs_f64() * 1e9 / TURNS as f64
+}
+
+/// Plays one side (0 or 1) of a game for two: they increment `turn` by turns. Both words are 0 at first. `None` when the other
+/// one does not keep up.
+pub fn play(turn: &AtomicU64, ready: &AtomicU64, side: u64) -> Option<Duration> {
+    ready.fetch_add(1, Ordering::AcqRel);
+    let waiting = Instant::now();
+    let await_value = |word: &AtomicU64, value: u64| {
+        while word.load(Ordering::Acquire) != value {
+            for _ in 0..SPINS_PER_LOOK {
+                if word.load(Ordering::Acquire) == value {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if waiting.elapsed() > LONGEST_GAME {
+                return false;
+            }
+        }
+        true
+    };
+    // Starting a thread takes longer than the game.
+    if !await_value(ready, 2) {
+        return None;
+    }
+    let start = Instant::now();
+    for n in (side..TURNS).step_by(2) {
+        if !await_value(turn, n) {
+            return None;
+        }
+        turn.store(n + 1, Ordering::Release);
+    }
+    Some(start.elapsed())
+}
+
 fn one_game() -> Option<f64> {
     let turn = AtomicU64::new(0);
     let ready = AtomicU64::new(0);
-    let play = |odd: u64| -> Option<Duration> {
-        ready.fetch_add(1, Ordering::AcqRel);
-        let waiting = Instant::now();
-        let await_value = |word: &AtomicU64, value: u64| {
-            while word.load(Ordering::Acquire) != value {
-                for _ in 0..SPINS_PER_LOOK {
-                    if word.load(Ordering::Acquire) == value {
-                        return true;
-                    }
-                    std::hint::spin_loop();
-                }
-                if waiting.elapsed() > LONGEST_GAME {
-                    return false;
-                }
-            }
-            true
-        };
-        // Starting a thread takes longer than the game.
-        if !await_value(&ready, 2) {
-            return None;
-        }
-        let start = Instant::now();
-        for n in (odd..TURNS).step_by(2) {
-            if !await_value(&turn, n) {
-                return None;
-            }
-            turn.store(n + 1, Ordering::Release);
-        }
-        Some(start.elapsed())
-    };
     std::thread::scope(|s| {
-        let other = s.spawn(|| play(1));
-        let took = play(0);
+        let other = s.spawn(|| play(&turn, &ready, 1));
+        let took = play(&turn, &ready, 0);
         other.join().ok()??;
-        took.map(|t| t.as_secs_f64() * 1e9 / TURNS as f64)
+        took.map(game_ns)
     })
 }
 

@@ -4,6 +4,7 @@ mod figures;
 mod growth;
 mod moe;
 mod p2p;
+mod pair;
 mod process;
 
 use std::ffi::OsString;

@@ -1,13 +1,15 @@
-//! `xccl bench p2p`: ping-pong between ranks 0 and 1.
+//! `xccl bench p2p`: ping-pong between ranks 0 and 1, or a rate of messages.
 
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use clap::Args;
+use indicatif::ProgressBar;
 use serde::Serialize;
-use xccl::Communicator;
+use xccl::{Communicator, wait_all};
 
-use super::figures::{JsonLines, Percentiles, line_ns, show_line};
+use super::figures::{JsonLines, Percentiles, show_line};
+use super::pair::Pair;
 use super::{Common, progress};
 
 #[derive(Args)]
@@ -20,12 +22,17 @@ pub struct P2pArgs {
     /// Send from the symmetric heap instead of private memory
     #[arg(long)]
     heap: bool,
+    /// Messages from rank 0 to rank 1 with so many outstanding, instead of one at a time there and back
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    window: Option<u32>,
 }
 
 #[derive(Serialize)]
 struct Limit {
+    /// A cache line from one of the two processes to the other.
     line_ns: Option<f64>,
-    memcpy_us: f64,
+    /// A copy by rank 0's core of what rank 1 has written to memory that both have mapped.
+    memcpy_us: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -39,37 +46,36 @@ struct Point {
     verified: Option<bool>,
 }
 
-/// Round trips between two looks at the clock.
+#[derive(Serialize)]
+struct Rate {
+    bench: &'static str,
+    ranks: usize,
+    bytes: usize,
+    window: u32,
+    messages_per_s: Percentiles,
+    gbps: f64,
+    line_ns: Option<f64>,
+    verified: Option<bool>,
+}
+
+/// Round trips between two looks at the clock, while a round trip takes no longer than looking.
 const BATCH: u32 = 10;
+const LARGE: usize = 1 << 20;
 
 impl P2pArgs {
     pub fn measure(&self, comm: &Communicator) -> Result<()> {
         ensure!(comm.world_size() >= 2, "p2p needs 2 ranks, there is {}", comm.world_size());
         let mut json = JsonLines::open(comm, self.common.json.as_deref())?;
         let bar = progress(comm, self.sizes.len());
-        comm.barrier()?;
-        let line = if comm.rank() == 0 { line_ns() } else { None };
-        comm.barrier()?;
-        if comm.rank() == 0 {
-            json.table(&format!(
-                "# xccl bench p2p: ranks 0 and 1 of {}; line handover {}",
-                comm.world_size(),
-                show_line(line)
-            ));
-            json.table(&format!(
-                "{:>10} {:>12} {:>12} {:>9} {:>12} {:>9}",
-                "bytes", "half rtt us", "p90 us", "GB/s", "memcpy us", "verified"
-            ));
-        }
+        let largest = self.sizes.iter().copied().max().unwrap_or(0);
+        let pair = if comm.rank() < 2 { Pair::open(comm, largest)? } else { None };
+        self.print_heading(comm, pair.as_ref(), &json)?;
         for &bytes in &self.sizes {
-            if let Some(point) = self.point(comm, bytes, line)? {
-                let verified = point.verified.map_or("-", |v| if v { "yes" } else { "NO" });
-                let line = format!(
-                    "{:>10} {:>12.3} {:>12.3} {:>9.2} {:>12.3} {:>9}",
-                    bytes, point.half_rtt_us.median, point.half_rtt_us.p90, point.gbps, point.limit.memcpy_us, verified
-                );
-                bar.suspend(|| json.table(&line));
-                json.write(&point)?;
+            // Before each size: it may change within minutes where the two cores are virtual.
+            let line_ns = pair.as_ref().map_or(Ok(None), |pair| pair.line_ns(comm))?;
+            match self.window {
+                None => self.measure_size(comm, bytes, pair.as_ref(), line_ns, &mut json, &bar)?,
+                Some(window) => self.measure_rate(comm, bytes, window, line_ns, &mut json, &bar)?,
             }
             bar.inc(1);
         }
@@ -78,9 +84,66 @@ impl P2pArgs {
         Ok(())
     }
 
-    fn point(&self, comm: &Communicator, bytes: usize, line_ns: Option<f64>) -> Result<Option<Point>> {
-        let mut times = vec![];
+    fn print_heading(&self, comm: &Communicator, pair: Option<&Pair>, json: &JsonLines) -> Result<()> {
+        let line = pair.map_or(Ok(None), |pair| pair.line_ns(comm))?;
+        if comm.rank() != 0 {
+            return Ok(());
+        }
+        json.table(&format!(
+            "# xccl bench p2p: ranks 0 and 1 of {}; line handover {}",
+            comm.world_size(),
+            show_line(line)
+        ));
+        match self.window {
+            None => json.table(&format!(
+                "{:>10} {:>12} {:>12} {:>9} {:>12} {:>9} {:>9}",
+                "bytes", "half rtt us", "p90 us", "GB/s", "memcpy us", "/ limit", "verified"
+            )),
+            Some(window) => json.table(&format!(
+                "{:>10} {:>12} {:>12} {:>12} {:>9} {:>9}  ({window} outstanding)",
+                "bytes", "messages/s", "p10", "ns each", "GB/s", "verified"
+            )),
+        }
+        Ok(())
+    }
+
+    fn measure_size(
+        &self,
+        comm: &Communicator,
+        bytes: usize,
+        pair: Option<&Pair>,
+        line_ns: Option<f64>,
+        json: &mut JsonLines,
+        bar: &ProgressBar,
+    ) -> Result<()> {
+        let Some(point) = self.point(comm, bytes, pair, line_ns)? else { return Ok(()) };
+        let half = point.half_rtt_us.median;
+        // What cannot be avoided: a line, or the copy if that takes longer.
+        let limit_us = line_ns.map(|ns| ns / 1e3).into_iter().chain(point.limit.memcpy_us).max_by(f64::total_cmp);
+        let line = format!(
+            "{:>10} {:>12.3} {:>12.3} {:>9.2} {:>12} {:>9} {:>9}",
+            bytes,
+            half,
+            point.half_rtt_us.p90,
+            point.gbps,
+            point.limit.memcpy_us.map_or("-".to_owned(), |us| format!("{us:.3}")),
+            limit_us.map_or("-".to_owned(), |us| format!("{:.2}", half / us)),
+            show_verified(point.verified)
+        );
+        bar.suspend(|| json.table(&line));
+        json.write(&point)
+    }
+
+    fn point(
+        &self,
+        comm: &Communicator,
+        bytes: usize,
+        pair: Option<&Pair>,
+        line_ns: Option<f64>,
+    ) -> Result<Option<Point>> {
+        let (mut times, mut copies) = (vec![], vec![]);
         let mut verified = None;
+        let batch = if bytes < LARGE { BATCH } else { 1 };
         if comm.rank() < 2 {
             let mut private = vec![1u8; bytes];
             let mut heap = comm.heap_alloc(if self.heap { bytes } else { 1 })?;
@@ -89,22 +152,31 @@ impl P2pArgs {
             if self.common.verify {
                 verified = Some(check(comm, out, &mut back)?);
             }
+            let pair = pair.filter(|_| comm.rank() == 0);
+            let copy = |back: &mut [u8]| pair.map(|pair| each(batch, || pair.copy(back)));
             for i in 0..self.common.warmup + self.common.iters {
                 let start = Instant::now();
-                for _ in 0..BATCH {
+                for _ in 0..batch {
                     ping_pong(comm, out, &mut back)?;
                 }
+                let took = start.elapsed().as_secs_f64() * 1e6 / f64::from(2 * batch);
+                // Long copies in turn with the messages: both feel what else the machine's memory is doing.
+                let copied = if bytes < LARGE { None } else { copy(&mut back) };
                 if i >= self.common.warmup {
-                    times.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(2 * BATCH));
+                    times.push(took);
+                    copies.extend(copied);
                 }
+            }
+            if bytes < LARGE {
+                copies.extend((0..self.common.iters.min(200)).filter_map(|_| copy(&mut back)));
             }
         }
         comm.barrier()?;
-        let memcpy_us = memcpy_us(bytes, self.common.iters);
         if comm.rank() != 0 {
             return Ok(None);
         }
         let half_rtt_us = Percentiles::of(times);
+        let memcpy_us = if copies.is_empty() { None } else { Some(Percentiles::of(copies).median) };
         Ok(Some(Point {
             bench: "p2p",
             ranks: comm.world_size(),
@@ -115,6 +187,90 @@ impl P2pArgs {
             verified,
         }))
     }
+
+    fn measure_rate(
+        &self,
+        comm: &Communicator,
+        bytes: usize,
+        window: u32,
+        line_ns: Option<f64>,
+        json: &mut JsonLines,
+        bar: &ProgressBar,
+    ) -> Result<()> {
+        let mut rates = vec![];
+        let mut verified = None;
+        if comm.rank() < 2 {
+            let n = window as usize;
+            let mut private = vec![1u8; bytes * n];
+            let mut heap = comm.heap_alloc(if self.heap { bytes * n } else { 1 })?;
+            let out: &mut [u8] = if self.heap { &mut heap } else { &mut private };
+            let mut back = vec![0u8; bytes * n];
+            if self.common.verify {
+                fill(out, comm.rank(), 0);
+                window_of(comm, out, &mut back, bytes, n)?;
+                verified = Some(comm.rank() == 0 || same(&back, 0, 0)?);
+            }
+            for i in 0..self.common.warmup + self.common.iters {
+                let start = Instant::now();
+                window_of(comm, out, &mut back, bytes, n)?;
+                if i >= self.common.warmup {
+                    rates.push(f64::from(window) / start.elapsed().as_secs_f64());
+                }
+            }
+        }
+        comm.barrier()?;
+        if comm.rank() != 0 {
+            return Ok(());
+        }
+        let messages_per_s = Percentiles::of(rates);
+        let gbps = messages_per_s.median * bytes as f64 / 1e9;
+        let line = format!(
+            "{:>10} {:>12.0} {:>12.0} {:>12.1} {:>9.2} {:>9}",
+            bytes,
+            messages_per_s.median,
+            messages_per_s.p10,
+            1e9 / messages_per_s.median,
+            gbps,
+            show_verified(verified)
+        );
+        bar.suspend(|| json.table(&line));
+        let ranks = comm.world_size();
+        json.write(&Rate { bench: "p2p-rate", ranks, bytes, window, messages_per_s, gbps, line_ns, verified })
+    }
+}
+
+fn show_verified(verified: Option<bool>) -> &'static str {
+    verified.map_or("-", |v| if v { "yes" } else { "NO" })
+}
+
+/// Microseconds of each of `n` calls.
+fn each(n: u32, mut f: impl FnMut()) -> f64 {
+    let start = Instant::now();
+    (0..n).for_each(|_| f());
+    start.elapsed().as_secs_f64() * 1e6 / f64::from(n)
+}
+
+/// A window of messages from rank 0 to rank 1, and an answer when the last has come.
+fn window_of(comm: &Communicator, out: &[u8], back: &mut [u8], bytes: usize, n: usize) -> xccl::Result<()> {
+    // No chunks of nothing: an empty message is a message too.
+    let part = |i: usize| i * bytes..(i + 1) * bytes;
+    comm.scope(|s| {
+        let mut requests = Vec::with_capacity(n);
+        if comm.rank() == 0 {
+            for i in 0..n {
+                requests.push(s.isend(1, 1, &out[part(i)])?);
+            }
+        } else {
+            let mut rest = back;
+            for _ in 0..n {
+                let (buffer, others) = rest.split_at_mut(bytes);
+                requests.push(s.irecv(0, 1, buffer)?);
+                rest = others;
+            }
+        }
+        wait_all(requests)
+    })?;
+    if comm.rank() == 0 { comm.recv(1, 2, &mut []).map(|_| ()) } else { comm.send(0, 2, &[]) }
 }
 
 fn ping_pong(comm: &Communicator, out: &[u8], back: &mut [u8]) -> xccl::Result<()> {
@@ -130,26 +286,25 @@ fn ping_pong(comm: &Communicator, out: &[u8], back: &mut [u8]) -> xccl::Result<(
 
 /// Each rank sends a pattern of its own, three times over; both compare every byte.
 fn check(comm: &Communicator, out: &mut [u8], back: &mut [u8]) -> Result<bool> {
-    let pattern = |rank: usize, round: usize, i: usize| (i * 131 + rank * 17 + round * 7 + (i >> 8)) as u8;
     for round in 0..3 {
-        out.iter_mut().enumerate().for_each(|(i, b)| *b = pattern(comm.rank(), round, i));
+        fill(out, comm.rank(), round);
         back.fill(0);
         ping_pong(comm, out, back)?;
-        let wrong = back.iter().enumerate().find(|&(i, &b)| b != pattern(1 - comm.rank(), round, i));
-        ensure!(wrong.is_none(), "rank {}: byte {wrong:?} of {} is wrong", comm.rank(), back.len());
+        same(back, 1 - comm.rank(), round)?;
     }
     Ok(true)
 }
 
-fn memcpy_us(bytes: usize, iters: u32) -> f64 {
-    let (from, mut to) = (vec![1u8; bytes], vec![0u8; bytes]);
-    let times = (0..iters.min(200)).map(|_| {
-        let start = Instant::now();
-        for _ in 0..BATCH {
-            to.copy_from_slice(std::hint::black_box(&from));
-            std::hint::black_box(&mut to);
-        }
-        start.elapsed().as_secs_f64() * 1e6 / f64::from(BATCH)
-    });
-    Percentiles::of(times.collect()).median
+fn pattern(rank: usize, round: usize, i: usize) -> u8 {
+    (i * 131 + rank * 17 + round * 7 + (i >> 8)) as u8
+}
+
+fn fill(out: &mut [u8], rank: usize, round: usize) {
+    out.iter_mut().enumerate().for_each(|(i, b)| *b = pattern(rank, round, i));
+}
+
+fn same(back: &[u8], rank: usize, round: usize) -> Result<bool> {
+    let wrong = back.iter().enumerate().find(|&(i, &b)| b != pattern(rank, round, i));
+    ensure!(wrong.is_none(), "from rank {rank}: byte {wrong:?} of {} is wrong", back.len());
+    Ok(true)
 }
