@@ -21,6 +21,11 @@ fn two_exchanges_may_be_in_flight_and_a_third_is_refused() {
 }
 
 #[test]
+fn the_joined_calls_equal_a_plain_reference() {
+    [1, 2, 5].into_iter().for_each(|n| plays_well(RANK, n, "joined", &[]));
+}
+
+#[test]
 fn one_routing_serves_fifty_exchanges_whose_halves_interleave() {
     [1, 2, 5].into_iter().for_each(|n| plays_well(RANK, n, "reuse", &[]));
 }

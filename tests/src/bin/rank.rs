@@ -34,6 +34,7 @@ fn main() -> Result<()> {
         "join" => Ok(comm.barrier()?),
         "moe" => moe::moe_in_every_form(&comm),
         "in-flight" => moe::two_exchanges_in_flight(&comm),
+        "joined" => moe::the_joined_calls(&comm),
         "reuse" => moe::one_routing_serves_many_exchanges(&comm),
         "later-first" => moe::the_later_exchange_is_combined_first(&comm),
         "refused" => misuse::refused(&comm),

@@ -21,6 +21,7 @@ mod batch;
 mod combine;
 mod config;
 mod epilogue;
+mod joined;
 mod kernels;
 mod lanes;
 mod layout;

@@ -347,6 +347,32 @@ fn check_sums(comm: &Communicator, moe: &Moe, case: &Case, sent: Exchange<'_>) -
     Ok(())
 }
 
+/// The halves two by two, also beside an exchange whose halves are called one by one.
+pub(crate) fn the_joined_calls(comm: &Communicator) -> Result<()> {
+    let config = MoeConfig::new(7, 50, 3, 10, DType::F32);
+    let moe = Moe::new(comm, config.clone())?;
+    for seed in 0..8 {
+        let case = |seed| Case { config: config.clone(), world: comm.world_size(), seed };
+        let (one, other) = (case(seed), case(seed + 1));
+        let (tokens, ids, weights, active) = other.input::<f32>(comm.rank());
+        let slowly = moe.dispatch_send(&tokens, &Routing::new(&ids, &weights).active(&active))?;
+        let (tokens, ids, weights, active) = one.input::<f32>(comm.rank());
+        let (sent, mut batch) = moe.dispatch(&tokens, &Routing::new(&ids, &weights).active(&active))?;
+        compute(&one, &mut batch)?;
+        let mut out = vec![f32::NAN; tokens.len()];
+        moe.combine(sent, batch, &mut out)?;
+        for (i, y) in out.iter().enumerate() {
+            let expected = one.sum::<f32>(comm.rank(), i / 50, i % 50);
+            ensure!(y.to_bits() == expected.to_bits(), "seed {seed}, element {i}: {y} instead of {expected}");
+        }
+        let mut batch = moe.dispatch_recv(&slowly)?;
+        compute(&other, &mut batch)?;
+        moe.combine_send(batch)?;
+        check_sums(comm, &moe, &other, slowly)?;
+    }
+    Ok(())
+}
+
 /// One routing serves fifty exchanges, two of them in flight, their halves interleaved.
 pub(crate) fn one_routing_serves_many_exchanges(comm: &Communicator) -> Result<()> {
     let config = MoeConfig::new(7, 50, 3, 10, DType::F32);
