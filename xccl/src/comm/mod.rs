@@ -227,3 +227,57 @@ impl Communicator {
     /// rank has already sent can still be received.
     pub fn destroy(self) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, Moe, MoeConfig, Routing};
+
+    fn alone(config: Config) -> Communicator {
+        Communicator::init(0, 1, &UniqueId::new().unwrap(), config).unwrap()
+    }
+
+    #[test]
+    fn statistics_count_messages_exchanges_and_tokens() {
+        let comm = alone(Config::default());
+        for len in [0, 10, 50_000] {
+            comm.send(0, 1, &vec![1; len]).unwrap();
+            comm.recv(0, 1, &mut vec![0; len]).unwrap();
+        }
+        let moe = Moe::new(&comm, MoeConfig::new(4, 8, 1, 2, DType::F32)).unwrap();
+        for tokens in [3, 0, 4] {
+            let routing = (vec![1i32; tokens], vec![1.0; tokens]);
+            let (sent, batch) = moe.dispatch(&vec![1.0f32; tokens * 8], &Routing::new(&routing.0, &routing.1)).unwrap();
+            moe.combine(sent, batch, &mut vec![0.0f32; tokens * 8]).unwrap();
+        }
+        let s = comm.statistics();
+        assert_eq!((s.messages_sent, s.bytes_sent, s.messages_received, s.bytes_received), (3, 50_010, 3, 50_010));
+        assert_eq!((s.exchanges, s.tokens), (3, 7));
+        // A handle's clones count together, another communicator for itself.
+        assert_eq!(comm.clone().statistics(), s);
+        assert_eq!(comm.duplicate().unwrap().statistics().messages_sent, 0);
+    }
+
+    #[test]
+    fn handles_outlive_the_communicator_they_were_made_from() {
+        let comm = alone(Config::default().heap_bytes(1 << 20));
+        let (block, twin) = (comm.heap_alloc(1000).unwrap(), comm.duplicate().unwrap());
+        let moe = Moe::new(&comm, MoeConfig::new(4, 8, 1, 2, DType::F32)).unwrap();
+        comm.destroy();
+        let (sent, batch) = moe.dispatch(&[1.0f32; 8], &Routing::new(&[0i32], &[1.0])).unwrap();
+        moe.combine(sent, batch, &mut [0.0f32; 8]).unwrap();
+        drop(moe);
+        assert_eq!(block.len(), 1000);
+        twin.barrier().unwrap();
+    }
+
+    #[test]
+    fn the_plan_is_what_is_mapped() {
+        let config = Config::default().heap_bytes(3 << 20);
+        let plan = Communicator::memory_plan(1, &config);
+        let comm = alone(config);
+        let peer = comm.inner.fabric.peer(0);
+        assert_eq!(peer.outbox.len(), plan.outbox_bytes);
+        assert_eq!(peer.heap.len(), plan.heap_bytes + layout::HEAP_START);
+    }
+}

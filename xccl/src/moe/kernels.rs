@@ -398,6 +398,14 @@ mod tests {
         end_streaming();
         // SAFETY: each row has n elements.
         unsafe { portable(Sum::of(&pairs), &mut versions[1], 0) };
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") {
+            // What a processor with AVX-512 would not choose.
+            let mut with_avx2 = vec![E::zeroed(); n];
+            // SAFETY: the feature is there, each row has n elements.
+            unsafe { avx2(Sum::of(&pairs), &mut with_avx2) };
+            assert_eq!(bytemuck::cast_slice::<E, u8>(&with_avx2), bytemuck::cast_slice::<E, u8>(&versions[1]));
+        }
         for i in 0..n {
             let mut sum = 0.0f32;
             for (row, w) in rows.iter().zip(weights) {
