@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use half::{bf16, f16};
 
 use super::layout::{Entry, SLOTS};
-use super::received::Received;
+use super::received::{Part, Received};
 use super::{Moe, Phase, Reduction, kernels};
 use crate::comm::inner::Call;
 use crate::dtype::{DType, Element};
@@ -104,11 +104,45 @@ impl<'m> ExpertBatch<'m> {
         is_refused.then_some(Err(Error::PeerRefused { rank: source, epoch }))
     }
 
-    /// Waits for one source and takes its part of the lists.
-    pub(super) fn receive(&mut self, source: usize, call: &mut Call) -> Result<()> {
-        let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: Some(source) };
-        self.moe.comm.wait_in(call, what, || self.has_sent(source))??;
-        self.take_lists(source)
+    /// Waits for all sources and takes their lists.
+    ///
+    /// With many ranks each list is short, and what takes time is the lines and pages that it lies on. So they are fetched ahead:
+    /// the starts of one source's list while the next source is looked at, the entries of all while the starts are read. Only
+    /// before it has to wait does it take what has come.
+    pub(super) fn receive_all(&mut self) -> Result<()> {
+        let (mut taken, ranks) = (0, self.moe.comm.world_size);
+        let mut call = Call::default();
+        for source in 0..ranks {
+            if self.has_sent(source).is_none() {
+                self.take_all(taken..source)?;
+                taken = source;
+            }
+            let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: Some(source) };
+            self.moe.comm.wait_in(&mut call, what, || self.has_sent(source))??;
+            self.moe.peers[source].fetch(self.starts_at());
+        }
+        self.take_all(taken..ranks)
+    }
+
+    fn take_all(&mut self, sources: std::ops::Range<usize>) -> Result<()> {
+        for source in sources.clone() {
+            self.take_starts(source)?;
+            let Part { begin, count, .. } = self.received().parts[source];
+            if count > 0 {
+                self.moe.peers[source].fetch(self.entry_at(begin));
+            }
+        }
+        sources.into_iter().try_for_each(|source| self.take_entries(source))
+    }
+
+    /// Where every source has the starts of this rank's part of its list.
+    fn starts_at(&self) -> usize {
+        self.moe.layout.slot(self.epoch).starts.start + self.moe.placement.starts[self.moe.comm.rank] * size_of::<u32>()
+    }
+
+    /// Where a source has an entry of its list.
+    fn entry_at(&self, entry: usize) -> usize {
+        self.moe.layout.slot(self.epoch).entries.start + entry * size_of::<Entry>()
     }
 
     /// Waits for any source whose lists have not been taken, and takes them. `None` when all have.
@@ -134,24 +168,34 @@ impl<'m> ExpertBatch<'m> {
         Ok(Some(source))
     }
 
+    /// Takes the lists of a source that has sent.
     fn take_lists(&mut self, source: usize) -> Result<()> {
+        self.take_starts(source)?;
+        let base = self.received().parts[source].base;
+        // The call may be repeated.
+        self.take_entries(source).inspect_err(|_| self.received_mut().len = base)
+    }
+
+    fn corrupt<T>(source: usize, what: &'static str, value: u32, limit: usize) -> Result<T> {
+        Err(Error::Corrupt { rank: source, what, value: value.into(), limit: limit as u64 })
+    }
+
+    /// Copies where this rank's part of a source's list begins for each expert, checks it, and makes room for the entries.
+    fn take_starts(&mut self, source: usize) -> Result<()> {
         let (moe, epoch) = (self.moe, self.epoch);
         let (outbox, slot) = (&moe.peers[source], moe.layout.slot(epoch));
-        let corrupt = |what, value: u32, limit: usize| {
-            Err(Error::Corrupt { rank: source, what, value: value.into(), limit: limit as u64 })
-        };
         let tokens = outbox.word32(slot.tokens).load(Relaxed);
         if tokens as usize > moe.config.max_tokens {
-            return corrupt("a number of tokens", tokens, moe.config.max_tokens);
+            return Self::corrupt(source, "a number of tokens", tokens, moe.config.max_tokens);
         }
-        let first_expert = moe.placement.starts[moe.comm.rank];
         let local = moe.placement.local(moe.comm.rank).len();
+        let at = self.starts_at();
         let received = self.received_mut();
         let starts = &mut received.starts[source * (local + 1)..(source + 1) * (local + 1)];
-        outbox.read_into(slot.starts.start + first_expert * 4, starts);
+        outbox.read_into(at, starts);
         let all = tokens as usize * moe.config.topk;
         if starts.windows(2).any(|w| w[0] > w[1]) || starts[local] as usize > all {
-            return corrupt("the end of a list", starts[local], all);
+            return Self::corrupt(source, "the end of a list", starts[local], all);
         }
         let (begin, count) = (starts[0], (starts[local] - starts[0]) as usize);
         let base = received.len;
@@ -160,13 +204,22 @@ impl<'m> ExpertBatch<'m> {
         }
         starts.iter_mut().for_each(|s| *s = *s - begin + base as u32);
         received.entries.resize(received.entries.len().max(base + count), Entry::default());
+        received.len += count;
+        received.parts[source] = Part { begin: begin as usize, base, count, tokens };
+        Ok(())
+    }
+
+    /// Copies the entries and checks them.
+    fn take_entries(&mut self, source: usize) -> Result<()> {
+        let Part { begin, base, count, tokens } = self.received().parts[source];
+        let (outbox, at) = (&self.moe.peers[source], self.entry_at(begin));
+        let received = self.received_mut();
         let entries = &mut received.entries[base..base + count];
-        outbox.read_into(slot.entries.start + begin as usize * size_of::<Entry>(), entries);
+        outbox.read_into(at, entries);
         let largest = entries.iter().fold(0, |most, e| most.max(e.token));
         if count > 0 && largest >= tokens {
-            return corrupt("a token's index", largest, tokens as usize);
+            return Self::corrupt(source, "a token's index", largest, tokens as usize);
         }
-        received.len += count;
         received.arrive(source);
         Ok(())
     }

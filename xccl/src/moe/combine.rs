@@ -5,10 +5,11 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use super::config::MAX_TOPK;
 use super::epilogue::{Epilogue, Steps};
 use super::kernels::Sum;
+use super::layout::SlotLayout;
 use super::placement::Placement;
 use super::routing::{Choice, NONE};
 use super::terms::{Terms, sum_each};
-use super::{Exchange, Flight, Moe, Outboxes, Phase, Reduction, SLOTS, State, kernels};
+use super::{Exchange, Flight, Lists, Moe, Outboxes, Phase, Reduction, SLOTS, State, kernels};
 use crate::comm::inner::Call;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -98,8 +99,9 @@ impl Moe {
     ) -> Result<()> {
         let epoch = self.check_exchange("combine_recv", &sent, Phase::Combined, "combine_recv after combine_send")?;
         let mut state = self.state.borrow_mut();
-        let State { flights, first_rows, .. } = &mut *state;
-        let flight = &mut flights[(epoch % SLOTS as u64) as usize];
+        let State { flights, first_rows, seen, .. } = &mut *state;
+        let slot = (epoch % SLOTS as u64) as usize;
+        let flight = &mut flights[slot];
         let (tokens, topk, hidden) = (flight.tokens, self.config.topk, self.config.hidden);
         self.check_rows("out", out, tokens)?;
         let lanes = self.lanes();
@@ -107,7 +109,8 @@ impl Moe {
         let cut = lanes.cut(tokens, flight.choices.len() * self.layout.stride);
         let owners = Owners::Blocks(cut.each);
         let steps = epilogue.check(tokens, hidden, owners)?;
-        self.await_outputs(flight, first_rows)?;
+        self.await_outputs(flight, &mut seen.epochs[slot])?;
+        self.take_first_rows(flight, first_rows);
         if self.config.reduction == Reduction::PerRank {
             first_rows.count_sums(&self.placement, &flight.choices, topk, cut.each * topk, cut.pieces);
         }
@@ -136,34 +139,51 @@ impl Moe {
         Ok(())
     }
 
-    /// Waits for every rank that had entries of this one; notes where its output rows for this rank begin.
-    fn await_outputs(&self, flight: &mut Flight, first_rows: &mut FirstRows) -> Result<()> {
+    /// Waits for every rank that had entries of this one.
+    fn await_outputs(&self, flight: &mut Flight, seen: &mut [u64]) -> Result<()> {
         let (epoch, slot) = (flight.epoch, self.layout.slot(flight.epoch));
-        let starts = flight.lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
         let mut call = Call::default();
-        for (peer, outbox) in self.peers.iter().enumerate() {
-            let positions = self.placement.starts[peer]..self.placement.starts[peer + 1];
-            if starts[positions.start] == starts[positions.end] {
-                continue;
-            }
+        for peer in self.ranks_of(&mut flight.lists) {
+            let outbox = &self.peers[peer];
             let word = outbox.word64(slot.combined);
             let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
             self.comm.wait_in(&mut call, what, || epoch::reached(word, epoch).then_some(()))?;
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
                 return Err(Error::PeerAbandoned { rank: peer, epoch });
             }
-            let at = slot.bases.start + self.comm.rank * self.layout.bases_per_source * 4;
-            match self.config.reduction {
-                Reduction::PerExpert => {
-                    let experts = &self.placement.expert[positions];
-                    let copied = &mut first_rows.copied[..experts.len()];
-                    outbox.row(at, copied.len()).copy_to(copied);
-                    experts.iter().zip(copied).for_each(|(&expert, row)| first_rows.first[expert] = *row);
-                }
-                Reduction::PerRank => outbox.row(at, 1).copy_to(&mut first_rows.first[peer..peer + 1]),
-            }
+            seen[peer] = epoch;
+            // Read when all have come: until then the line is on its way.
+            outbox.fetch(self.bases_at(slot));
         }
         Ok(())
+    }
+
+    /// Notes where the outputs for this rank begin, in the outbox of each rank that had entries of it.
+    fn take_first_rows(&self, flight: &mut Flight, first_rows: &mut FirstRows) {
+        let at = self.bases_at(self.layout.slot(flight.epoch));
+        for peer in self.ranks_of(&mut flight.lists) {
+            match self.config.reduction {
+                Reduction::PerExpert => {
+                    let experts = self.placement.local(peer);
+                    let copied = &mut first_rows.copied[..experts.len()];
+                    self.peers[peer].row(at, copied.len()).copy_to(copied);
+                    experts.iter().zip(copied).for_each(|(&expert, row)| first_rows.first[expert] = *row);
+                }
+                Reduction::PerRank => self.peers[peer].row(at, 1).copy_to(&mut first_rows.first[peer..peer + 1]),
+            }
+        }
+    }
+
+    /// The ranks that have entries in this rank's lists.
+    fn ranks_of<'l>(&'l self, lists: &'l mut Lists) -> impl Iterator<Item = usize> + 'l {
+        let starts = lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
+        let parts = self.placement.starts.windows(2).enumerate();
+        parts.filter(move |(_, part)| starts[part[0]] < starts[part[1]]).map(|(rank, _)| rank)
+    }
+
+    /// Where every rank has the bases for this one.
+    fn bases_at(&self, slot: &SlotLayout) -> usize {
+        slot.bases.start + self.comm.rank * self.layout.bases_per_source * size_of::<u32>()
     }
 }
 

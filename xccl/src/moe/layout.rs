@@ -24,9 +24,11 @@ pub(super) struct Entry {
 
 const _: () = assert!(size_of::<Entry>() == 8 && align_of::<Entry>() == 4);
 
-/// Offsets. All words have one writer, the outbox's owner.
+/// Offsets. All words have one writer, the outbox's owner. Those that a reader looks at together share a line: with many ranks it
+/// is the lines that cost, not the bytes.
 pub(super) struct MoeLayout {
-    /// Epoch word: tokens and lists of this exchange are complete. Read by all ranks.
+    /// Epoch word: tokens and lists of this exchange are complete. Read by all ranks. On its line are `refused` and each slot's
+    /// `tokens`.
     pub(super) dispatched: usize,
     /// The exchange whose input was refused here. Read by all ranks that wait for it.
     pub(super) refused: usize,
@@ -46,7 +48,7 @@ pub(super) struct MoeLayout {
 #[derive(Clone)]
 pub(super) struct SlotLayout {
     /// Epoch word: outputs of this exchange are complete, and its tokens are no longer read here. Read by all ranks. One per
-    /// slot, since the two exchanges in flight may be combined in either order.
+    /// slot, since the two exchanges in flight may be combined in either order. On its line is `abandoned`.
     pub(super) combined: usize,
     /// The exchange of this slot that was given up here before combining. Read by all ranks, after `combined`.
     pub(super) abandoned: usize,
@@ -93,8 +95,12 @@ impl MoeLayout {
         let bases_per_source = (0..world_size).map(|rank| placement.local(rank).len()).fold(1, usize::max);
 
         let mut layout = Layout::default();
-        let [dispatched, refused] = std::array::from_fn(|_| layout.add(LINE));
-        let words: [[usize; 4]; SLOTS] = std::array::from_fn(|_| std::array::from_fn(|_| layout.add(LINE)));
+        let dispatched = layout.add(LINE);
+        let (refused, tokens) = (dispatched + 8, [dispatched + 16, dispatched + 24]);
+        let words = tokens.map(|tokens| {
+            let [combined, done] = std::array::from_fn(|_| layout.add(LINE));
+            [combined, combined + 8, tokens, done]
+        });
         let slots = words.map(|[combined, abandoned, tokens, done]| {
             let mut area = |bytes: usize, align: usize| {
                 let start = layout.add_aligned(bytes, align);

@@ -100,6 +100,14 @@ struct State {
     flights: [Flight; SLOTS],
     builder: ListBuilder,
     first_rows: FirstRows,
+    seen: SeenCombined,
+}
+
+/// The last exchange that each peer was seen to have combined, by slot: their words, which are on other cores, are looked at once.
+struct SeenCombined {
+    epochs: [Vec<u64>; SLOTS],
+    /// All peers have combined this exchange.
+    all: u64,
 }
 
 /// A handle for the exchanges of one MoE shape over one communicator. Two exchanges may be in flight.
@@ -292,7 +300,8 @@ impl Moe {
         });
         let builder = ListBuilder::new(config.experts);
         let first_rows = FirstRows::new(config.experts, comm.world_size);
-        let state = RefCell::new(State { next: 1, flights, builder, first_rows });
+        let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: 0 };
+        let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
         let lanes = RefCell::default();
         Ok(Moe { comm, config, layout, placement, own, peers: outboxes.peers, state, lanes })
     }
@@ -425,19 +434,22 @@ impl Moe {
 
     /// The next exchange's number, once its slot may be written.
     fn claim(&self) -> Result<u64> {
-        let state = self.state.borrow();
+        let mut state = self.state.borrow_mut();
         let epoch = state.next;
-        let flight = &state.flights[(epoch % SLOTS as u64) as usize];
-        if flight.phase != Phase::Free {
-            return Err(Error::TooManyInFlight { limit: SLOTS, oldest: flight.epoch });
+        let slot = (epoch % SLOTS as u64) as usize;
+        let State { flights, seen, .. } = &mut *state;
+        if flights[slot].phase != Phase::Free {
+            return Err(Error::TooManyInFlight { limit: SLOTS, oldest: flights[slot].epoch });
         }
-        let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > 0) else { return Ok(epoch) };
+        let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > seen.all) else { return Ok(epoch) };
         let mut call = Call::default();
-        for peer in 0..self.comm.world_size {
+        for (peer, seen) in seen.epochs[slot].iter_mut().enumerate().filter(|(_, seen)| **seen < previous) {
             let word = self.peers[peer].word64(self.layout.slot(previous).combined);
             let what = Waiting { operation: Operation::DispatchSend, epoch, peer: Some(peer) };
             self.comm.wait_in(&mut call, what, || epoch::reached(word, previous).then_some(()))?;
+            *seen = previous;
         }
+        seen.all = previous;
         Ok(epoch)
     }
 
@@ -492,8 +504,7 @@ impl Moe {
     /// whose input was bad. The call may be repeated.
     pub fn dispatch_recv<'m>(&'m self, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
         let mut batch = self.start_batch("dispatch_recv", sent)?;
-        let mut call = Call::default();
-        match (0..self.comm.world_size).try_for_each(|source| batch.receive(source, &mut call)) {
+        match batch.receive_all() {
             Ok(()) => {
                 batch.complete();
                 Ok(batch)

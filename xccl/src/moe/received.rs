@@ -20,6 +20,8 @@ pub(super) struct Received {
     pub(super) entries: Vec<Entry>,
     /// Which sources have come.
     arrived: Vec<bool>,
+    /// By source: what its list looks like, before the entries are copied.
+    pub(super) parts: Vec<Part>,
     /// Rows per local expert.
     pub(super) counts: Vec<u32>,
     /// Prefix sums of `counts`.
@@ -40,6 +42,17 @@ pub(super) struct Received {
     pub(super) sums: Area,
     /// Where each source finds its rows.
     bases: Area,
+}
+
+/// One source's part of the lists.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Part {
+    /// Its first entry there, and here.
+    pub(super) begin: usize,
+    pub(super) base: usize,
+    pub(super) count: usize,
+    /// Tokens of the source.
+    pub(super) tokens: u32,
 }
 
 /// The entries of each token of each source.
@@ -81,6 +94,7 @@ impl Received {
             starts: vec![0; world_size * (local + 1)],
             entries: vec![],
             arrived: vec![false; world_size],
+            parts: vec![Part::default(); world_size],
             counts: vec![0; local],
             offsets: vec![0; local + 1],
             runs: vec![0; local * world_size],
