@@ -14,7 +14,7 @@ pub(crate) const MAX_BLOB: usize = 64 * 1024;
 /// The most descriptors of one rank in an exchange.
 pub(crate) const MAX_DESCRIPTORS: usize = 16;
 /// The most ranks: rank 0 holds a connection to each, and names them all in one message.
-pub(super) const MAX_WORLD_SIZE: usize = 4096;
+pub(crate) const MAX_WORLD_SIZE: usize = 4096;
 /// The longest message. A receiver's buffer has this size, so that nothing a peer says makes it allocate more.
 pub(super) const MAX_MESSAGE: usize = MAX_BLOB + 1024;
 /// The longest greeting; a verdict that quotes one field of it and one of rank 0's still fits a message.

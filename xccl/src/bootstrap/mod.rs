@@ -20,5 +20,6 @@ mod star;
 mod unique_id;
 
 pub use environment::Launch;
+pub(crate) use message::MAX_WORLD_SIZE;
 pub(crate) use star::Star;
 pub use unique_id::UniqueId;

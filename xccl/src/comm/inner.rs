@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Config;
-use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC};
+use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC, SLEEPERS};
 use crate::bootstrap::{Star, UniqueId};
 use crate::error::{Error, Result};
 use crate::fabric::{self, Fabric, cma};
@@ -17,7 +17,7 @@ use crate::memory::heap::HeapAllocator;
 use crate::memory::machine;
 use crate::memory::segment::Writers;
 use crate::p2p::engine::P2p;
-use crate::sync::bell::{self, Sleeper};
+use crate::sync::bell::{self, Place, Sleeper};
 use crate::sync::liveness::Liveness;
 use crate::sync::progress::{self, Operation, Waiting};
 use crate::sync::wait::{self, Patience, Phase};
@@ -162,7 +162,17 @@ impl CommInner {
     /// To be called after publishing a word that any rank may wait for.
     pub(crate) fn notify_all(&self) {
         bell::publish_fence();
-        (0..self.world_size).for_each(|peer| self.ring_if_waiting(peer));
+        for word in 0..self.world_size.div_ceil(bell::PER_WORD) {
+            let first = word * bell::PER_WORD;
+            // Anyone may have written there.
+            let peers = bell::sleepers(self.sleepers(first)).map(|i| first + i).filter(|&peer| peer < self.world_size);
+            peers.for_each(|peer| self.ring_if_waiting(peer));
+        }
+    }
+
+    /// The word of the list of sleepers that has `rank`.
+    fn sleepers(&self, rank: usize) -> &AtomicU64 {
+        self.fabric.peer(0).heap.word64(SLEEPERS + rank / bell::PER_WORD * 8)
     }
 
     fn ring_if_waiting(&self, peer: usize) {
@@ -211,8 +221,9 @@ impl CommInner {
         let sleep = self.fabric.outbox.word32(self.layout.sleep);
         let bell = self.fabric.peer(self.rank).heap.word32(BELL);
         let waits_for = what.peer.map_or(bell::ANYONE, bell::only);
+        let place = Place::new(self.sleepers(self.rank), self.rank);
         self.wait_with(call, what, ready, |slice, ready| {
-            self.sleeper.sleep_unless(sleep, waits_for, bell, slice, ready);
+            self.sleeper.sleep_unless((place, sleep), waits_for, bell, slice, ready);
         })
     }
 

@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::Config;
+use crate::bootstrap::MAX_WORLD_SIZE;
 use crate::memory::layout::{LINE, Layout};
 
 /// Changes whenever a layout in shared memory or a protocol changes.
@@ -40,7 +41,7 @@ pub(crate) const SLOTS: usize = 64;
 pub(crate) struct CommLayout {
     /// [`State`](super::inner) of this rank; read by all before they sleep.
     pub(crate) state: usize,
-    /// Whom this rank sleeps for; read by every publisher.
+    /// Whom this rank sleeps for; read by publishers, those that publish for all only while the list of sleepers has this rank.
     pub(crate) sleep: usize,
     /// Progress words; read by whoever explains a wait.
     pub(crate) progress: usize,
@@ -92,10 +93,15 @@ impl CommLayout {
     }
 }
 
-/// Offsets in the heap segment: the bell, which any rank may ring, then what the engine allocates.
+/// Offsets in the heap segment: the bell, which any rank may ring, the list of sleepers (that of rank 0 counts), then what the
+/// engine allocates.
 pub(crate) const BELL: usize = 0;
+/// A bit per rank.
+pub(crate) const SLEEPERS: usize = 2 * LINE;
 /// Where the engine's part of the heap begins.
 pub(crate) const HEAP_START: usize = 4096;
+
+const _: () = assert!(SLEEPERS + MAX_WORLD_SIZE / 8 <= HEAP_START);
 
 #[cfg(test)]
 mod tests {

@@ -7,17 +7,21 @@
 //! - A publisher stores its word, then a fence, then reads the sleep words of those who may wait for it; to the ones
 //!   that name it (or anyone) it bumps the bell and wakes the futex.
 //!
+//! - Who publishes for all would have to read the sleep word of each: with 64 ranks that is 64 lines, most of them to learn that
+//!   nobody sleeps. So there is one *list of sleepers* for all, a bit per rank in words that anyone may change: a sleeper sets its
+//!   bit before it writes its sleep word and clears it when it is awake. A bit only says whose sleep word to look at.
+//!
 //! The race that looks possible: the publisher reads the sleep word before the sleeper has written it, and the sleeper
 //! checks its condition before the publisher has stored. The two fences forbid that both happen (store buffering): either
-//! the publisher sees the sleeper, or the sleeper sees the published word. And between the sleeper's check and its
+//! the publisher sees the sleeper's bit and word, or the sleeper sees the published word. And between the sleeper's check and its
 //! `futex_wait`, a bump changes the bell's value, so that the wait returns at once.
 //!
-//! A rank that scribbles over other ranks' bells can cause wake-ups for nothing, and can swallow one: sleeps are bounded
+//! A rank that scribbles over other ranks' bells or bits can cause wake-ups for nothing, and can swallow one: sleeps are bounded
 //! by [`wait`](super::wait)'s slice, so that costs time, never progress.
 
 use std::time::Duration;
 
-use crate::loom_facade::{AtomicU32, Mutex, MutexGuard, Ordering, fence};
+use crate::loom_facade::{AtomicU32, AtomicU64, Mutex, MutexGuard, Ordering, fence};
 
 /// The sleep word of a rank that does not sleep.
 pub(crate) const AWAKE: u32 = 0;
@@ -39,6 +43,34 @@ pub(crate) fn ring_if_waiting(sleep: &AtomicU32, bell: &AtomicU32, me: usize) ->
         ring(bell);
     }
     rings
+}
+
+/// Ranks per word of the list of sleepers.
+pub(crate) const PER_WORD: usize = 64;
+
+/// The ranks that one word of the list of sleepers names, as numbers within the word.
+///
+/// The caller has executed [`publish_fence`] before.
+pub(crate) fn sleepers(word: &AtomicU64) -> impl Iterator<Item = usize> {
+    let mut bits = word.load(Ordering::Relaxed);
+    std::iter::from_fn(move || {
+        let next = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+        bits &= bits - 1;
+        Some(next)
+    })
+}
+
+/// A rank's place in the list of sleepers.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) word: &'a AtomicU64,
+    pub(crate) bit: u64,
+}
+
+impl<'a> Place<'a> {
+    pub(crate) fn new(word: &'a AtomicU64, rank: usize) -> Self {
+        Place { word, bit: 1 << (rank % PER_WORD) }
+    }
 }
 
 /// Orders a publication before the look at the sleep words.
@@ -63,38 +95,43 @@ impl Sleeper {
         Sleeper { sleeping: Mutex::new(0) }
     }
 
-    /// Sleeps until `bell` is rung or `slice` has passed, unless `ready` is true after `sleep` says `waits_for`.
+    /// Sleeps until `bell` is rung or `slice` has passed, unless `ready` is true after `sleep` says `waits_for` and the list of
+    /// sleepers has this rank.
     ///
     /// Returns what `ready` last said. Spurious returns are possible; the caller loops.
     pub(crate) fn sleep_unless(
         &self,
-        sleep: &AtomicU32,
+        (place, sleep): (Place<'_>, &AtomicU32),
         waits_for: u32,
         bell: &AtomicU32,
         slice: Duration,
         mut ready: impl FnMut() -> bool,
     ) -> bool {
         let before = bell.load(Ordering::Acquire);
-        self.enter(sleep, waits_for);
+        self.enter(place, sleep, waits_for);
         fence(Ordering::SeqCst);
         let is_ready = ready() || {
             futex::wait(bell, before, slice);
             ready()
         };
-        self.leave(sleep);
+        self.leave(place, sleep);
         is_ready
     }
 
-    fn enter(&self, sleep: &AtomicU32, waits_for: u32) {
+    fn enter(&self, place: Place<'_>, sleep: &AtomicU32, waits_for: u32) {
         let mut sleeping = self.lock();
         *sleeping += 1;
+        if *sleeping == 1 {
+            place.word.fetch_or(place.bit, Ordering::Relaxed);
+        }
         sleep.store(if *sleeping == 1 { waits_for } else { ANYONE }, Ordering::Relaxed);
     }
 
-    fn leave(&self, sleep: &AtomicU32) {
+    fn leave(&self, place: Place<'_>, sleep: &AtomicU32) {
         let mut sleeping = self.lock();
         *sleeping -= 1;
         if *sleeping == 0 {
+            place.word.fetch_and(!place.bit, Ordering::Relaxed);
             sleep.store(AWAKE, Ordering::Relaxed);
         }
     }

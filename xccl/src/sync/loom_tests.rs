@@ -105,8 +105,11 @@ fn loom_a_sleeper_never_misses_the_publication_it_waits_for() {
                 bell::ring_if_waiting(&sleep, &bell_word, 7);
             })
         };
-        let ready = bell::Sleeper::new()
-            .sleep_unless(&sleep, bell::only(7), &bell_word, Duration::MAX, || epoch::reached(&word, 1));
+        let list = AtomicU64::new(0);
+        let place = bell::Place::new(&list, 3);
+        let ready =
+            bell::Sleeper::new()
+                .sleep_unless((place, &sleep), bell::only(7), &bell_word, Duration::MAX, || epoch::reached(&word, 1));
         assert!(ready, "woken by the only publisher, so its word must be there");
         publisher.join().unwrap();
         assert_eq!(sleep.load(Ordering::Relaxed), bell::AWAKE);
@@ -130,9 +133,12 @@ fn loom_a_sleeper_waits_for_one_of_two_publishers() {
                 })
             })
             .collect();
+        let list = AtomicU64::new(0);
+        let place = bell::Place::new(&list, 3);
         while !bell::Sleeper::new()
-            .sleep_unless(&sleep, bell::only(1), &bell_word, Duration::MAX, || epoch::reached(&words[1], 1))
-        {}
+            .sleep_unless((place, &sleep), bell::only(1), &bell_word, Duration::MAX, || epoch::reached(&words[1], 1))
+        {
+        }
         for publisher in publishers {
             publisher.join().unwrap();
         }
@@ -172,5 +178,44 @@ fn loom_each_piece_is_done_once_and_seen_by_the_caller() {
             assert_eq!(row.with(|row| unsafe { *row }), 1);
         }
         lane.join().unwrap();
+    });
+}
+
+/// A publication for all reaches a sleeper through the list alone, whose word another rank changes at the same time.
+#[test]
+fn loom_a_publisher_for_all_finds_the_sleeper_in_the_list() {
+    loom::model(|| {
+        struct Shared {
+            word: AtomicU64,
+            list: AtomicU64,
+            sleep: AtomicU32,
+            bell: AtomicU32,
+        }
+        let shared = Arc::new(Shared {
+            word: AtomicU64::new(0),
+            list: AtomicU64::new(0b10),
+            sleep: AtomicU32::new(bell::AWAKE),
+            bell: AtomicU32::new(0),
+        });
+        let publisher = {
+            let shared = shared.clone();
+            thread::spawn(move || {
+                epoch::publish(&shared.word, 1);
+                bell::publish_fence();
+                if bell::sleepers(&shared.list).any(|rank| rank == 0) {
+                    bell::ring_if_waiting(&shared.sleep, &shared.bell, 7);
+                }
+            })
+        };
+        let awakening = {
+            let shared = shared.clone();
+            thread::spawn(move || shared.list.fetch_and(!0b10, Ordering::Relaxed))
+        };
+        let at = (bell::Place::new(&shared.list, 0), &shared.sleep);
+        let is_there = || epoch::reached(&shared.word, 1);
+        assert!(bell::Sleeper::new().sleep_unless(at, bell::ANYONE, &shared.bell, Duration::MAX, is_there));
+        publisher.join().unwrap();
+        awakening.join().unwrap();
+        assert_eq!(shared.list.load(Ordering::Relaxed), 0);
     });
 }
