@@ -52,6 +52,8 @@ fn bench_moe_verifies_every_layout_input_and_type() {
         &["-n", "3", "--tokens-per-rank", "4,0,7", "--layout", "padded", "--dtype", "f32"],
         &["-n", "4", "--tokens", "5", "--layout", "expert-major", "--dtype", "f16", "--reduction", "per-expert"],
         &["-n", "2", "--tokens", "5", "--input", "outbox", "--routing", "skew:30"],
+        &["-n", "2", "--tokens", "999", "--lanes", "2", "--layout", "expert-major"],
+        &["-n", "2", "--tokens", "5", "--epilogue", "bias,residual,norm", "--reduction", "per-expert"],
     ] {
         for point in points(&[&small[..], extra].concat()) {
             assert_eq!(point["verified"], true, "{point}");

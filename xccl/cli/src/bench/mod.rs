@@ -1,7 +1,9 @@
 //! `xccl bench`: measure, and verify every byte in a pass of its own.
 
+mod epilogue;
 mod figures;
 mod growth;
+mod lanes;
 mod moe;
 mod p2p;
 mod pair;

@@ -5,6 +5,7 @@ use std::io::BufReader;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
@@ -13,9 +14,13 @@ use memmap2::{Advice, MmapMut};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
-use xccl::{Communicator, Config, DType, Element, ExpertBatch, HeapBuffer, Moe, MoeConfig, Reduction, Routing};
+use xccl::{
+    Communicator, Config, DType, Element, Exchange, ExpertBatch, HeapBuffer, Moe, MoeConfig, Reduction, Routing,
+};
 
+use super::epilogue::{Extras, Step};
 use super::figures::{JsonLines, Percentiles, line_ns, show_line, slowest, timed};
+use super::lanes::Pool;
 use super::{Common, progress};
 
 #[derive(Args)]
@@ -52,6 +57,12 @@ pub struct MoeArgs {
     /// Where sums are formed
     #[arg(long, value_enum, default_value = "per-rank")]
     reduction: Reduce,
+    /// Threads that share each rank's copies and sums; the ranks times the lanes should not be more than the cores
+    #[arg(long, default_value_t = 1)]
+    lanes: usize,
+    /// What is done with the sums in combine's pass; every other round does it in a pass of its own, for comparison
+    #[arg(long, value_enum, value_delimiter = ',')]
+    epilogue: Vec<Step>,
     /// uniform, skew:F (expert 0 is drawn F times as often as the average), or a .npy file of recorded ids, [tokens, topk]
     #[arg(long, default_value = "uniform")]
     routing: RoutingSource,
@@ -138,10 +149,14 @@ struct Point {
     input: Place,
     output: Place,
     reduction: Reduce,
+    lanes: usize,
+    epilogue: Vec<Step>,
     /// Tells one routing from another: over all ranks' ids in turn, the sum of (id + 1) times the id's place, counted from 1.
     routing_sum: u64,
     dispatch_us: Percentiles,
     combine_us: Percentiles,
+    /// Combine and then the epilogue in a pass of its own.
+    separate_us: Option<Percentiles>,
     limit: Limit,
     verified: Option<bool>,
 }
@@ -200,6 +215,14 @@ impl MoeArgs {
                     gbps(point.combine_us.median),
                     point.verified.map_or("-", |v| if v { "yes" } else { "NO" })
                 ));
+                if let Some(separate) = &point.separate_us {
+                    let (fused, separate) = (point.combine_us.median, separate.median);
+                    json.table(&format!(
+                        "{:>8} combine, then the epilogue in a pass of its own: {separate:.2} us; in one pass {:.2} of that",
+                        "",
+                        fused / separate
+                    ));
+                }
                 json.write(&point)?;
             }
         }
@@ -215,6 +238,9 @@ impl MoeArgs {
         let most = tokens.iter().copied().max().unwrap_or(0).max(1);
         let config = MoeConfig { reduction, ..MoeConfig::new(most, self.hidden, self.topk, self.experts, self.dtype) };
         let moe = Moe::new(comm, config)?;
+        if self.lanes != 1 {
+            moe.set_lanes(self.lanes, Arc::new(Pool::new(self.lanes)?))?;
+        }
         // Memory like the outbox's, which the next rank reads: see `copy_as_dispatch`.
         let heap = 2 * (most * self.hidden * size_of::<E>() + 4096);
         let shared = Communicator::from_env_with(Config::from_env()?.heap_bytes(heap).rendezvous_bytes(1))?;
@@ -223,18 +249,20 @@ impl MoeArgs {
 
         let rounds = self.common.warmup + self.common.iters;
         let bar = progress(comm, rounds as usize);
-        let mut times = [vec![], vec![], vec![], vec![]];
+        let mut times = [vec![], vec![], vec![], vec![], vec![]];
         for i in 0..rounds {
-            let measured = run.iteration()?;
+            let [dispatch, combine, limit_dispatch, limit_combine] = run.iteration()?;
             if i >= self.common.warmup {
-                times.iter_mut().zip(measured).for_each(|(all, one)| all.push(one));
+                let place = if run.is_separate() { 4 } else { 1 };
+                let places = [(0, dispatch), (place, combine), (2, limit_dispatch), (3, limit_combine)];
+                places.into_iter().for_each(|(place, one)| times[place].push(one));
             }
             bar.inc(1);
         }
         bar.finish_and_clear();
         let mut medians = vec![];
         for times in &times {
-            medians.push(slowest(comm, times)?.map(Percentiles::of));
+            medians.push(slowest(comm, times)?.filter(|times| !times.is_empty()).map(Percentiles::of));
         }
         let (Some(dispatch_us), Some(combine_us), Some(limit_dispatch), Some(limit_combine)) =
             (medians[0], medians[1], medians[2], medians[3])
@@ -255,9 +283,12 @@ impl MoeArgs {
             input: self.input,
             output: self.output(),
             reduction: self.reduction,
+            lanes: self.lanes,
+            epilogue: self.epilogue.clone(),
             routing_sum: self.routing_sum(tokens)?,
             dispatch_us,
             combine_us,
+            separate_us: medians[4],
             limit: Limit { dispatch_us: limit_dispatch.median, combine_us: limit_combine.median, line_ns },
             verified,
         }))
@@ -386,6 +417,7 @@ struct Run<'a, E> {
     /// Two in turn, like the outbox's slots: for the limits. `sent` is in shared memory.
     sent: [HeapBuffer; 2],
     scratch: [Buffer<E>; 2],
+    extras: Extras<E>,
     round: usize,
 }
 
@@ -425,6 +457,7 @@ impl<'a, E: Element> Run<'a, E> {
             out: Buffer::new(mine * hidden)?,
             sent: [block()?, block()?],
             scratch: [scratch()?, scratch()?],
+            extras: Extras::new(&args.epilogue, mine, hidden),
             round: 0,
         };
         for (t, token) in run.tokens.chunks_exact_mut(hidden).enumerate().take(mine) {
@@ -446,6 +479,23 @@ impl<'a, E: Element> Run<'a, E> {
             Layout::ExpertMajor => Ok(batch.copy_into(&mut self.rows, 1)?),
             Layout::Padded => Ok(batch.copy_padded(&mut self.rows, self.capacity)?),
         }
+    }
+
+    /// Whether this round does the epilogue in a pass of its own.
+    fn is_separate(&self) -> bool {
+        !self.args.epilogue.is_empty() && self.round.is_multiple_of(2)
+    }
+
+    /// Receives the sums, with what the epilogue asks for.
+    fn receive(&mut self, sent: Exchange<'_>) -> Result<()> {
+        let (out, is_separate) = (self.mine() * self.args.hidden, self.is_separate());
+        let out = &mut self.out[..out];
+        if is_separate {
+            self.moe.combine_recv(sent, out)?;
+            self.extras.pass(out);
+            return Ok(());
+        }
+        Ok(self.moe.combine_recv_with(sent, out, self.extras.epilogue())?)
     }
 
     /// Times of dispatch, combine, and their limits, in microseconds.
@@ -487,7 +537,7 @@ impl<'a, E: Element> Run<'a, E> {
                 (None, Reduce::Engine) => moe.combine_send_sums(batch)?,
                 (None, _) => moe.combine_send(batch)?,
             }
-            Ok(moe.combine_recv(sent, &mut self.out[..mine * hidden])?)
+            self.receive(sent)
         })?;
         Ok([dispatch, combine, limit_dispatch, limit_combine])
     }
@@ -631,18 +681,9 @@ impl<'a, E: Element> Run<'a, E> {
             _ => moe.combine_send(batch)?,
         }
         self.out.fill(E::from_f32(f32::NAN));
-        moe.combine_recv(sent, &mut self.out[..mine * hidden])?;
+        moe.combine_recv_with(sent, &mut self.out[..mine * hidden], self.extras.epilogue())?;
         for t in 0..mine {
-            for c in 0..hidden {
-                let expected = self.expected_sum(t, c)?;
-                let found = self.out[t * hidden + c];
-                ensure!(
-                    bytemuck::bytes_of(&found) == bytemuck::bytes_of(&expected),
-                    "token {t}, column {c}: the sum is {}, expected {}",
-                    found.to_f32(),
-                    expected.to_f32()
-                );
-            }
+            self.extras.check(t, &self.out[t * hidden..(t + 1) * hidden], |c| self.expected_sum(t, c))?;
         }
         Ok(true)
     }
@@ -660,7 +701,8 @@ impl<'a, E: Element> Run<'a, E> {
         Ok(())
     }
 
-    fn expected_sum(&self, t: usize, c: usize) -> Result<E> {
+    /// A token's sum, before it is rounded.
+    fn expected_sum(&self, t: usize, c: usize) -> Result<f32> {
         let topk = self.args.topk;
         let term = |i: usize| {
             let scale = (self.ids[i] % 5 + 1) as f32;
@@ -668,7 +710,7 @@ impl<'a, E: Element> Run<'a, E> {
         };
         let choices = (t * topk..(t + 1) * topk).filter(|&i| self.ids[i] >= 0);
         if self.args.reduction == Reduce::PerExpert {
-            return Ok(E::from_f32(choices.fold(0.0, |sum, i| sum + term(i))));
+            return Ok(choices.fold(0.0, |sum, i| sum + term(i)));
         }
         let mut sum = 0.0f32;
         for rank in 0..self.comm.world_size() {
@@ -680,6 +722,6 @@ impl<'a, E: Element> Run<'a, E> {
                 sum += E::from_f32(partial).to_f32();
             }
         }
-        Ok(E::from_f32(sum))
+        Ok(sum)
     }
 }
