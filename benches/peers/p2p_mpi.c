@@ -29,13 +29,14 @@ static int cmp_d(const void *a, const void *b) {
 }
 static double quant(const double *v, int n, double q) { return v[(int)((n - 1) * q + 0.5)]; }
 
-/* Huge pages: address translation is not what is measured. */
+/* Ordinary memory, as malloc gives it, or huge pages: single copies (CMA) look up each page of the sender. */
+static int thp;
 static unsigned char *alloc(size_t n) {
   size_t huge = 2u << 20;
   char *p = mmap(NULL, n + 2 * huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) die("mmap");
   p = (char *)(((uintptr_t)p + huge - 1) & ~(uintptr_t)(huge - 1));
-  madvise(p, n + huge, MADV_HUGEPAGE);
+  madvise(p, n + huge, thp ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   return (unsigned char *)p;
 }
 static void ping_pong(unsigned char *out, unsigned char *back, int n) {
@@ -72,11 +73,12 @@ int main(int argc, char **argv) {
   for (int i = 1; i < argc; i++) {
     const char *a = argv[i];
     if (!strcmp(a, "--verify")) { verify = 1; continue; }
-    if (i + 1 >= argc) die("options: --sizes 8,64,... --iters 200 --warmup 20 --verify --json FILE|-");
+    if (i + 1 >= argc) die("options: --sizes 8,64,... --iters 200 --warmup 20 --thp on|off --verify --json FILE|-");
     const char *v = argv[++i];
     if (!strcmp(a, "--sizes")) sizes = v;
     else if (!strcmp(a, "--iters")) iters = atoi(v);
     else if (!strcmp(a, "--warmup")) warmup = atoi(v);
+    else if (!strcmp(a, "--thp")) thp = !strcmp(v, "on");
     else if (!strcmp(a, "--json")) json_path = v;
     else die("unknown option");
   }

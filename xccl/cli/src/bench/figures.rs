@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use xccl::Communicator;
 
 /// Tag of the benchmark's own messages.
 const GATHER: u32 = 0xffff_0001;
 
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Copy, Serialize, Deserialize)]
 pub struct Percentiles {
     pub p10: f64,
     pub median: f64,

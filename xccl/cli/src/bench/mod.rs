@@ -1,5 +1,6 @@
 //! `xccl bench`: measure, and verify every byte in a pass of its own.
 
+mod compare;
 mod epilogue;
 mod figures;
 mod growth;
@@ -28,6 +29,7 @@ pub enum Bench {
     Moe(moe::MoeArgs),
     /// The same tokens by more and more ranks: processor time per token, start-up, memory
     Growth(growth::GrowthArgs),
+    Compare(compare::CompareArgs),
 }
 
 #[derive(Args)]
@@ -53,27 +55,26 @@ struct Common {
 }
 
 impl Bench {
-    /// Joins under a launcher, otherwise starts the ranks.
     pub fn run(self) -> Result<u8> {
-        let common = match &self {
-            Bench::P2p(args) => &args.common,
-            Bench::Moe(args) => &args.common,
-            // It starts its own jobs, one after another.
-            Bench::Growth(args) => return args.run(),
-        };
-        match Launch::from_env() {
-            Ok(_) => {}
-            Err(Error::NotLaunched { .. }) => return start(common),
-            Err(err) => return Err(err.into()),
-        }
-        let comm = Communicator::from_env()?;
         match self {
-            Bench::P2p(args) => args.measure(&comm)?,
-            Bench::Moe(args) => args.measure(&comm)?,
-            Bench::Growth(_) => {}
+            Bench::P2p(args) => with_ranks(&args.common, |comm| args.measure(comm)),
+            Bench::Moe(args) => with_ranks(&args.common, |comm| args.measure(comm)),
+            // It starts its own jobs, one after another.
+            Bench::Growth(args) => args.run(),
+            Bench::Compare(args) => args.run(),
         }
-        Ok(0)
     }
+}
+
+/// Joins under a launcher, otherwise starts the ranks.
+fn with_ranks(common: &Common, measure: impl FnOnce(&Communicator) -> Result<()>) -> Result<u8> {
+    match Launch::from_env() {
+        Ok(_) => {}
+        Err(Error::NotLaunched { .. }) => return start(common),
+        Err(err) => return Err(err.into()),
+    }
+    measure(&Communicator::from_env()?)?;
+    Ok(0)
 }
 
 fn start(common: &Common) -> Result<u8> {
