@@ -93,7 +93,7 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         Error::UnexpectedFull { .. } | Error::CapacityExceeded { .. } | Error::TooManyExpertRows { .. } => {
             xcclLimitExceeded
         }
-        Error::TooManyInFlight { .. } | Error::WrongOrder { .. } => xcclInvalidUsage,
+        Error::TooManyInFlight { .. } | Error::WrongOrder { .. } | Error::Wire { .. } => xcclInvalidUsage,
         // Corrupt, and what later versions of the library add.
         _ => xcclInternalError,
     }

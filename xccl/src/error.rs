@@ -289,6 +289,17 @@ pub enum Error {
         expected: DType,
     },
 
+    /// A call that does not go with the form in which the handle's rows travel.
+    #[error("{call} cannot be used where rows travel as {wire}: {expected}")]
+    Wire {
+        /// The call.
+        call: &'static str,
+        /// The wire format's name.
+        wire: String,
+        /// What to do.
+        expected: &'static str,
+    },
+
     /// Two exchanges are in flight already.
     #[error(
         "{limit} exchanges are in flight, a further one would overwrite the oldest (epoch {oldest}): finish it with combine_recv first"

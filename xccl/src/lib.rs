@@ -25,6 +25,8 @@ mod dtype;
 mod error;
 #[cfg(not(loom))]
 mod fabric;
+#[cfg(not(loom))]
+mod kernels;
 mod loom_facade;
 #[cfg(not(loom))]
 mod memory;
@@ -40,10 +42,11 @@ pub use crate::{
     comm::{Communicator, Config, HeapBuffer, MemoryPlan, Origin, Setting, Statistics},
     dtype::{DType, Element, ExpertId},
     error::{Error, Result},
+    kernels::Kernels,
     memory::MemoryFlavour,
     moe::{
         Arrivals, BatchRow, Epilogue, Exchange, ExpertBatch, InputRows, Lanes, Moe, MoeConfig, Reduction, Residual,
-        RmsNorm, Routing, TokenSum,
+        RmsNorm, Routing, ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
     },
     p2p::{RawRequest, Request, Scope, Source, Status, wait_all},
     sync::Operation,

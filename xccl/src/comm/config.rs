@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
 use crate::memory::MemoryFlavour;
 
 /// Where an option's value comes from.
@@ -48,8 +49,9 @@ const P2P_RING: usize = 4;
 const RENDEZVOUS: usize = 5;
 const CMA: usize = 6;
 const UNEXPECTED: usize = 7;
+const KERNELS: usize = 8;
 
-const OPTIONS: [(&str, &str); 8] = [
+const OPTIONS: [(&str, &str); 9] = [
     ("XCCL_TIMEOUT", "deadline of every blocking call, in seconds, or \"infinite\""),
     ("XCCL_MEMORY", "where shared segments come from: memfd or posix (/dev/shm)"),
     ("XCCL_HUGE_PAGES", "ask for huge pages: auto or never"),
@@ -61,6 +63,10 @@ const OPTIONS: [(&str, &str); 8] = [
     ),
     ("XCCL_CMA", "read a sender's private memory with process_vm_readv: auto or never"),
     ("XCCL_UNEXPECTED_BYTES", "most bytes of messages kept for receives that have not been posted yet"),
+    (
+        "XCCL_KERNELS",
+        "instruction set that wire formats are encoded with: auto, scalar, avx2, avx512, avx512bf16 or neon",
+    ),
 ];
 
 /// The configuration of a communicator. All ranks must use the same, which is checked when they join.
@@ -81,6 +87,7 @@ pub struct Config {
     pub(crate) rendezvous_bytes: usize,
     pub(crate) cma: bool,
     pub(crate) unexpected_bytes: usize,
+    pub(crate) kernels: Kernels,
     origins: [Origin; OPTIONS.len()],
 }
 
@@ -95,6 +102,7 @@ impl Default for Config {
             rendezvous_bytes: 32 << 10,
             cma: true,
             unexpected_bytes: 256 << 20,
+            kernels: Kernels::Auto,
             origins: [Origin::Default; OPTIONS.len()],
         }
     }
@@ -152,7 +160,11 @@ impl Config {
             P2P_RING => self.p2p_ring_bytes = bytes(4 << 10, 1 << 30)?.next_multiple_of(64),
             RENDEZVOUS => self.rendezvous_bytes = bytes(64, 1 << 40)?,
             CMA => self.cma = auto(value)?,
-            _ => self.unexpected_bytes = bytes(0, 1 << 40)?,
+            UNEXPECTED => self.unexpected_bytes = bytes(0, 1 << 40)?,
+            _ => {
+                self.kernels = value.parse().map_err(|_| wrong("auto, scalar, avx2, avx512, avx512bf16 or neon"))?;
+                self.kernels.resolve(name)?;
+            }
         }
         Ok(())
     }
@@ -211,6 +223,13 @@ impl Config {
         self.by_code(UNEXPECTED)
     }
 
+    /// The instruction set that wire formats are encoded and decoded with. Default: [`Kernels::Auto`]. One that this processor
+    /// lacks is an error when the communicator is made; ranks may differ.
+    pub fn kernels(mut self, kernels: Kernels) -> Self {
+        self.kernels = kernels;
+        self.by_code(KERNELS)
+    }
+
     /// Every option with its value and where that comes from.
     pub fn settings(&self) -> Vec<Setting> {
         let auto = |yes: bool| if yes { "auto" } else { "never" }.to_owned();
@@ -226,6 +245,7 @@ impl Config {
             self.rendezvous_bytes.to_string(),
             auto(self.cma),
             self.unexpected_bytes.to_string(),
+            self.kernels.to_string(),
         ];
         let with_values = OPTIONS.iter().zip(values).zip(self.origins);
         with_values
@@ -283,6 +303,9 @@ mod tests {
             ("XCCL_HEAP", "99999999999999999999G"),
             ("XCCL_P2P_RING", "16"),
             ("XCCL_CMA", "yes"),
+            ("XCCL_KERNELS", "sse9"),
+            // No processor has both.
+            ("XCCL_KERNELS", if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" }),
         ] {
             let text = with(name, value).unwrap_err().to_string();
             assert!(text.contains(name) && text.contains(&format!("{value:?}")) && text.contains("expected"), "{text}");

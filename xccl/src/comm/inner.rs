@@ -76,6 +76,7 @@ impl CommInner {
         if world_size == 0 || rank >= world_size {
             return Err(Error::InvalidRank { rank, world_size });
         }
+        config.kernels.resolve("Config::kernels")?;
         let deadline = Instant::now() + config.timeout.unwrap_or(NO_DEADLINE);
         let layout = CommLayout::new(world_size, &config);
         let heap_bytes = HEAP_START + config.heap_bytes.next_multiple_of(4096);

@@ -1,17 +1,24 @@
 //! What arrived for this rank's experts, in place.
 
+mod wire;
+
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
+use bytemuck::Pod;
 use half::{bf16, f16};
+pub use wire::WireRow;
 
+use super::lanes::Cut;
 use super::layout::{Entry, SLOTS};
-use super::received::{Part, Received};
+use super::received::{ListPart, Received, Span};
+use super::wire::WireFormat;
 use super::{Moe, Phase, Reduction, kernels};
 use crate::comm::inner::Call;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::memory::divided::{Divided, Owners};
+use crate::memory::divided::{Divided, Owners, Part};
+use crate::memory::row::Row;
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
 
@@ -44,6 +51,21 @@ impl TokenSum<'_> {
     pub fn rows(&self) -> impl ExactSizeIterator<Item = (usize, f32)> + '_ {
         let weight = |entry: u32| self.received.entries[entry as usize].weight;
         self.entries.iter().map(move |&entry| (self.received.row_of(entry) as usize, weight(entry)))
+    }
+}
+
+/// A piece of the work of copying rows.
+#[derive(Clone, Copy)]
+struct Copying<'a> {
+    received: &'a Received,
+    piece: usize,
+    /// Past the caches.
+    streaming: bool,
+}
+
+impl Copying<'_> {
+    fn copy<T: Pod>(&self, row: Row<'_, T>, to: &mut [T]) {
+        if self.streaming { kernels::stream(row, to) } else { row.copy_to(to) }
     }
 }
 
@@ -127,7 +149,7 @@ impl<'m> ExpertBatch<'m> {
     fn take_all(&mut self, sources: std::ops::Range<usize>) -> Result<()> {
         for source in sources.clone() {
             self.take_starts(source)?;
-            let Part { begin, count, .. } = self.received().parts[source];
+            let ListPart { begin, count, .. } = self.received().parts[source];
             if count > 0 {
                 self.moe.peers[source].fetch(self.entry_at(begin));
             }
@@ -205,13 +227,13 @@ impl<'m> ExpertBatch<'m> {
         starts.iter_mut().for_each(|s| *s = *s - begin + base as u32);
         received.entries.resize(received.entries.len().max(base + count), Entry::default());
         received.len += count;
-        received.parts[source] = Part { begin: begin as usize, base, count, tokens };
+        received.parts[source] = ListPart { begin: begin as usize, base, count, tokens };
         Ok(())
     }
 
     /// Copies the entries and checks them.
     fn take_entries(&mut self, source: usize) -> Result<()> {
-        let Part { begin, base, count, tokens } = self.received().parts[source];
+        let ListPart { begin, base, count, tokens } = self.received().parts[source];
         let (outbox, at) = (&self.moe.peers[source], self.entry_at(begin));
         let received = self.received_mut();
         let entries = &mut received.entries[base..base + count];
@@ -245,8 +267,7 @@ impl<'m> ExpertBatch<'m> {
 
     pub(super) fn copy_arrived<E: Element>(&self, entry: usize, to: &mut [E]) -> Result<()> {
         self.moe.check_rows("the row's buffer", to, 1)?;
-        let BatchRow { source, token, .. } = self.arrived_row(entry);
-        self.moe.outboxes().token(self.epoch, source, token).copy_to(to);
+        self.copy_token(self.arrived_row(entry).source, entry, to);
         Ok(())
     }
 
@@ -314,7 +335,7 @@ impl<'m> ExpertBatch<'m> {
         BatchRow { expert, source, token: token as usize, weight }
     }
 
-    /// Copies row `i` out: `hidden` elements.
+    /// Copies row `i` out: `hidden` elements, decoded if they travelled otherwise.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::DTypeMismatch`].
@@ -323,25 +344,31 @@ impl<'m> ExpertBatch<'m> {
     /// When `i` is not below [`len`](Self::len).
     pub fn copy_row<E: Element>(&self, i: usize, to: &mut [E]) -> Result<()> {
         self.moe.check_rows("the row's buffer", to, 1)?;
-        let BatchRow { source, token, .. } = self.row(i);
-        self.moe.outboxes().token(self.epoch, source, token).copy_to(to);
+        assert!(i < self.len(), "row {i} of {}", self.len());
+        let (_, source, entry) = self.received().locate(i);
+        self.copy_token(source, entry, to);
         Ok(())
     }
 
-    /// Where a token of `source` lies, in the mapping that [`Moe::outbox_address`] names: this rank's own tokens are mapped
+    /// Where the token row of an entry of `source` lies in its outbox.
+    fn token_offset(&self, source: usize, entry: usize) -> usize {
+        self.moe.outboxes().token_offset(self.epoch, self.received(), source, entry)
+    }
+
+    /// Where it lies in the mapping that [`Moe::outbox_address`] names: this rank's own tokens are mapped
     /// twice.
-    fn token_address(&self, source: usize, token: usize) -> *const u8 {
+    fn token_address(&self, source: usize, entry: usize) -> *const u8 {
         let outbox = match source == self.moe.comm.rank {
             true => self.moe.own.address().0,
             false => self.moe.peers[source].at(0, self.moe.layout.bytes),
         };
-        outbox.wrapping_add(self.moe.layout.slot(self.epoch).rows.start + token * self.moe.layout.stride)
+        outbox.wrapping_add(self.token_offset(source, entry))
     }
 
     /// Row `i` where it lies, in the sender's memory: `hidden` elements, aligned to 64 bytes.
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`].
+    /// [`Error::DTypeMismatch`]; [`Error::Wire`] where rows are encoded: see [`row_wire`](Self::row_wire).
     ///
     /// # Panics
     /// When `i` is not below [`len`](Self::len).
@@ -351,9 +378,11 @@ impl<'m> ExpertBatch<'m> {
     /// broken sender may change the values while they are looked at, and uses them as numbers only.
     pub unsafe fn row_slice<E: Element>(&self, i: usize) -> Result<&[E]> {
         self.moe.check_dtype::<E>("row_slice")?;
-        let BatchRow { source, token, .. } = self.row(i);
+        self.moe.check_native("row_slice", "use row_wire, or a copy, which decodes")?;
+        assert!(i < self.len(), "row {i} of {}", self.len());
+        let (_, source, entry) = self.received().locate(i);
         // SAFETY: unchanged for as long as the batch is borrowed, by the caller's acceptance.
-        Ok(unsafe { self.moe.outboxes().token(self.epoch, source, token).as_slice() })
+        Ok(unsafe { self.moe.outboxes().token(source, self.token_offset(source, entry)).as_slice() })
     }
 
     /// The row of this rank's outbox that the output for row `i` is to be written to: `hidden` elements, aligned to 64 bytes,
@@ -410,7 +439,7 @@ impl<'m> ExpertBatch<'m> {
         entries.enumerate().map(move |(i, (expert, source, entry))| {
             let output = outputs.wrapping_add(if as_arrived { entry } else { i } * stride);
             let row = batch.describe(expert, source, entry);
-            (row, batch.token_address(source, row.token), output)
+            (row, batch.token_address(source, entry), output)
         })
     }
 
@@ -427,7 +456,7 @@ impl<'m> ExpertBatch<'m> {
         entries.map(move |(expert, entry)| {
             let row = batch.describe(expert, source, entry);
             let output = outputs.wrapping_add(entry * batch.moe.layout.stride);
-            (row, batch.token_address(source, row.token), output)
+            (row, batch.token_address(source, entry), output)
         })
     }
 
@@ -486,16 +515,42 @@ impl<'m> ExpertBatch<'m> {
         Err(Error::Shape { what: "the layout's buffer", given: to.len(), expected })
     }
 
-    /// Copies each expert's rows to where [`Received::places`] says that they begin: token by token, so that a row that several
-    /// experts work on comes over from its sender once and is then in this core's cache.
+    /// Copies each expert's rows to where [`Received::places`] says that they begin, decoded if they travelled otherwise.
     fn copy_experts<E: Element>(&mut self, to: &mut [E]) -> Result<()> {
-        let (epoch, hidden, rows) = (self.epoch, self.moe.config.hidden, self.len());
-        let (outboxes, lanes) = (self.moe.outboxes(), self.moe.lanes());
+        let (epoch, outboxes, hidden) = (self.epoch, self.moe.outboxes(), self.moe.config.hidden);
+        if self.moe.config.wire != WireFormat::Native {
+            return self.decode_experts(to);
+        }
+        self.fill_layout(to, hidden, &|copying, tokens, to| {
+            for span in tokens {
+                let (source, entry) = (span.source as usize, copying.received.entries_at(span)[0] as usize);
+                let offset = outboxes.token_offset(epoch, copying.received, source, entry);
+                let row = outboxes.token::<E>(source, offset);
+                copying.received.places_of(span).for_each(|place| copying.copy(row, to.row_mut(place)));
+            }
+        })
+    }
+
+    /// How the copying of all rows, of `bytes` bytes each, is cut into pieces.
+    fn cut_copying(&mut self, bytes: usize) -> Cut {
+        let (lanes, bytes) = (self.moe.lanes(), self.len() * bytes);
         let received = self.received_mut();
         received.index_tokens();
-        let bytes = rows * hidden * size_of::<E>();
-        let (streaming, cut) = (bytes >= kernels::STREAMING_BYTES, lanes.cut(received.tokens().len(), bytes));
-        let (places, mut owners) = (to.len() / hidden, std::mem::take(&mut received.owners));
+        lanes.cut(received.tokens().len(), bytes)
+    }
+
+    /// Has `copy` fill a layout of rows of `stride` elements, token by token, so that a row that several experts work on comes
+    /// over from its sender once and is then in this core's cache.
+    fn fill_layout<T: Pod + Send>(
+        &mut self,
+        to: &mut [T],
+        stride: usize,
+        copy: &(dyn Fn(Copying<'_>, &[Span], &mut Part<'_, T>) + Sync),
+    ) -> Result<()> {
+        let (lanes, cut) = (self.moe.lanes(), self.cut_copying(stride * size_of::<T>()));
+        let streaming = self.len() * stride * size_of::<T>() >= kernels::STREAMING_BYTES;
+        let received = self.received_mut();
+        let (places, mut owners) = (to.len() / stride, std::mem::take(&mut received.owners));
         let received = &*received;
         let owned = match cut.pieces {
             1 => Owners::Blocks(places),
@@ -504,16 +559,10 @@ impl<'m> ExpertBatch<'m> {
                 Owners::Listed(&owners)
             }
         };
-        let to = Divided::new(to, hidden, owned);
+        let to = Divided::new(to, stride, owned);
         let copied = lanes.share(cut, &|piece| {
             let mut to = to.part(piece);
-            for span in &received.tokens()[cut.range(piece)] {
-                let row = outboxes.token::<E>(epoch, span.source as usize, span.token as usize);
-                received.places_of(span).for_each(|place| {
-                    let to = to.row_mut(place);
-                    if streaming { kernels::stream(row, to) } else { row.copy_to(to) }
-                });
-            }
+            copy(Copying { received, piece, streaming }, &received.tokens()[cut.range(piece)], &mut to);
             if streaming {
                 kernels::end_streaming();
             }

@@ -1,5 +1,7 @@
 //! What a MoE handle is made for.
 
+use super::smooth::SmoothScales;
+use super::wire::WireFormat;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -39,6 +41,10 @@ pub struct MoeConfig {
     /// Most rows that may arrive for one rank's experts in one exchange; `None` makes room for the worst case. Memory is
     /// used as it is touched.
     pub max_expert_rows: Option<usize>,
+    /// How token rows travel to the experts; outputs and sums keep the element type. Default: [`WireFormat::Native`].
+    pub wire: WireFormat,
+    /// Factors that a row is multiplied by before it is quantized, with [`WireFormat::Int8`] only. Default: none.
+    pub smooth: Option<SmoothScales>,
 }
 
 impl MoeConfig {
@@ -53,6 +59,8 @@ impl MoeConfig {
             reduction: Reduction::PerExpert,
             placement: None,
             max_expert_rows: None,
+            wire: WireFormat::Native,
+            smooth: None,
         }
     }
 
@@ -84,6 +92,20 @@ impl MoeConfig {
             range("MoeConfig::placement's length", placement.len(), self.experts, self.experts)?;
             for &rank in placement {
                 range("a rank in MoeConfig::placement", rank, 0, world_size - 1)?;
+            }
+        }
+        if let Some(smooth) = &self.smooth {
+            let wrong = |option, value, expected| Err(Error::Config { option, value, expected });
+            if self.wire != WireFormat::Int8 {
+                let expected = "int8 where there are smooth scales".to_owned();
+                return wrong("MoeConfig::wire", self.wire.to_string(), expected);
+            }
+            let count = self.experts * self.hidden;
+            range("the number of MoeConfig::smooth's scales", smooth.as_slice().len(), count, count)?;
+            if let Some(i) = smooth.as_slice().iter().position(|s| !s.is_finite()) {
+                let value =
+                    format!("{} for expert {}, channel {}", smooth.as_slice()[i], i / self.hidden, i % self.hidden);
+                return wrong("MoeConfig::smooth", value, "finite numbers".to_owned());
             }
         }
         Ok(())

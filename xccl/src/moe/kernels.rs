@@ -3,6 +3,7 @@
 //! Each is one plain loop, compiled once per instruction set and chosen at run time. Rust never fuses a multiplication with
 //! an addition on its own, so all versions give the same bits.
 
+use bytemuck::Pod;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -16,7 +17,7 @@ pub(super) const STREAMING_BYTES: usize = 8 << 20;
 
 /// Copies a row past the caches. [`end_streaming`] has to follow before anything is published.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn stream<E: Element>(row: Row<'_, E>, to: &mut [E]) {
+pub(super) fn stream<E: Pod>(row: Row<'_, E>, to: &mut [E]) {
     assert_eq!(row.len(), to.len(), "a row's length");
     let (from, to) = (row.as_ptr().cast::<u8>(), bytemuck::cast_slice_mut::<E, u8>(to));
     let head = to.as_ptr().align_offset(LINE).min(to.len());
@@ -58,7 +59,7 @@ unsafe fn stream_sse2(from: *const u8, to: &mut [u8]) {
 
 /// Elsewhere through the caches.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) fn stream<E: Element>(row: Row<'_, E>, to: &mut [E]) {
+pub(super) fn stream<E: Pod>(row: Row<'_, E>, to: &mut [E]) {
     row.copy_to(to);
 }
 

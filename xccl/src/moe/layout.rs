@@ -5,6 +5,7 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use super::placement::Placement;
+use super::wire::RowLayout;
 use super::{MoeConfig, Reduction};
 use crate::memory::area::{self, Area, Words};
 use crate::memory::layout::{LINE, Layout};
@@ -33,8 +34,10 @@ pub(super) struct MoeLayout {
     /// The exchange whose input was refused here. Read by all ranks that wait for it.
     pub(super) refused: usize,
     slots: [SlotLayout; SLOTS],
-    /// Bytes from one row to the next.
+    /// Bytes from one row to the next, of outputs and sums.
     pub(super) stride: usize,
+    /// Where things lie in a token row.
+    pub(super) token: RowLayout,
     /// Rows of the output area.
     pub(super) output_rows: usize,
     /// Rows of the area of sums.
@@ -64,7 +67,7 @@ pub(super) struct SlotLayout {
     /// u32 per source rank and local expert: the output row of its first entry. With [`Reduction::PerRank`] the first one of
     /// each source counts: the row of its first sum.
     pub(super) bases: Range<usize>,
-    /// The token rows.
+    /// The token rows, as the wire format has them: one per token, or with smooth scales one per entry, in the entries' order.
     pub(super) rows: Range<usize>,
     /// The expert output rows.
     pub(super) outputs: Range<usize>,
@@ -86,6 +89,8 @@ impl SlotLayout {
 impl MoeLayout {
     pub(super) fn new(config: &MoeConfig, placement: &Placement, world_size: usize) -> Self {
         let stride = (config.hidden * config.dtype.size()).next_multiple_of(LINE);
+        let token = config.wire.row_layout(config.hidden, config.dtype);
+        let token_rows = config.max_tokens * if config.smooth.is_some() { config.topk } else { 1 };
         let worst = world_size * config.max_tokens * config.topk;
         let output_rows = config.max_expert_rows.unwrap_or(worst).min(worst);
         let sum_rows = match config.reduction {
@@ -114,13 +119,13 @@ impl MoeLayout {
                 starts: area((config.experts + 1) * 4, LINE),
                 entries: area(config.max_tokens * config.topk * size_of::<Entry>(), LINE),
                 bases: area(world_size * bases_per_source * 4, LINE),
-                rows: area(config.max_tokens * stride, PAGE),
+                rows: area(token_rows * token.stride, PAGE),
                 outputs: area(output_rows * stride, PAGE),
                 sums: area(sum_rows * stride, PAGE),
             }
         });
         let bytes = layout.bytes();
-        MoeLayout { dispatched, refused, slots, stride, output_rows, sum_rows, bases_per_source, bytes }
+        MoeLayout { dispatched, refused, slots, stride, token, output_rows, sum_rows, bases_per_source, bytes }
     }
 
     /// Takes this rank's outbox apart: the words, and each slot's areas.

@@ -20,6 +20,7 @@ mod arrivals;
 mod batch;
 mod combine;
 mod config;
+mod encoding;
 mod epilogue;
 mod joined;
 mod kernels;
@@ -28,7 +29,9 @@ mod layout;
 mod placement;
 mod received;
 mod routing;
+mod smooth;
 mod terms;
+mod wire;
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -36,9 +39,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 pub use arrivals::Arrivals;
-pub use batch::{BatchRow, ExpertBatch, TokenSum};
+pub use batch::{BatchRow, ExpertBatch, TokenSum, WireRow};
 use combine::FirstRows;
 pub use config::{MoeConfig, Reduction};
+pub use encoding::WireRows;
 pub use epilogue::{Epilogue, Residual, RmsNorm};
 use lanes::LaneSet;
 pub use lanes::Lanes;
@@ -47,12 +51,15 @@ use placement::Placement;
 use received::{Received, SendAreas};
 pub use routing::Routing;
 use routing::{Choice, ListBuilder};
+pub use smooth::SmoothScales;
+pub use wire::{ScaleLayout, WireFormat};
 
 use crate::comm::Communicator;
 use crate::comm::inner::{Call, CommInner};
 use crate::dtype::{Element, ExpertId};
 use crate::error::{Error, Result};
 use crate::fabric;
+use crate::kernels::Kernels;
 use crate::memory::area::{Area, Words};
 use crate::memory::divided::Owners;
 use crate::memory::mapping::Mapping;
@@ -145,6 +152,8 @@ pub struct Moe {
     config: MoeConfig,
     layout: MoeLayout,
     placement: Placement,
+    /// What encodes and decodes rows.
+    kernels: Kernels,
     /// The words of this rank's outbox for the handle.
     own: Words,
     /// Every rank's outbox for the handle.
@@ -235,12 +244,21 @@ struct Outboxes<'m> {
     peers: &'m [Mapping],
     layout: &'m MoeLayout,
     hidden: usize,
+    format: (Kernels, WireFormat),
+    /// Whether a token has a row for each of its entries.
+    row_per_entry: bool,
 }
 
 impl<'m> Outboxes<'m> {
-    /// A token of `source`; its index was checked when the lists were taken.
-    fn token<E: Element>(&self, epoch: u64, source: usize, token: usize) -> Row<'m, E> {
-        self.peers[source].row(self.layout.slot(epoch).rows.start + token * self.layout.stride, self.hidden)
+    /// Where the token row of an entry of `source` lies in its outbox; the index was checked when the lists were taken.
+    fn token_offset(&self, epoch: u64, received: &Received, source: usize, entry: usize) -> usize {
+        let row = received.outbox_row(source, entry, self.row_per_entry);
+        self.layout.slot(epoch).rows.start + row * self.layout.token.stride
+    }
+
+    /// The token row at `offset` of a source's outbox, which travels as it is.
+    fn token<E: Element>(&self, source: usize, offset: usize) -> Row<'m, E> {
+        self.peers[source].row(offset, self.hidden)
     }
 
     /// Row `row` of an area (offset, rows); `row` is what the peer says.
@@ -269,6 +287,7 @@ impl Moe {
         let comm = comm.inner.clone();
         config.check(comm.world_size)?;
         let placement = Placement::new(&config, comm.world_size);
+        let kernels = comm.config.kernels.resolve("Config::kernels")?;
         let layout = MoeLayout::new(&config, &placement, comm.world_size);
         let deadline = comm.deadline();
         let outboxes = {
@@ -303,7 +322,7 @@ impl Moe {
         let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: 0 };
         let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
         let lanes = RefCell::default();
-        Ok(Moe { comm, config, layout, placement, own, peers: outboxes.peers, state, lanes })
+        Ok(Moe { comm, config, layout, placement, kernels, own, peers: outboxes.peers, state, lanes })
     }
 
     /// The configuration.
@@ -333,7 +352,13 @@ impl Moe {
 
     /// Where rows lie, for any thread.
     fn outboxes(&self) -> Outboxes<'_> {
-        Outboxes { peers: &self.peers, layout: &self.layout, hidden: self.config.hidden }
+        Outboxes {
+            peers: &self.peers,
+            layout: &self.layout,
+            hidden: self.config.hidden,
+            format: (self.kernels, self.config.wire),
+            row_per_entry: self.config.smooth.is_some(),
+        }
     }
 
     /// Elements from one row of [`InputRows::matrix`] or [`ExpertBatch::output_matrix`] to the next: `hidden`, rounded up to
@@ -352,7 +377,7 @@ impl Moe {
     }
 
     /// Sends the tokens of one exchange: `tokens` is `[T, hidden]`, T the routing's number of tokens, at most `max_tokens`,
-    /// possibly 0, different on every rank. The rows are copied once. Blocks only until every rank has finished the exchange
+    /// possibly 0, different on every rank. The rows are copied once, or encoded on the way. Blocks only until every rank has finished the exchange
     /// before the last.
     ///
     /// # Errors
@@ -365,9 +390,12 @@ impl Moe {
         routing: &Routing<'_, I>,
     ) -> Result<Exchange<'_>> {
         let epoch = self.claim()?;
-        self.send(epoch, routing, |count, rows| {
+        self.send(epoch, routing, |count, rows, starts, choices| {
             self.check_rows("tokens", tokens, count)?;
-            self.copy_tokens(tokens, count, rows)
+            match self.config.wire {
+                WireFormat::Native => self.copy_tokens(tokens, count, rows),
+                _ => self.encode_tokens(tokens, rows, starts, choices),
+            }
         })
     }
 
@@ -393,21 +421,30 @@ impl Moe {
     /// Rows of the outbox for the next exchange: the engine computes its `tokens` tokens there.
     ///
     /// # Errors
-    /// [`Error::TooManyTokens`] and [`Error::DTypeMismatch`], which ranks that wait for this one are told, and
-    /// [`Error::TooManyInFlight`]; it blocks as [`dispatch_send`](Self::dispatch_send) does.
+    /// [`Error::TooManyTokens`], [`Error::DTypeMismatch`] and, where rows travel encoded, [`Error::Wire`], which ranks that wait
+    /// for this one are told, and [`Error::TooManyInFlight`]; it blocks as [`dispatch_send`](Self::dispatch_send) does.
     pub fn input_rows<E: Element>(&self, tokens: usize) -> Result<InputRows<'_, E>> {
+        let check = || {
+            self.check_dtype::<E>("input_rows")?;
+            self.check_native("input_rows", "use dispatch_send, or input_wire_rows for quantized tokens")
+        };
+        let (epoch, rows) = self.lend("input_rows", tokens, check)?;
+        Ok(InputRows { moe: self, tokens, epoch, rows: Some(rows), element: PhantomData })
+    }
+
+    /// Takes the next exchange's rows out for `tokens` tokens.
+    fn lend(&self, call: &'static str, tokens: usize, check: impl FnOnce() -> Result<()>) -> Result<(u64, Area)> {
         let epoch = self.claim()?;
         let take = || {
-            self.check_dtype::<E>("input_rows")?;
+            check()?;
             if tokens > self.config.max_tokens {
                 return Err(Error::TooManyTokens { given: tokens, limit: self.config.max_tokens });
             }
-            let expected = "the earlier input_rows to be sent or dropped first";
+            let expected = "the earlier rows to be sent or dropped first";
             let rows = self.state.borrow_mut().flight(epoch).rows.take();
-            rows.ok_or(Error::WrongOrder { call: "input_rows", epoch, expected })
+            rows.ok_or(Error::WrongOrder { call, epoch, expected })
         };
-        let rows = take().inspect_err(|_| self.refuse(epoch))?;
-        Ok(InputRows { moe: self, tokens, epoch, rows: Some(rows), element: PhantomData })
+        Ok((epoch, take().inspect_err(|_| self.refuse(epoch))?))
     }
 
     /// As [`dispatch_send`](Self::dispatch_send), for tokens that lie in the outbox already.
@@ -420,13 +457,25 @@ impl Moe {
         rows: InputRows<'m, E>,
         routing: &Routing<'_, I>,
     ) -> Result<Exchange<'m>> {
-        let (epoch, tokens) = (self.claim()?, rows.tokens);
-        if !std::ptr::eq(rows.moe, self) || rows.epoch != epoch {
-            let expected = "rows from input_rows of the same handle, made for this exchange";
-            return Err(Error::WrongOrder { call: "dispatch_send_rows", epoch, expected });
+        let lent = (rows.moe, rows.epoch, rows.tokens);
+        self.send_lent("dispatch_send_rows", lent, routing, || drop(rows))
+    }
+
+    /// Sends rows that were lent, once `give_back` has given them back.
+    fn send_lent<'m, I: ExpertId>(
+        &'m self,
+        call: &'static str,
+        (moe, made_for, tokens): (&Moe, u64, usize),
+        routing: &Routing<'_, I>,
+        give_back: impl FnOnce(),
+    ) -> Result<Exchange<'m>> {
+        let epoch = self.claim()?;
+        if !std::ptr::eq(moe, self) || made_for != epoch {
+            let expected = "rows of the same handle, made for this exchange";
+            return Err(Error::WrongOrder { call, epoch, expected });
         }
-        drop(rows);
-        self.send(epoch, routing, |count, _| match count == tokens {
+        give_back();
+        self.send(epoch, routing, |count, _, _, _| match count == tokens {
             true => Ok(()),
             false => Err(Error::Shape { what: "topk_ids / topk", given: count, expected: format!("{tokens} (rows)") }),
         })
@@ -457,7 +506,7 @@ impl Moe {
         &self,
         epoch: u64,
         routing: &Routing<'_, I>,
-        fill_rows: impl FnOnce(usize, &mut Area) -> Result<()>,
+        fill_rows: impl FnOnce(usize, &mut Area, &[u32], &[Choice]) -> Result<()>,
     ) -> Result<Exchange<'_>> {
         let refusal = Refusal { moe: self, epoch };
         self.fill(epoch, routing, fill_rows)?;
@@ -477,17 +526,17 @@ impl Moe {
         &self,
         epoch: u64,
         routing: &Routing<'_, I>,
-        fill_rows: impl FnOnce(usize, &mut Area) -> Result<()>,
+        fill_rows: impl FnOnce(usize, &mut Area, &[u32], &[Choice]) -> Result<()>,
     ) -> Result<()> {
         let config = &self.config;
         let tokens = routing.tokens(config.topk, config.max_tokens)?;
         let mut state = self.state.borrow_mut();
         let State { next, flights, builder, .. } = &mut *state;
         let flight = &mut flights[(epoch % SLOTS as u64) as usize];
-        let expected = "the rows of input_rows to be sent or dropped first";
+        let expected = "the rows that were lent to be sent or dropped first";
         let rows = flight.rows.as_mut().ok_or(Error::WrongOrder { call: "dispatch_send", epoch, expected })?;
         let (starts, entries) = builder.build(routing, config.topk, &self.placement, &mut flight.choices)?;
-        fill_rows(tokens, rows)?;
+        fill_rows(tokens, rows, starts, &flight.choices)?;
         flight.lists.starts.slice_mut(0, starts.len()).copy_from_slice(starts);
         flight.lists.entries.slice_mut(0, entries.len()).copy_from_slice(entries);
         self.own.word32(self.layout.slot(epoch).tokens).store(tokens as u32, Relaxed);

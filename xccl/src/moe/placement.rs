@@ -9,6 +9,8 @@ use super::MoeConfig;
 pub(super) struct Placement {
     /// The expert at each position.
     pub(super) expert: Vec<usize>,
+    /// The position of each expert.
+    pub(super) position: Vec<usize>,
     /// The rank of each expert.
     pub(super) rank: Vec<u32>,
     /// Where each rank's part begins; one more entry for the end.
@@ -25,9 +27,11 @@ impl Placement {
         let rank_of = |expert: usize| config.placement.as_ref().map_or_else(|| even(expert), |p| p[expert]);
         let mut expert: Vec<usize> = (0..config.experts).collect();
         expert.sort_by_key(|&e| (rank_of(e), e));
+        let mut position = vec![0; config.experts];
+        expert.iter().enumerate().for_each(|(at, &e)| position[e] = at);
         let starts = (0..=world_size).map(|r| expert.partition_point(|&e| rank_of(e) < r)).collect();
         let rank = (0..config.experts).map(|e| rank_of(e) as u32).collect();
-        Placement { expert, rank, starts }
+        Placement { expert, position, rank, starts }
     }
 
     /// The global ids of `rank`'s experts.

@@ -21,7 +21,7 @@ pub(super) struct Received {
     /// Which sources have come.
     arrived: Vec<bool>,
     /// By source: what its list looks like, before the entries are copied.
-    pub(super) parts: Vec<Part>,
+    pub(super) parts: Vec<ListPart>,
     /// Rows per local expert.
     pub(super) counts: Vec<u32>,
     /// Prefix sums of `counts`.
@@ -36,6 +36,10 @@ pub(super) struct Received {
     pub(super) len: usize,
     /// The same entries by source and token, made when somebody needs them.
     by_token: ByToken,
+    /// Decoded rows, one for each piece of the work that copies them.
+    pub(super) decoded: Vec<f32>,
+    /// A row's scales, while they are copied.
+    pub(super) scales: Vec<f32>,
     /// This rank's expert outputs.
     pub(super) outputs: Area,
     /// This rank's sums.
@@ -46,7 +50,7 @@ pub(super) struct Received {
 
 /// One source's part of the lists.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Part {
+pub(super) struct ListPart {
     /// Its first entry there, and here.
     pub(super) begin: usize,
     pub(super) base: usize,
@@ -94,7 +98,7 @@ impl Received {
             starts: vec![0; world_size * (local + 1)],
             entries: vec![],
             arrived: vec![false; world_size],
-            parts: vec![Part::default(); world_size],
+            parts: vec![ListPart::default(); world_size],
             counts: vec![0; local],
             offsets: vec![0; local + 1],
             runs: vec![0; local * world_size],
@@ -102,6 +106,8 @@ impl Received {
             owners: vec![],
             len: 0,
             by_token: ByToken::default(),
+            decoded: vec![],
+            scales: vec![],
             outputs,
             sums,
             bases,
@@ -134,6 +140,14 @@ impl Received {
     pub(super) fn entries_of(&self, source: usize) -> std::ops::Range<usize> {
         let at = source * (self.local + 1);
         self.starts[at] as usize..self.starts[at + self.local] as usize
+    }
+
+    /// The row of its source's outbox that an entry's token lies in.
+    pub(super) fn outbox_row(&self, source: usize, entry: usize, row_per_entry: bool) -> usize {
+        match row_per_entry {
+            false => self.entries[entry].token as usize,
+            true => self.parts[source].begin + entry - self.entries_of(source).start,
+        }
     }
 
     /// Brings the rows of all sources into the batch's order.
