@@ -14,6 +14,8 @@ mod mixed;
 mod moe;
 #[path = "rank/p2p.rs"]
 mod p2p;
+#[path = "rank/wire.rs"]
+mod wire;
 
 use std::time::Duration;
 
@@ -43,6 +45,8 @@ fn main() -> Result<()> {
         "both-abandoned" => misuse::both_abandoned(&comm),
         "rows-lent-out" => misuse::rows_lent_out(&comm),
         "large-handle" => misuse::a_handle_without_room_is_told(&comm),
+        "wire" => wire::every_format_in_every_form(&comm),
+        "wire-refused" => wire::refused(&comm),
         "late" => misuse::a_late_rank_is_described(&comm),
         "staggered" => misuse::ranks_that_come_one_by_one(&comm),
         "late-dispatch" => misuse::late_dispatch(&comm),

@@ -54,6 +54,9 @@ impl TokenSum<'_> {
     }
 }
 
+/// Copies rows of a piece's tokens to its part of a layout.
+type CopyTokens<'f, T> = dyn Fn(Copying<'_>, &[Span], &mut Part<'_, T>) + Sync + 'f;
+
 /// A piece of the work of copying rows.
 #[derive(Clone, Copy)]
 struct Copying<'a> {
@@ -541,12 +544,7 @@ impl<'m> ExpertBatch<'m> {
 
     /// Has `copy` fill a layout of rows of `stride` elements, token by token, so that a row that several experts work on comes
     /// over from its sender once and is then in this core's cache.
-    fn fill_layout<T: Pod + Send>(
-        &mut self,
-        to: &mut [T],
-        stride: usize,
-        copy: &(dyn Fn(Copying<'_>, &[Span], &mut Part<'_, T>) + Sync),
-    ) -> Result<()> {
+    fn fill_layout<T: Pod + Send>(&mut self, to: &mut [T], stride: usize, copy: &CopyTokens<'_, T>) -> Result<()> {
         let (lanes, cut) = (self.moe.lanes(), self.cut_copying(stride * size_of::<T>()));
         let streaming = self.len() * stride * size_of::<T>() >= kernels::STREAMING_BYTES;
         let received = self.received_mut();

@@ -12,7 +12,7 @@ pub(crate) struct Case {
 }
 
 impl Case {
-    fn tokens(&self, rank: usize) -> usize {
+    pub(crate) fn tokens(&self, rank: usize) -> usize {
         (rank * 5 + self.seed * 3) % (self.config.max_tokens + 1)
     }
 
@@ -35,7 +35,7 @@ impl Case {
     }
 
     /// What expert `expert` makes of an element.
-    fn expert<E: Element>(&self, expert: i64, x: E) -> E {
+    pub(crate) fn expert<E: Element>(&self, expert: i64, x: E) -> E {
         E::from_f32(x.to_f32() * (expert % 7 + 1) as f32 + 0.125)
     }
 
@@ -68,7 +68,7 @@ impl Case {
         E::from_f32(sum)
     }
 
-    fn input<E: Element>(&self, rank: usize) -> (Vec<E>, Vec<i64>, Vec<f32>, Vec<bool>) {
+    pub(crate) fn input<E: Element>(&self, rank: usize) -> (Vec<E>, Vec<i64>, Vec<f32>, Vec<bool>) {
         let tokens = 0..self.tokens(rank);
         let choices = || tokens.clone().flat_map(|t| (0..self.config.topk).map(move |k| (t, k)));
         (
@@ -80,7 +80,7 @@ impl Case {
     }
 
     /// (expert, source, token) of each row that `rank`'s experts should get, in the batch's order.
-    fn rows(&self, experts: &[usize]) -> Vec<(usize, usize, usize)> {
+    pub(crate) fn rows(&self, experts: &[usize]) -> Vec<(usize, usize, usize)> {
         let mut rows = vec![];
         for &expert in experts {
             for source in 0..self.world {
