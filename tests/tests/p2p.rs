@@ -56,3 +56,10 @@ fn five_hundred_receives_get_what_they_were_posted_for() {
 fn communicators_split_and_end_in_any_order() {
     [1, 2, 7].into_iter().for_each(|n| plays_well(RANK, n, "split", &[]));
 }
+
+#[test]
+fn a_message_that_its_sender_gave_up_arrives_as_it_was_or_not_at_all() {
+    for way in WAYS {
+        plays_well(RANK, 2, "withdrawn", &[way, &[("XCCL_TIMEOUT", "0.4")]].concat());
+    }
+}

@@ -83,7 +83,9 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         | Error::RootUnreachable { .. }
         | Error::Refused { .. }
         | Error::Bootstrap { .. } => xcclJoinFailed,
-        Error::PeerDied { .. } | Error::PeerLeft { .. } | Error::PeerAbandoned { .. } => xcclRemoteError,
+        Error::PeerDied { .. } | Error::PeerLeft { .. } | Error::PeerAbandoned { .. } | Error::Withdrawn { .. } => {
+            xcclRemoteError
+        }
         Error::PeerRefused { .. } => xcclPeerRefused,
         Error::Aborted { .. } => xcclAborted,
         Error::Timeout { .. } => xcclTimeout,

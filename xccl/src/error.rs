@@ -217,6 +217,17 @@ pub enum Error {
         capacity: usize,
     },
 
+    /// The sender of a message gave it up before it was received: its deadline passed, or it cancelled the request.
+    #[error(
+        "rank {rank} gave up sending its message with tag {tag} before it was received here: receive again, once it has sent another one"
+    )]
+    Withdrawn {
+        /// The sender.
+        rank: usize,
+        /// The message's tag.
+        tag: u32,
+    },
+
     /// Messages that nobody receives fill the receiver's memory.
     #[error(
         "{held} bytes of messages wait unreceived at this rank (limit {limit}), the oldest from rank {from} with tag {tag}: receive it, or raise XCCL_UNEXPECTED_BYTES"

@@ -54,6 +54,7 @@ fn main() -> Result<()> {
         "mixed" => mixed::mixed_job(&comm),
         "mixed-sizes" => p2p::mixed_sizes(&comm),
         "heap" => p2p::from_the_heap(&comm),
+        "withdrawn" => p2p::given_up_by_the_sender(&comm),
         "truncated" => p2p::truncated(&comm),
         "given-up" => p2p::given_up(&comm),
         "many-posted" => p2p::many_posted(&comm),

@@ -53,6 +53,9 @@ pub(crate) struct CommLayout {
     consumed: usize,
     /// Per source, a word per rendezvous: the last one finished; read by that source.
     finished: usize,
+    /// Per destination, a word per rendezvous: the last one that was given up, whose payload may change; read by that
+    /// destination, when it has copied.
+    withdrawn: usize,
     /// Per destination, `SLOTS` lines: the messages to it; read by that destination.
     slots: usize,
     /// Per destination, the payload ring.
@@ -69,15 +72,33 @@ impl CommLayout {
         let cma = layout.add(world_size);
         let consumed = layout.add(world_size * LINE);
         let finished = layout.add(world_size * SLOTS * 8);
+        let withdrawn = layout.add(world_size * SLOTS * 8);
         let slots = layout.add_aligned(world_size * SLOTS * LINE, 4096);
         let ring_bytes = config.p2p_ring_bytes;
         let payload = layout.add_aligned(world_size * ring_bytes, 4096);
         let bytes = layout.bytes();
-        CommLayout { state, sleep, progress, barrier, cma, consumed, finished, slots, payload, ring_bytes, bytes }
+        CommLayout {
+            state,
+            sleep,
+            progress,
+            barrier,
+            cma,
+            consumed,
+            finished,
+            withdrawn,
+            slots,
+            payload,
+            ring_bytes,
+            bytes,
+        }
     }
 
     pub(crate) fn consumed(&self, source: usize) -> usize {
         self.consumed + source * LINE
+    }
+
+    pub(crate) fn withdrawn(&self, destination: usize, rendezvous: usize) -> usize {
+        self.withdrawn + (destination * SLOTS + rendezvous) * 8
     }
 
     pub(crate) fn finished(&self, source: usize, rendezvous: usize) -> usize {
@@ -119,6 +140,7 @@ mod tests {
                 areas.push((layout.consumed(peer), LINE));
                 areas.push((layout.payload(peer), layout.ring_bytes));
                 areas.extend((0..SLOTS).map(|i| (layout.finished(peer, i), 8)));
+                areas.extend((0..SLOTS).map(|i| (layout.withdrawn(peer, i), 8)));
                 areas.extend((0..SLOTS as u64).map(|n| (layout.slot(peer, n), LINE)));
             }
             areas.sort();

@@ -250,14 +250,14 @@ impl P2p {
         received
     }
 
-    /// Forgets a request, so that its buffer is free: a receive takes no message, a send goes on from a copy.
+    /// Forgets a request, so that its buffer is free: a receive takes no message, a send goes on from a copy or is withdrawn.
     pub(crate) fn cancel(&self, comm: &CommInner, ticket: Ticket) {
         match ticket.request {
             Request::Sent { .. } => {}
             Request::Send { to, number, .. } => {
                 let mut out = lock(&self.outgoing[to]);
                 let before = out.waiting();
-                out.cancel(number);
+                out.cancel(comm, to, number);
                 self.unsent.fetch_sub(before - out.waiting(), Relaxed);
             }
             Request::Recv { name, .. } => lock(&self.incoming).cancel(comm, name),

@@ -9,7 +9,8 @@
 //! used.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering::Release;
+use std::sync::atomic::Ordering::{Acquire, Release, SeqCst};
+use std::sync::atomic::fence;
 
 use super::outgoing::Traffic;
 use super::queues::TagQueues;
@@ -453,7 +454,7 @@ fn copy_piece(comm: &CommInner, source: usize, at: u64, into: &mut [u8]) -> Resu
 fn copy_out(comm: &CommInner, message: &Message, buffer: &mut [u8]) -> Result<()> {
     let source = message.source;
     let peer = comm.fabric.peer(source);
-    let rendezvous = match &message.held {
+    let (rendezvous, copied) = match &message.held {
         Held::Inline(body) => {
             buffer.copy_from_slice(&body[..message.len]);
             return Ok(());
@@ -469,15 +470,20 @@ fn copy_out(comm: &CommInner, message: &Message, buffer: &mut [u8]) -> Result<()
                 return Err(Error::Corrupt { rank: source, what: "an offset in its heap", value: *offset, limit });
             }
             peer.heap.read(*offset as usize, buffer);
-            *rendezvous
+            (*rendezvous, Ok(()))
         }
         Held::Private { address, rendezvous } => {
-            cma::read(peer.pid, *address, buffer).map_err(|e| Error::os("process_vm_readv", e))?;
-            *rendezvous
+            (*rendezvous, cma::read(peer.pid, *address, buffer).map_err(|e| Error::os("process_vm_readv", e)))
         }
     };
+    // The copy first: were it of bytes that the sender has changed since, it would have withdrawn them before.
+    fence(SeqCst);
+    let withdrawn = peer.outbox.word64(comm.layout.withdrawn(comm.rank, rendezvous as usize % SLOTS)).load(Acquire);
     let word = comm.fabric.outbox.word64(comm.layout.finished(source, rendezvous as usize % SLOTS));
     word.store(rendezvous, Release);
     comm.notify(source);
-    Ok(())
+    if withdrawn == rendezvous {
+        return Err(Error::Withdrawn { rank: source, tag: message.tag });
+    }
+    copied
 }

@@ -65,7 +65,9 @@ impl Communicator {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet.
+    /// [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet. `data` may be reused after each; after
+    /// [`Error::Timeout`](crate::Error::Timeout) the receiver gets all of the message as it was, or
+    /// [`Error::Withdrawn`](crate::Error::Withdrawn) in its place.
     pub fn send(&self, to: usize, tag: u32, data: &[u8]) -> Result<()> {
         self.inner.check_rank(to)?;
         self.inner.p2p.send(&self.inner, to, tag, data)
@@ -75,7 +77,8 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Truncated`](crate::Error::Truncated) when it is longer than `buffer`: it is kept, and can be received with a
-    /// larger one. [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet.
+    /// larger one. [`Error::Withdrawn`](crate::Error::Withdrawn) when its sender has given it up.
+    /// [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet.
     pub fn recv(&self, from: impl Into<Source>, tag: u32, buffer: &mut [u8]) -> Result<Status> {
         let from = from.into();
         if let Source::Rank(rank) = from {

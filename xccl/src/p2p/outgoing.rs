@@ -9,7 +9,8 @@
 //! `SLOTS` before it is finished, so a word is never overwritten before it was seen, in whatever order they finish.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::Ordering::{Acquire, Release, SeqCst};
+use std::sync::atomic::fence;
 
 use super::slot::{HEAP, Head, INLINE, INLINE_BYTES, MORE, PRIVATE, RING, Slot};
 use crate::comm::inner::CommInner;
@@ -158,8 +159,16 @@ impl Outgoing {
         false
     }
 
-    /// Forgets a send: nothing of it is sent, or the rest of it from a copy.
-    pub(super) fn cancel(&mut self, number: u64) {
+    /// Forgets a send: nothing of it is sent, or the rest of it from a copy. What is described is withdrawn: the caller may
+    /// change it when this returns, and a receiver that has copied meanwhile looks at the word afterwards.
+    pub(super) fn cancel(&mut self, comm: &CommInner, to: usize, number: u64) {
+        if let Ok(at) = self.described.binary_search_by_key(&number, |&(number, _)| number) {
+            let rendezvous = self.described[at].1;
+            let word = comm.layout.withdrawn(to, rendezvous as usize % SLOTS);
+            comm.fabric.outbox.word64(word).store(rendezvous, Release);
+            // Before whatever the caller does to the payload.
+            fence(SeqCst);
+        }
         let Ok(at) = self.waiting.binary_search_by_key(&number, |send| send.number) else { return };
         if self.waiting[at].done == 0 {
             self.waiting.remove(at);

@@ -256,3 +256,52 @@ pub(crate) fn many_posted(comm: &Communicator) -> Result<()> {
     comm.barrier()?;
     Ok(())
 }
+
+/// Rank 0 loses patience with its sends, and uses their bytes for something else: rank 1 gets each message as it was, or is told
+/// that it was given up where it was to copy it itself, or does not hear of it. A later message arrives.
+pub(crate) fn given_up_by_the_sender(comm: &Communicator) -> Result<()> {
+    for (round, len) in [(0, 100_000), (1, 400_000), (2, 3_000_000)] {
+        let first = pattern(len, round);
+        while matches!(comm.barrier(), Err(Error::Timeout { .. })) {}
+        if comm.rank() == 0 {
+            let mut private = first.clone();
+            let mut heap = comm.heap_alloc(len)?;
+            heap.copy_from_slice(&first);
+            let before = comm.statistics().rendezvous;
+            let outcomes = [comm.send(1, 1, &private), comm.send(1, 2, &heap)];
+            private.fill(0xee);
+            heap.fill(0xee);
+            for outcome in outcomes {
+                ensure!(matches!(outcome, Ok(()) | Err(Error::Timeout { peer: Some(1), .. })), "{outcome:?}");
+            }
+            comm.send(1, 3, &(comm.statistics().rendezvous - before).to_le_bytes())?;
+            // Rank 1 receives while these bytes are what they are now.
+            loop {
+                match comm.recv(1, 4, &mut []) {
+                    Err(Error::Timeout { .. }) => {}
+                    other => break other.map(|_| ())?,
+                }
+            }
+        } else {
+            // Longer than both sends wait.
+            std::thread::sleep(std::time::Duration::from_millis(1000));
+            let mut withdrawn = 0u64;
+            for tag in [1, 2] {
+                let mut buffer = vec![0; len];
+                match comm.recv(0, tag, &mut buffer) {
+                    Ok(status) => {
+                        ensure!(status.len == len && buffer == first, "message {tag} of {len} bytes was changed")
+                    }
+                    Err(Error::Withdrawn { rank: 0, tag: t }) if t == tag => withdrawn += 1,
+                    Err(Error::Timeout { peer: Some(0), .. }) => {}
+                    other => anyhow::bail!("{other:?}"),
+                }
+            }
+            let mut described = [0; 8];
+            comm.recv(0, 3, &mut described)?;
+            ensure!(withdrawn == u64::from_le_bytes(described), "{withdrawn} of {described:?} were withdrawn");
+            comm.send(0, 4, &[])?;
+        }
+    }
+    Ok(())
+}
