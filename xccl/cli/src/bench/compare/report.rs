@@ -1,6 +1,6 @@
 //! All samples of a comparison, as compare.json keeps them, and their medians.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -27,8 +27,26 @@ pub struct Report {
 pub struct Session {
     /// Seconds since 1970.
     pub began: u64,
-    /// The best cache-line handover before each round: it tells in which state the machine was.
-    pub line_ns: Vec<Option<f64>>,
+    pub rounds: u32,
+}
+
+/// When a sample was taken.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub struct Moment {
+    pub session: usize,
+    pub round: u32,
+    /// What a line took from core to core before and after the run.
+    pub line_ns: [Option<f64>; 2],
+}
+
+/// Virtual cores move on the cores that there are, within minutes or seconds, and with them the time of a line changes by a factor
+/// of ten. Times of one state say nothing on those of the other one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum State {
+    /// Lines took at most twice the shortest time that was seen.
+    Near,
+    /// They took longer.
+    Far,
 }
 
 /// What was run, as a person would type it.
@@ -58,8 +76,8 @@ pub struct Sample {
     /// Bytes, or tokens per rank.
     pub size: usize,
     pub contender: String,
-    pub session: usize,
-    pub round: u32,
+    #[serde(flatten)]
+    pub at: Moment,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub half_rtt_us: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -81,6 +99,8 @@ pub struct Summary {
     pub high: f64,
     pub dispatch: Option<f64>,
     pub combine: Option<f64>,
+    /// There is no sample of the state that the others are of.
+    pub other_state: bool,
 }
 
 impl Report {
@@ -134,9 +154,37 @@ impl Report {
         names
     }
 
+    /// The state in which a sample was taken, if it was one and the same.
+    pub fn state(&self, sample: &Sample) -> Option<State> {
+        let lines = self.samples.iter().flat_map(|s| s.at.line_ns).flatten();
+        let near = 2.0 * lines.min_by(f64::total_cmp)?;
+        match sample.at.line_ns {
+            [Some(before), Some(after)] if before.max(after) <= near => Some(State::Near),
+            [Some(before), Some(after)] if before.min(after) > near => Some(State::Far),
+            _ => None,
+        }
+    }
+
+    /// The state in which most of the points of one kind have a sample; these are compared.
+    pub fn state_compared(&self, what: What) -> Option<State> {
+        let points = |state: State| {
+            let here = self.samples.iter().filter(|s| s.what == what && self.state(s) == Some(state));
+            here.map(|s| (s.ranks, s.size, &s.contender)).collect::<BTreeSet<_>>().len()
+        };
+        let (near, far) = (points(State::Near), points(State::Far));
+        match near.max(far) {
+            0 => None,
+            _ => Some(if near >= far { State::Near } else { State::Far }),
+        }
+    }
+
     pub fn summary(&self, what: What, ranks: usize, size: usize, contender: &str) -> Option<Summary> {
         let here = |s: &&Sample| s.what == what && s.ranks == ranks && s.size == size && s.contender == contender;
-        let samples: Vec<&Sample> = self.samples.iter().filter(here).collect();
+        let all: Vec<&Sample> = self.samples.iter().filter(here).collect();
+        let state = self.state_compared(what);
+        let same: Vec<&Sample> = all.iter().copied().filter(|s| state.is_none() || self.state(s) == state).collect();
+        let other_state = same.is_empty();
+        let samples = if other_state { all } else { same };
         let totals: Vec<f64> = samples.iter().map(|s| s.total()).collect();
         Some(Summary {
             median: median(totals.clone())?,
@@ -144,13 +192,16 @@ impl Report {
             high: totals.iter().copied().max_by(f64::total_cmp)?,
             dispatch: median(samples.iter().filter_map(|s| s.dispatch_us).collect()),
             combine: median(samples.iter().filter_map(|s| s.combine_us).collect()),
+            other_state,
         })
     }
 
     /// What the machine needs for the same, where somebody has measured it.
     pub fn limit(&self, what: What, ranks: usize, size: usize) -> Option<f64> {
+        let state = self.state_compared(what);
         let here = |s: &&Sample| s.what == what && s.ranks == ranks && s.size == size;
-        median(self.samples.iter().filter(here).filter_map(|s| s.limit_us).collect())
+        let limits = self.samples.iter().filter(here).filter(|s| state.is_none() || self.state(s) == state);
+        median(limits.filter_map(|s| s.limit_us).collect())
     }
 
     /// Sizes of one kind and number of ranks, ascending.
@@ -179,27 +230,19 @@ impl Report {
 }
 
 impl Sample {
-    pub fn new(what: What, ranks: usize, contender: &str, (session, round): (usize, u32), reading: &Reading) -> Self {
+    pub fn new(what: What, ranks: usize, contender: &str, at: Moment, reading: &Reading) -> Self {
         let (half_rtt_us, dispatch_us, combine_us) = match reading.times {
             Times::HalfRoundTrip(t) => (Some(t), None, None),
             Times::Exchange { dispatch, combine } => (None, Some(dispatch), Some(combine)),
         };
-        let (limit_us, verified) = (reading.limit_us, reading.verified);
-        let contender = contender.to_owned();
-        let size = reading.size;
-        Sample {
-            what,
-            ranks,
-            size,
-            contender,
-            session,
-            round,
-            half_rtt_us,
-            dispatch_us,
-            combine_us,
-            limit_us,
-            verified,
-        }
+        // No message is faster than a line, and the run's own game of lines may have met a busy core.
+        let line_us = at.line_ns.into_iter().flatten().min_by(f64::total_cmp).unwrap_or(0.0) / 1e3;
+        let limit_us = match what {
+            What::P2p => reading.limit_us.map(|limit| limit.max(line_us)),
+            What::InPlace | What::ExpertMajor => reading.limit_us,
+        };
+        let (size, contender, verified) = (reading.size, contender.to_owned(), reading.verified);
+        Sample { what, ranks, size, contender, at, half_rtt_us, dispatch_us, combine_us, limit_us, verified }
     }
 
     fn total(&self) -> f64 {
@@ -224,7 +267,8 @@ pub mod tests {
     /// Two contenders, three rounds of messages and one of exchanges.
     pub fn sample_report() -> Report {
         let mut report = Report::new("a machine".to_owned(), &Shape::full());
-        report.sessions.push(Session { began: 0, line_ns: vec![Some(32.0), None, Some(40.0)] });
+        report.sessions.push(Session { began: 0, rounds: 3 });
+        let at = |round| Moment { session: 0, round, line_ns: [Some(32.0), Some(40.0)] };
         let reading = |size, times| Reading {
             size,
             times,
@@ -237,14 +281,14 @@ pub mod tests {
             for (name, factor) in [("Open MPI", 2.0), ("XCCL", 1.0)] {
                 for (size, more) in [(8, 1.0), (4096, 5.0)] {
                     let times = Times::HalfRoundTrip(half * factor * more);
-                    report.samples.push(Sample::new(What::P2p, 2, name, (0, round), &reading(size, times)));
+                    report.samples.push(Sample::new(What::P2p, 2, name, at(round), &reading(size, times)));
                 }
             }
         }
         for (name, dispatch, combine) in [("XCCL", 100.0, 50.0), ("Open MPI", 200.0, 250.0)] {
             for ranks in [2, 4] {
                 let times = Times::Exchange { dispatch: dispatch * ranks as f64, combine };
-                report.samples.push(Sample::new(What::InPlace, ranks, name, (0, 0), &reading(128, times)));
+                report.samples.push(Sample::new(What::InPlace, ranks, name, at(0), &reading(128, times)));
             }
         }
         report
@@ -260,6 +304,35 @@ pub mod tests {
         assert_eq!(report.summary(What::InPlace, 8, 128, "XCCL"), None);
         assert_eq!(report.limit(What::P2p, 2, 8), Some(0.05));
         assert_eq!((median(vec![]), median(vec![3.0, 1.0])), (None, Some(2.0)));
+    }
+
+    #[test]
+    fn samples_of_another_state_are_left_out_or_marked() {
+        let mut report = sample_report();
+        let far = Moment { session: 0, round: 3, line_ns: [Some(160.0), Some(200.0)] };
+        let changed = Moment { line_ns: [Some(32.0), Some(200.0)], ..far };
+        let reading = |half| Reading {
+            size: 8,
+            times: Times::HalfRoundTrip(half),
+            limit_us: None,
+            version: None,
+            verified: None,
+            routing_sum: None,
+        };
+        for at in [far, changed] {
+            report.samples.push(Sample::new(What::P2p, 2, "Open MPI", at, &reading(9.0)));
+        }
+        report.samples.push(Sample::new(What::P2p, 2, "UCX", far, &reading(7.0)));
+        assert_eq!(report.state_compared(What::P2p), Some(State::Near));
+        let summary = report.summary(What::P2p, 2, 8, "Open MPI").unwrap();
+        assert_eq!((summary.median, summary.high, summary.other_state), (0.4, 0.8, false));
+        let summary = report.summary(What::P2p, 2, 8, "UCX").unwrap();
+        assert_eq!((summary.median, summary.other_state), (7.0, true));
+        // Where no line was ever measured, all samples are of one kind.
+        report.samples.iter_mut().for_each(|s| s.at.line_ns = [None, None]);
+        assert_eq!(report.state_compared(What::P2p), None);
+        let summary = report.summary(What::P2p, 2, 8, "Open MPI").unwrap();
+        assert_eq!((summary.high, summary.other_state), (9.0, false));
     }
 
     #[test]

@@ -8,11 +8,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 
 use super::contender::{Contender, Job, Place, Reads};
+use super::machine;
 use super::reading::{Reading, read};
 use super::report::{self, Failure, Report, Sample};
 use super::routing;
 use super::task::{Part, Shape, Task, What};
-use crate::bench::figures::{line_ns, show_line};
+use crate::bench::figures::show_line;
 use crate::run::TIMED_OUT;
 
 pub struct Session<'a> {
@@ -54,13 +55,12 @@ impl<'a> Session<'a> {
 
     /// Every contender once for each task. Each round begins with another one, so that none always follows the same.
     pub fn round(&mut self, parts: &[Part], round: u32, rounds: u32) -> Result<()> {
-        let line = line_ns();
-        eprintln!("round {} of {rounds}; line handover {}", round + 1, show_line(line));
+        eprintln!("round {} of {rounds}; line handover {}", round + 1, show_line(machine::line_ns()));
         if self.report.sessions.len() == self.session {
             let began = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-            self.report.sessions.push(report::Session { began, line_ns: vec![] });
+            self.report.sessions.push(report::Session { began, rounds: 0 });
         }
-        self.report.sessions[self.session].line_ns.push(line);
+        self.report.sessions[self.session].rounds += 1;
         let mut done: Vec<(What, usize, Vec<usize>)> = vec![];
         for task in parts.iter().flat_map(|&part| self.shape.tasks(part, round == 0)) {
             // The series over tokens may have measured it already.
@@ -73,7 +73,7 @@ impl<'a> Session<'a> {
             for turn in 0..self.contenders.len() {
                 let which = (turn + round as usize) % self.contenders.len();
                 if round < self.contenders[which].rounds(&task) {
-                    self.measure(which, &task, round, line)?;
+                    self.measure(which, &task, round)?;
                 }
             }
             done.push((task.what, task.ranks, task.sizes));
@@ -81,7 +81,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn measure(&mut self, which: usize, task: &Task, round: u32, line_ns: Option<f64>) -> Result<()> {
+    fn measure(&mut self, which: usize, task: &Task, round: u32) -> Result<()> {
         let contender = &self.contenders[which];
         let name = contender.name();
         let jobs = contender.jobs(task, self.place)?;
@@ -90,18 +90,15 @@ impl<'a> Session<'a> {
         }
         let begin = Instant::now();
         for job in &jobs {
-            let at = (self.session, round);
-            match self.readings(job, task) {
+            let before = machine::line_ns();
+            let readings = self.readings(job, task);
+            let line_ns = [before, machine::line_ns()];
+            match readings {
                 Ok(readings) => {
-                    for mut reading in readings {
-                        if task.what == What::P2p {
-                            // No message is faster than a line. The run's own game of lines may have met a busy core.
-                            let line_us = line_ns.unwrap_or(0.0) / 1e3;
-                            reading.limit_us = reading.limit_us.map(|limit| limit.max(line_us));
-                        }
+                    let at = report::Moment { session: self.session, round, line_ns };
+                    for reading in readings {
                         self.report.samples.push(Sample::new(task.what, task.ranks, name, at, &reading));
-                        let version = reading.version.clone().map(|version| (name.to_owned(), version));
-                        self.report.versions.extend(version);
+                        self.report.versions.extend(reading.version.map(|version| (name.to_owned(), version)));
                     }
                 }
                 Err(error) => {
@@ -171,9 +168,12 @@ impl<'a> Session<'a> {
             return format!("it was ended after {} s", self.timeout);
         }
         let said = String::from_utf8_lossy(&out.stderr);
-        // What comes first is mostly the cause; the launcher's word on it is the last line.
-        let said: Vec<&str> =
-            said.lines().filter(|l| !l.trim().is_empty() && !l.starts_with("xccl run:")).take(4).collect();
+        let mut said: Vec<&str> =
+            said.lines().filter(|l| !l.trim().is_empty() && !l.starts_with("xccl run:")).collect();
+        // What comes first is the cause in C, what comes last in Python.
+        if said.len() > 6 {
+            said.drain(3..said.len() - 3);
+        }
         format!("{}: {}", out.status, said.join(" / "))
     }
 }

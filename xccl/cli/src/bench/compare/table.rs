@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::report::{Report, Summary};
+use super::report::{Report, Sample, Summary};
 use super::task::What;
 
 pub fn markdown(report: &Report) -> String {
@@ -41,16 +41,11 @@ fn layout(what: What) -> &'static str {
 }
 
 fn heading(report: &Report) -> String {
-    let rounds: usize = report.sessions.iter().map(|s| s.line_ns.len()).sum();
-    let lines: Vec<f64> = report.sessions.iter().flat_map(|s| s.line_ns.iter().flatten().copied()).collect();
-    let line = match (lines.iter().copied().min_by(f64::total_cmp), lines.iter().copied().max_by(f64::total_cmp)) {
-        (Some(low), Some(high)) => format!("{low:.0} to {high:.0} ns over the rounds"),
-        _ => "not measured".to_owned(),
-    };
+    let rounds: u32 = report.sessions.iter().map(|s| s.rounds).sum();
     let versions: Vec<String> = report.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
     let shape = &report.shape;
     format!(
-        "{}; line handover {line}. {rounds} rounds, contenders in turn. {}.\n\n\
+        "{}. {rounds} rounds, contenders in turn. {}.\n\n\
          Exchanges: hidden {}, top-{} of {}, bf16, one routing for all. Each figure is the median over the rounds of a run's median, in \
          brackets the lowest and highest of these; x is a peer's time divided by XCCL's. The limit is measured in the same runs: \
          a line handover or a copy of the message; plain copies of the rows between the same memories.",
@@ -73,11 +68,11 @@ fn table(report: &Report, what: What, over: &str, rows: &[(usize, usize, usize)]
     for &(front, ranks, size) in rows {
         let limit = report.limit(what, ranks, size).map_or_else(|| "-".to_owned(), figure);
         let _ = write!(text, "| {front} | {limit} |");
-        let ours = report.summary(what, ranks, size, super::ours::NAME).map(|s| s.median);
+        let ours = report.summary(what, ranks, size, super::ours::NAME).filter(|s| !s.other_state).map(|s| s.median);
         for name in &names {
             let cell = report.summary(what, ranks, size, name).map_or_else(|| "-".to_owned(), |s| cell(&s));
             let times = match (ours, report.summary(what, ranks, size, name)) {
-                (Some(ours), Some(theirs)) if *name != super::ours::NAME => {
+                (Some(ours), Some(theirs)) if *name != super::ours::NAME && !theirs.other_state => {
                     format!(" **{}x**", ratio(theirs.median / ours))
                 }
                 _ => String::new(),
@@ -86,7 +81,26 @@ fn table(report: &Report, what: What, over: &str, rows: &[(usize, usize, usize)]
         }
         text.push('\n');
     }
-    text
+    text + &lines(report, what)
+}
+
+/// In which state of the machine the times were taken.
+fn lines(report: &Report, what: What) -> String {
+    let Some(state) = report.state_compared(what) else { return String::new() };
+    let (same, other): (Vec<&Sample>, Vec<&Sample>) =
+        report.samples.iter().filter(|s| s.what == what).partition(|s| report.state(s) == Some(state));
+    let lines = same.iter().flat_map(|s| s.at.line_ns).flatten();
+    let (low, high) = (lines.clone().fold(f64::INFINITY, f64::min), lines.fold(0.0, f64::max));
+    let mut text = format!("\nA line took {low:.0} to {high:.0} ns from core to core");
+    if !other.is_empty() {
+        let (other, all) = (other.len(), same.len() + other.len());
+        let _ = write!(
+            text,
+            ". {other} of {all} samples of this kind were taken while it took something else, or changed: they are in compare.json, \
+             and here, with a *, only where there is no other"
+        );
+    }
+    text + ".\n"
 }
 
 fn cell(summary: &Summary) -> String {
@@ -94,7 +108,8 @@ fn cell(summary: &Summary) -> String {
         (Some(dispatch), Some(combine)) => format!("{} + {}", figure(dispatch), figure(combine)),
         _ => figure(summary.median),
     };
-    format!("{what} ({}-{})", figure(summary.low), figure(summary.high))
+    let mark = if summary.other_state { "*" } else { "" };
+    format!("{what} ({}-{}){mark}", figure(summary.low), figure(summary.high))
 }
 
 fn ratio(x: f64) -> String {
@@ -160,7 +175,7 @@ mod tests {
         assert_eq!(line("| 128 |"), "| 128 | 0.050 | 200 + 50.0 (250-250) | 400 + 250 (650-650) **2.60x** |");
         // Over ranks.
         assert_eq!(line("| 4 |"), "| 4 | 0.050 | 400 + 50.0 (450-450) | 800 + 250 (1050-1050) **2.33x** |");
-        assert!(text.contains("line handover 32 to 40 ns") && text.contains("3 rounds"), "{text}");
+        assert!(text.contains("\nA line took 32 to 40 ns from core to core.\n") && text.contains("3 rounds"), "{text}");
         assert!(!text.contains("Missing"), "{text}");
     }
 
