@@ -15,6 +15,12 @@ use crate::memory::row::Row;
 /// whole need not be read first. 14 MiB of rows per rank take 0.7 of the time so, 2 MiB twice the time.
 pub(super) const STREAMING_BYTES: usize = 8 << 20;
 
+/// From so many bytes on a dispatch's copy into the outbox goes past the caches: its lines were last read by other cores, and
+/// each would have to come back from one before it can be written through the cache. Two ranks, in place, past the caches and
+/// through them: 0.9 MB of rows take 46 and 19 us, 1.4 MB 72 and 53, 1.8 MB 64 to 117 and 230, 14.7 MB 796 and 861; reading
+/// them afterwards takes as long either way (expert-major copy).
+pub(super) const STREAMING_OUTBOX_BYTES: usize = 3 << 19;
+
 /// Copies a row past the caches. [`end_streaming`] has to follow before anything is published.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn stream<E: Pod>(row: Row<'_, E>, to: &mut [E]) {

@@ -404,10 +404,16 @@ impl Moe {
         let (hidden, stride, lanes) = (self.config.hidden, self.layout.stride, self.lanes());
         let cut = lanes.cut(count, count * stride);
         let rows = rows.divide::<E>(count, stride, Owners::Blocks(cut.each));
+        let streaming = count * stride >= kernels::STREAMING_OUTBOX_BYTES;
         lanes.share(cut, &|piece| {
             let (mut part, range) = (rows.part(piece), cut.range(piece));
             let tokens = &tokens[range.start * hidden..range.end * hidden];
-            if hidden * size_of::<E>() == stride {
+            if streaming {
+                for (i, token) in range.zip(tokens.chunks_exact(hidden)) {
+                    kernels::stream(Row::from(token), &mut part.row_mut(i)[..hidden]);
+                }
+                kernels::end_streaming();
+            } else if hidden * size_of::<E>() == stride {
                 part.rows_mut(range).copy_from_slice(tokens);
             } else {
                 for (i, token) in range.zip(tokens.chunks_exact(hidden)) {
