@@ -71,7 +71,7 @@ impl Lanes for InTurn {
     }
 }
 
-const TOKENS: usize = 32;
+const TOKENS: usize = 64;
 const HIDDEN: usize = 4096;
 const TOPK: usize = 4;
 const EXPERTS: usize = 16;

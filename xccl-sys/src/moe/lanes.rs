@@ -17,7 +17,8 @@ use crate::result::xcclResult_t;
 pub type xcclLaneWork_t = unsafe extern "C" fn(state: *mut c_void, lane: usize);
 
 /// Lends threads: calls work(state, i) for each i in 0 to lanes - 1, on any threads, and returns when all of these calls have.
-/// Calls that are left out, or come twice or late, cost time and nothing else. It must not use the MoE handle, nor throw.
+/// Calls that are left out, or come twice or late, cost time and nothing else. What is shared takes some ten microseconds or
+/// more, so threads should spin for their work, not sleep. It must not use the MoE handle, nor throw.
 pub type xcclRunLanes_t =
     Option<unsafe extern "C" fn(context: *mut c_void, lanes: usize, work: xcclLaneWork_t, state: *mut c_void)>;
 
