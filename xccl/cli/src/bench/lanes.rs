@@ -3,19 +3,21 @@
 use anyhow::{Context, Result};
 use xccl::Lanes;
 
-/// A pool of one thread less than there are lanes: the thread that calls is one.
-pub struct Pool(rayon::ThreadPool);
-
-impl Pool {
-    pub fn new(lanes: usize) -> Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(lanes.saturating_sub(1).max(1)).build();
-        Ok(Pool(pool.context("starting the lanes' threads")?))
+/// Runs `rank` on one thread of a pool of `lanes`: the others are [`InPool`]'s.
+pub fn in_pool<R: Send>(lanes: usize, rank: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+    if lanes < 2 {
+        return rank();
     }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(lanes).build();
+    pool.context("starting the lanes' threads")?.install(rank)
 }
 
-impl Lanes for Pool {
+/// The threads of the pool that the caller is in.
+pub struct InPool;
+
+impl Lanes for InPool {
     fn run(&self, lanes: usize, work: &(dyn Fn(usize) + Sync)) {
-        self.0.in_place_scope(|scope| {
+        rayon::scope(|scope| {
             (1..lanes).for_each(|lane| scope.spawn(move |_| work(lane)));
             work(0);
         });

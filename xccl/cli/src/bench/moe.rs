@@ -20,7 +20,7 @@ use xccl::{
 
 use super::epilogue::{Extras, Step};
 use super::figures::{JsonLines, Percentiles, line_ns, show_line, slowest, timed};
-use super::lanes::Pool;
+use super::lanes::{InPool, in_pool};
 use super::{Common, progress};
 
 #[derive(Args)]
@@ -57,7 +57,8 @@ pub struct MoeArgs {
     /// Where sums are formed
     #[arg(long, value_enum, default_value = "per-rank")]
     reduction: Reduce,
-    /// Threads that share each rank's copies and sums; the ranks times the lanes should not be more than the cores
+    /// Threads that share each rank's copies and sums; every other round has one, for comparison. Ranks times lanes should not
+    /// be more than the cores
     #[arg(long, default_value_t = 1)]
     lanes: usize,
     /// What is done with the sums in combine's pass; every other round does it in a pass of its own, for comparison
@@ -157,17 +158,20 @@ struct Point {
     combine_us: Percentiles,
     /// Combine and then the epilogue in a pass of its own.
     separate_us: Option<Percentiles>,
+    /// Dispatch and combine with one lane, where there are more.
+    alone_dispatch_us: Option<Percentiles>,
+    alone_combine_us: Option<Percentiles>,
     limit: Limit,
     verified: Option<bool>,
 }
 
 impl MoeArgs {
     pub fn measure(&self, comm: &Communicator) -> Result<()> {
-        match self.dtype {
+        in_pool(self.lanes, || match self.dtype {
             DType::BF16 => self.measure_as::<bf16>(comm),
             DType::F16 => self.measure_as::<f16>(comm),
             DType::F32 => self.measure_as::<f32>(comm),
-        }
+        })
     }
 
     fn measure_as<E: Element>(&self, comm: &Communicator) -> Result<()> {
@@ -183,6 +187,8 @@ impl MoeArgs {
             }
             None => self.tokens.iter().map(|&t| vec![t; comm.world_size()]).collect(),
         };
+        let kinds = (1 + u32::from(self.lanes > 1)) * (1 + u32::from(!self.epilogue.is_empty()));
+        ensure!(self.common.iters >= kinds, "--iters {} is less than the {kinds} kinds of rounds", self.common.iters);
         let mut json = JsonLines::open(comm, self.common.json.as_deref())?;
         comm.barrier()?;
         let line_ns = if comm.rank() == 0 { line_ns() } else { None };
@@ -223,6 +229,15 @@ impl MoeArgs {
                         fused / separate
                     ));
                 }
+                if let (Some(dispatch), Some(combine)) = (&point.alone_dispatch_us, &point.alone_combine_us) {
+                    let (dispatch, combine) = (dispatch.median, combine.median);
+                    json.table(&format!(
+                        "{:>8} with one lane: dispatch {dispatch:.2} us, {:.2} times; combine {combine:.2} us, {:.2} times",
+                        "",
+                        dispatch / point.dispatch_us.median,
+                        combine / point.combine_us.median
+                    ));
+                }
                 json.write(&point)?;
             }
         }
@@ -238,9 +253,6 @@ impl MoeArgs {
         let most = tokens.iter().copied().max().unwrap_or(0).max(1);
         let config = MoeConfig { reduction, ..MoeConfig::new(most, self.hidden, self.topk, self.experts, self.dtype) };
         let moe = Moe::new(comm, config)?;
-        if self.lanes != 1 {
-            moe.set_lanes(self.lanes, Arc::new(Pool::new(self.lanes)?))?;
-        }
         // Memory like the outbox's, which the next rank reads: see `copy_as_dispatch`.
         let heap = 2 * (most * self.hidden * size_of::<E>() + 4096);
         let shared = Communicator::from_env_with(Config::from_env()?.heap_bytes(heap).rendezvous_bytes(1))?;
@@ -249,13 +261,19 @@ impl MoeArgs {
 
         let rounds = self.common.warmup + self.common.iters;
         let bar = progress(comm, rounds as usize);
-        let mut times = [vec![], vec![], vec![], vec![], vec![]];
+        let mut times: [Vec<f64>; 7] = Default::default();
         for i in 0..rounds {
             let [dispatch, combine, limit_dispatch, limit_combine] = run.iteration()?;
             if i >= self.common.warmup {
-                let place = if run.is_separate() { 4 } else { 1 };
-                let places = [(0, dispatch), (place, combine), (2, limit_dispatch), (3, limit_combine)];
-                places.into_iter().for_each(|(place, one)| times[place].push(one));
+                let (of_dispatch, of_combine) = match (run.is_alone(), run.is_separate()) {
+                    (false, false) => (0, Some(1)),
+                    (false, true) => (0, Some(4)),
+                    (true, false) => (5, Some(6)),
+                    (true, true) => (5, None),
+                };
+                let places = [(of_dispatch, dispatch), (2, limit_dispatch), (3, limit_combine)];
+                let combine = of_combine.map(|place| (place, combine));
+                places.into_iter().chain(combine).for_each(|(place, one)| times[place].push(one));
             }
             bar.inc(1);
         }
@@ -289,6 +307,8 @@ impl MoeArgs {
             dispatch_us,
             combine_us,
             separate_us: medians[4],
+            alone_dispatch_us: medians[5],
+            alone_combine_us: medians[6],
             limit: Limit { dispatch_us: limit_dispatch.median, combine_us: limit_combine.median, line_ns },
             verified,
         }))
@@ -460,6 +480,7 @@ impl<'a, E: Element> Run<'a, E> {
             extras: Extras::new(&args.epilogue, mine, hidden),
             round: 0,
         };
+        moe.set_lanes(args.lanes, Arc::new(InPool))?;
         for (t, token) in run.tokens.chunks_exact_mut(hidden).enumerate().take(mine) {
             token.iter_mut().enumerate().for_each(|(c, x)| *x = E::from_f32(value(comm.rank(), t, c)));
         }
@@ -486,6 +507,12 @@ impl<'a, E: Element> Run<'a, E> {
         !self.args.epilogue.is_empty() && self.round.is_multiple_of(2)
     }
 
+    /// Whether this round has one lane in place of several.
+    fn is_alone(&self) -> bool {
+        let kind = if self.args.epilogue.is_empty() { self.round } else { self.round / 2 };
+        self.args.lanes > 1 && kind.is_multiple_of(2)
+    }
+
     /// Receives the sums, with what the epilogue asks for.
     fn receive(&mut self, sent: Exchange<'_>) -> Result<()> {
         let (out, is_separate) = (self.mine() * self.args.hidden, self.is_separate());
@@ -501,6 +528,7 @@ impl<'a, E: Element> Run<'a, E> {
     /// Times of dispatch, combine, and their limits, in microseconds.
     fn iteration(&mut self) -> Result<[f64; 4]> {
         self.round += 1;
+        self.moe.set_lanes(if self.is_alone() { 1 } else { self.args.lanes }, Arc::new(InPool))?;
         let (moe, comm, hidden, mine) = (self.moe, self.comm, self.args.hidden, self.mine());
         let (ids, weights) = (self.ids.clone(), self.weights.clone());
         let routing = Routing::new(&ids, &weights);
