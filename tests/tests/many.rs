@@ -25,3 +25,17 @@ fn twenty_jobs_that_start_at_once_never_meet() {
 fn a_rank_that_waits_sleeps() {
     plays_well(RANK, 2, "idle", &[]);
 }
+
+#[test]
+fn ranks_on_one_core_give_it_to_each_other() {
+    plays_well(RANK, 2, "one-core", &[]);
+}
+
+#[test]
+fn ranks_bound_to_a_core_each_are_not_taken_for_many_on_one() {
+    if std::thread::available_parallelism().map_or(1, |n| n.get()) < 2 {
+        eprintln!("skipped: there is one core");
+        return;
+    }
+    plays_well(RANK, 2, "own-cores", &[]);
+}

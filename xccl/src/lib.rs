@@ -49,7 +49,7 @@ pub use crate::{
         RmsNorm, Routing, ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
     },
     p2p::{RawRequest, Request, Scope, Source, Status, wait_all},
-    sync::Operation,
+    sync::{CoreSharing, Operation},
 };
 
 /// The README's Rust example.

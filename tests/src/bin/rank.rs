@@ -28,6 +28,7 @@ fn main() -> Result<()> {
     if scenario.starts_with("late") && std::env::var("XCCL_RANK").as_deref() == Ok("1") {
         config = config.timeout(Some(Duration::from_secs(20)));
     }
+    many::take_cores(&scenario)?;
     let comm = match Communicator::from_env_with(config) {
         Ok(comm) => comm,
         Err(err) => bail!("{err:?}: {err}"),
@@ -62,6 +63,8 @@ fn main() -> Result<()> {
         "isolation" => isolation::outboxes_stay_their_owners(&comm),
         "idle" => many::idle(&comm),
         "crowd" => many::crowd(&comm),
+        "one-core" => many::one_core(&comm),
+        "own-cores" => many::own_cores(&comm),
         die if die.starts_with("die-") => kill::die(&comm, die),
         other => bail!("unknown scenario {other:?}"),
     }

@@ -35,6 +35,7 @@ impl InfoArgs {
         println!("plane                    shared memory (load and store)");
         println!("process_vm_readv         {cma}");
         println!("huge pages               {}", huge_pages());
+        println!("waiting of {:<14}{}", format!("{ranks} ranks"), Communicator::core_sharing_of(ranks));
         let plan = Communicator::memory_plan(ranks, &config);
         let moe = MoeConfig::new(self.tokens, self.hidden, self.topk, self.experts, DType::BF16);
         println!("\nmemory of each of {ranks} ranks, once every page has been touched");

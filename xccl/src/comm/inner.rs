@@ -18,6 +18,7 @@ use crate::memory::machine;
 use crate::memory::segment::Writers;
 use crate::p2p::engine::P2p;
 use crate::sync::bell::{self, Place, Sleeper};
+use crate::sync::cores::{CoreSharing, Cores};
 use crate::sync::liveness::Liveness;
 use crate::sync::progress::{self, Operation, Waiting};
 use crate::sync::wait::{self, Patience, Phase};
@@ -55,6 +56,7 @@ pub(crate) struct CommInner {
     barriers: Mutex<u64>,
     liveness: Liveness,
     first_dead: OnceLock<usize>,
+    pub(crate) core_sharing: CoreSharing,
     patience: Patience,
     sleeper: Sleeper,
 }
@@ -65,14 +67,23 @@ pub(crate) struct Call {
     since: Option<Instant>,
 }
 
-/// Where a private word of a rank lies, for its peers to try `process_vm_readv` on.
+/// What a rank says of itself once segments are mapped.
 #[derive(Serialize, Deserialize)]
 struct Probe {
+    /// Where a private word of it lies, for its peers to try `process_vm_readv` on.
     address: u64,
+    cores: Cores,
 }
 
 impl CommInner {
-    pub(crate) fn init(rank: usize, world_size: usize, id: &UniqueId, config: Config) -> Result<Self> {
+    /// `part_of` is the communicator that this one is split off from.
+    pub(crate) fn init(
+        rank: usize,
+        world_size: usize,
+        id: &UniqueId,
+        config: Config,
+        part_of: Option<&CommInner>,
+    ) -> Result<Self> {
         if world_size == 0 || rank >= world_size {
             return Err(Error::InvalidRank { rank, world_size });
         }
@@ -88,14 +99,15 @@ impl CommInner {
         let pids = star.pids().to_vec();
         let fabric = Fabric::new(outboxes, heaps, &pids);
 
+        let (config_hash, job) = (hash_of(format!("{:?}", config.description()).as_bytes()), hash_of(id.as_bytes()));
         let header = |rank: usize| Header {
             magic: MAGIC,
             abi_version: ABI_VERSION,
             byte_order: BYTE_ORDER,
             outbox_bytes: layout.bytes as u64,
             heap_bytes: heap_bytes as u64,
-            config_hash: hash_of(format!("{:?}", config.description()).as_bytes()),
-            job: hash_of(id.as_bytes()),
+            config_hash,
+            job,
             rank: rank as u32,
             world_size: world_size as u32,
             pid: pids[rank],
@@ -106,8 +118,9 @@ impl CommInner {
 
         // Every header is written once everybody has sent its part.
         let probe = Box::new(MAGIC);
-        let blob = fabric::encode(&Probe { address: &raw const *probe as u64 })?;
+        let blob = fabric::encode(&Probe { address: &raw const *probe as u64, cores: machine::cores() })?;
         let parts = star.exchange(&blob, &[], deadline)?;
+        let mut cores = Vec::with_capacity(world_size);
         for (peer, (blob, _)) in parts.iter().enumerate() {
             check_header(&fabric, peer, &header(peer))?;
             let probe: Probe = fabric::decode(blob)?;
@@ -115,13 +128,15 @@ impl CommInner {
             let readable =
                 config.cma && cma::read(pids[peer], probe.address, &mut seen).is_ok() && seen == MAGIC.to_ne_bytes();
             fabric.outbox.write(layout.cma + peer, &[readable.into()]);
+            cores.push(probe.cores);
         }
         // And everybody has tried to read everybody once this is through.
         star.exchange(&[], &[], deadline)?;
         drop(probe);
 
-        let cores = machine::usable_cores();
-        tracing::debug!(rank, world_size, cores, outbox = layout.bytes, heap = heap_bytes, "communicator ready");
+        let alone = CoreSharing::of(&cores);
+        let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
+        tracing::debug!(rank, %core_sharing, outbox = layout.bytes, heap = heap_bytes, "communicator ready");
         Ok(CommInner {
             rank,
             world_size,
@@ -132,7 +147,8 @@ impl CommInner {
             barriers: Mutex::new(0),
             liveness: Liveness::watch(&pids),
             first_dead: OnceLock::new(),
-            patience: Patience::for_machine(world_size, cores),
+            patience: Patience::for_sharing(&core_sharing),
+            core_sharing,
             sleeper: Sleeper::new(),
             config,
             layout,

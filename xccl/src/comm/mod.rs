@@ -18,6 +18,8 @@ use inner::CommInner;
 use crate::bootstrap::{Launch, UniqueId};
 use crate::error::{Error, Result};
 use crate::fabric;
+use crate::memory::machine;
+use crate::sync::CoreSharing;
 
 /// A group of ranks. Cheap to clone: clones are handles of the same communicator, and it is left when the last one is
 /// dropped (handles made from it, such as [`Moe`](crate::Moe), count).
@@ -96,7 +98,7 @@ impl Communicator {
     /// [`Error::MissingRanks`], [`Error::DuplicateRank`], [`Error::Mismatch`] and the other errors of joining, on every
     /// rank that has joined; [`Error::NotEnoughMemory`] before anything is created.
     pub fn init(rank: usize, world_size: usize, id: &UniqueId, config: Config) -> Result<Self> {
-        Ok(Communicator { inner: Arc::new(CommInner::init(rank, world_size, id, config)?) })
+        Ok(Communicator { inner: Arc::new(CommInner::init(rank, world_size, id, config, None)?) })
     }
 
     /// Joins the communicator of all ranks that a launcher (`xccl run`, torchrun, mpirun, srun) has started, configured by
@@ -164,6 +166,16 @@ impl Communicator {
         Ok(self.inner.can_read_me(rank))
     }
 
+    /// How the ranks share the cores of their machine, which decides how they wait: as it was when they joined.
+    pub fn core_sharing(&self) -> &CoreSharing {
+        &self.inner.core_sharing
+    }
+
+    /// How `ranks` ranks would share cores, each of which may use what this process may.
+    pub fn core_sharing_of(ranks: usize) -> CoreSharing {
+        CoreSharing::of(&vec![machine::cores(); ranks])
+    }
+
     /// Memory that a communicator of `world_size` ranks takes on each of them. Pages count once they are touched.
     pub fn memory_plan(world_size: usize, config: &Config) -> MemoryPlan {
         MemoryPlan { outbox_bytes: layout::CommLayout::new(world_size, config).bytes, heap_bytes: config.heap_bytes }
@@ -204,7 +216,9 @@ impl Communicator {
             value: id.len() as u64,
             limit: 128,
         })?;
-        Self::init(new_rank, members.len(), &UniqueId::from_bytes(id)?, self.config().clone()).map(Some)
+        let (id, config) = (UniqueId::from_bytes(id)?, self.config().clone());
+        let inner = CommInner::init(new_rank, members.len(), &id, config, Some(&self.inner))?;
+        Ok(Some(Communicator { inner: Arc::new(inner) }))
     }
 
     /// Another communicator of the same ranks: its messages and exchanges never meet this one's. Every rank must call it.

@@ -1,12 +1,19 @@
 //! What this machine has to offer.
 
 use std::fs;
+use std::path::Path;
+
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+
+use super::cgroup::Groups;
+use crate::sync::cores::Cores;
 
 /// Bytes that can still be allocated here: what the kernel calls available, or what the control group leaves, whichever
 /// is less. `None` where neither can be read.
 pub(crate) fn available_memory() -> Option<u64> {
     let free = meminfo_available();
-    let group = cgroup_available();
+    let group = in_own_group(|groups| groups.available_memory());
     match (free, group) {
         (Some(a), Some(b)) => Some(a.min(b)),
         (a, b) => a.or(b),
@@ -20,26 +27,29 @@ fn meminfo_available() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// The tightest limit on the way from this process's control group (version 2) to the root.
-fn cgroup_available() -> Option<u64> {
-    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = text.lines().find_map(|l| l.strip_prefix("0::"))?;
-    let mut dir = std::path::PathBuf::from("/sys/fs/cgroup").join(path.trim_start_matches('/'));
-    let mut least: Option<u64> = None;
-    while dir.starts_with("/sys/fs/cgroup") {
-        let read = |name: &str| fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
-        if let (Some(max), Some(current)) = (read("memory.max"), read("memory.current")) {
-            let left = max.saturating_sub(current);
-            least = Some(least.map_or(left, |l| l.min(left)));
-        }
-        if !dir.pop() {
-            break;
-        }
-    }
-    least
+fn in_own_group<T>(ask: impl FnOnce(Groups<'_>) -> Option<T>) -> Option<T> {
+    let listing = fs::read_to_string("/proc/self/cgroup").ok()?;
+    ask(Groups { listing: &listing, root: Path::new("/sys/fs/cgroup") })
 }
 
-/// Cores that this process may use: the affinity mask and the control group's quota, not just the number of cores.
-pub(crate) fn usable_cores() -> usize {
+/// The cores that this process may run on, and the share of their time that it has.
+pub(crate) fn cores() -> Cores {
+    let own = sched_getaffinity(Pid::from_raw(0));
+    let is_usable = |core: &usize| own.as_ref().map_or(*core < fallback(), |set| set.is_set(*core) == Ok(true));
+    let mut mask = vec![0u64; CpuSet::count().div_ceil(64)];
+    (0..CpuSet::count()).filter(is_usable).for_each(|core| mask[core / 64] |= 1 << (core % 64));
+    while mask.last() == Some(&0) {
+        mask.pop();
+    }
+    let quota = in_own_group(|groups| groups.quota()).map(|quota| {
+        // The same path may be another group where the kernel shows each container its own tree.
+        let namespace = fs::read_link("/proc/self/ns/cgroup").unwrap_or_default();
+        (format!("{} {}", namespace.display(), quota.group.display()), quota.cores)
+    });
+    Cores { mask, quota }
+}
+
+/// On machines with more cores than a mask of the usual size has.
+fn fallback() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }

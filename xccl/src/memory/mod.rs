@@ -4,6 +4,7 @@
 //! rank may write. Only offsets cross a process, and every access below is checked against the mapping's length.
 
 pub(crate) mod area;
+pub(crate) mod cgroup;
 pub(crate) mod divided;
 pub(crate) mod fd;
 pub(crate) mod heap;

@@ -4,6 +4,8 @@
 //! model it: `RUSTFLAGS="--cfg loom" cargo test -p xccl --release --lib loom`.
 
 pub(crate) mod bell;
+#[cfg(not(loom))]
+pub(crate) mod cores;
 pub(crate) mod epoch;
 #[cfg(not(loom))]
 pub(crate) mod liveness;
@@ -19,4 +21,4 @@ pub(crate) mod wait;
 mod loom_tests;
 
 #[cfg(not(loom))]
-pub use progress::Operation;
+pub use {cores::CoreSharing, progress::Operation};

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::cores::CoreSharing;
 use crate::error::Result;
 
 /// How long to look, to spin and to yield before sleeping.
@@ -16,8 +17,8 @@ pub(crate) struct Patience {
 impl Patience {
     /// With a core for each rank the awaited word is a cache line away, so spinning pays. With fewer cores the rank that
     /// is waited for may need this very core: it gets it soon.
-    pub(crate) fn for_machine(ranks_here: usize, cores: usize) -> Self {
-        if ranks_here <= cores {
+    pub(crate) fn for_sharing(cores: &CoreSharing) -> Self {
+        if cores.has_core_each() {
             Patience { looks: LOOKS, spin: Duration::from_micros(200), yielding: Duration::from_micros(300) }
         } else {
             // Of 64 ranks on two cores each waits 2.5 times per exchange: looking 1000 times and then spinning for 0.5 us took 8 %

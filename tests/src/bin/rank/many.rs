@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use xccl::{Communicator, DType, Moe, MoeConfig};
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+use xccl::{Communicator, CoreSharing, DType, Moe, MoeConfig};
 
 use crate::moe::{Case, Form, exchange};
 
@@ -35,4 +37,41 @@ pub(crate) fn crowd(comm: &Communicator) -> Result<()> {
         comm.barrier()?;
     }
     Ok(())
+}
+
+/// Before joining: binds the ranks to one core, or each to one of its own.
+pub(crate) fn take_cores(scenario: &str) -> Result<()> {
+    let index = match scenario {
+        "one-core" => 0,
+        "own-cores" => std::env::var("XCCL_RANK")?.parse()?,
+        _ => return Ok(()),
+    };
+    let usable = sched_getaffinity(Pid::from_raw(0))?;
+    let core = (0..CpuSet::count()).filter(|&core| usable.is_set(core) == Ok(true)).nth(index);
+    let mut own = CpuSet::new();
+    own.set(core.with_context(|| format!("there is no usable core {index}"))?)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &own)?)
+}
+
+/// Two ranks on one core: a wait gives it to the other rank instead of spinning on it.
+pub(crate) fn one_core(comm: &Communicator) -> Result<()> {
+    let sharing = comm.core_sharing();
+    ensure!(*sharing == CoreSharing::TooFewCores { ranks: 2, cores: 1 }, "{sharing}");
+    for _ in 0..50 {
+        comm.barrier()?;
+    }
+    let counts = comm.statistics();
+    // What a wait found without giving the core away was there already.
+    ensure!(counts.waits == counts.waits_yielded + counts.waits_slept && counts.waits >= 20, "{counts:?}");
+    // A part of such ranks has no core for each either, however few they are.
+    let part = comm.split(Some(comm.rank() as u32), 0)?.context("a part of one rank")?;
+    ensure!(*part.core_sharing() == CoreSharing::Inherited { ranks: 2 }, "{}", part.core_sharing());
+    Ok(())
+}
+
+/// Two ranks, each bound to a core: neither sees more than one, and yet they may spin.
+pub(crate) fn own_cores(comm: &Communicator) -> Result<()> {
+    let sharing = comm.core_sharing();
+    ensure!(*sharing == CoreSharing::CoreEach { ranks: 2, cores: 2 }, "{sharing}");
+    Ok(comm.barrier()?)
 }
