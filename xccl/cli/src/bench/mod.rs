@@ -9,6 +9,7 @@ mod moe;
 mod p2p;
 mod pair;
 mod process;
+mod wait;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -30,6 +31,8 @@ pub enum Bench {
     /// The same tokens by more and more ranks: processor time per token, start-up, memory
     Growth(growth::GrowthArgs),
     Compare(compare::CompareArgs),
+    /// From a peer's store to the waiter's return, spinning, yielding and asleep; processor time of idle ranks
+    Wait(wait::WaitArgs),
 }
 
 #[derive(Args)]
@@ -59,6 +62,7 @@ impl Bench {
         match self {
             Bench::P2p(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             Bench::Moe(args) => with_ranks(&args.common, |comm| args.measure(comm)),
+            Bench::Wait(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             // It starts its own jobs, one after another.
             Bench::Growth(args) => args.run(),
             Bench::Compare(args) => args.run(),
