@@ -64,7 +64,20 @@ impl MoeConfig {
         }
     }
 
-    /// Bytes of shared memory that a handle takes on each rank.
+    /// Bytes of shared memory that a handle takes on each rank; pages count once they are touched.
+    ///
+    /// With W ranks, T tokens at most, K choices of E experts, L of them on the rank that has most, and rows of H bytes rounded up to
+    /// lines, each of the two exchanges that may be in flight has room for
+    ///
+    /// ```text
+    /// lists  = 4 (E + 1) + 8 T K + 4 W L
+    /// rows   = H T              tokens
+    ///        + H min(W T K, max_expert_rows)                     outputs
+    ///        + H min(W T, outputs), with Reduction::PerRank      sums
+    /// ```
+    ///
+    /// of which T, outputs and sums are touched as far as an exchange needs them: with a fixed total of tokens and evenly chosen
+    /// experts the touched part is divided among the ranks, while the lists' 4 (E + 1) is not.
     ///
     /// # Errors
     /// [`Error::Config`] as when the handle is made.
