@@ -152,7 +152,8 @@ pub enum Error {
 
     /// The deadline passed.
     #[error(
-        "{during} (epoch {epoch}) did not finish within {waited:?}: {waited_for}; nothing was lost, the call may be repeated; raise XCCL_TIMEOUT if this is expected"
+        "{during} (epoch {epoch}) did not finish within {waited:?}: {waited_for}; {}; raise XCCL_TIMEOUT if this is expected",
+        after_timeout(.during)
     )]
     Timeout {
         /// What this rank was doing.
@@ -393,9 +394,40 @@ pub enum Error {
     },
 }
 
+/// What a deadline leaves of a call.
+fn after_timeout(during: &Operation) -> &'static str {
+    match during {
+        Operation::Init | Operation::Setup => "what was being set up is given up on every rank",
+        Operation::Send => "a request can be waited for again, a blocking send has given its message up",
+        Operation::CombineRecv => "the exchange is given up",
+        _ => "nothing was lost, the call may be repeated",
+    }
+}
+
 impl Error {
     /// Wraps the last error of a system call.
     pub(crate) fn os(call: &'static str, source: impl Into<io::Error>) -> Self {
         Error::Os { call, source: source.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadlines_text_says_what_is_left_of_the_call() {
+        let text = |during| {
+            let (peer, waited, waited_for) = (Some(3), Duration::from_secs(2), "rank 3 sleeps".to_owned());
+            Error::Timeout { during, epoch: 7, peer, waited, waited_for }.to_string()
+        };
+        let recv = text(Operation::DispatchRecv);
+        for part in ["dispatch_recv (epoch 7)", "2s", "rank 3 sleeps", "may be repeated", "XCCL_TIMEOUT"] {
+            assert!(recv.contains(part), "{part:?} is not in {recv:?}");
+        }
+        for (during, says) in [(Operation::CombineRecv, "is given up"), (Operation::Send, "has given its message up")] {
+            let text = text(during);
+            assert!(text.contains(says) && !text.contains("repeated"), "{text}");
+        }
     }
 }
