@@ -220,6 +220,26 @@ mod tests {
         }
     }
 
+    /// Whether the kernel has noted that huge pages are wanted for a mapping.
+    fn asks_for_huge_pages(mapping: &Mapping) -> bool {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", mapping.at(0, 0) as usize);
+        let of_mapping = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        let flags = of_mapping.into_iter().find(|line| line.starts_with("VmFlags:")).unwrap();
+        flags.split_whitespace().any(|flag| flag == "hg")
+    }
+
+    #[test]
+    fn huge_pages_are_asked_for_where_the_kernel_has_them_and_not_when_told_not_to() {
+        let offered = std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists();
+        for flavour in [MemoryFlavour::Memfd, MemoryFlavour::Posix] {
+            for ask in [true, false] {
+                let own = OwnSegment::create(flavour, Writers::Owner, BYTES, ask).unwrap();
+                assert_eq!(asks_for_huge_pages(&own.mapping), ask && offered, "{flavour:?}, asked: {ask}");
+            }
+        }
+    }
+
     #[test]
     fn the_descriptor_of_a_named_outbox_is_for_reading() {
         let own = segment(MemoryFlavour::Posix, Writers::Owner);
