@@ -83,6 +83,15 @@ struct data_type<std::int32_t> : std::integral_constant<xcclDataType_t, xcclInt3
 template <>
 struct data_type<std::int64_t> : std::integral_constant<xcclDataType_t, xcclInt64> {};
 
+/** xcclGetVersion: the library's, which may be newer than the header's XCCL_VERSION. */
+inline int version() noexcept {
+  int version = 0;
+  xcclGetVersion(&version);
+  return version;
+}
+/** xcclGetErrorString. */
+inline const char *to_string(xcclResult_t result) noexcept { return xcclGetErrorString(result); }
+
 /** Why a call failed: its code, and the text of xcclGetLastError. */
 class Failure {
  public:

@@ -220,6 +220,7 @@ void everything(Communicator comm) {
 }  // namespace
 
 int main() {
+  EXPECT(xccl::version() == XCCL_VERSION && std::strcmp(xccl::to_string(xcclTimeout), "the deadline passed") == 0);
   auto joined = xccl::expected::Communicator::from_env();
   EXPECT(joined);
   auto refused = joined->send(nullptr, 8, 0, 1);
