@@ -201,3 +201,33 @@ fn info_shows_every_option_with_its_origin() {
     let out = xccl(&["info"]).env("XCCL_HEAP", "lots").output().unwrap();
     assert!(!out.status.success() && stderr(&out).contains("XCCL_HEAP"), "{}", stderr(&out));
 }
+
+#[test]
+fn bench_growth_verifies_every_number_of_ranks_and_says_what_each_takes() {
+    let args =
+        ["bench", "growth", "--ranks", "1,2,5", "--tokens", "11", "--hidden", "40", "--topk", "3", "--experts", "9"];
+    let args = [&args[..], &["--iters", "3", "--warmup", "1", "--verify"]].concat();
+    for extra in [&[][..], &["--reduction", "per-rank"]] {
+        let points = points(&[&args[..], extra].concat());
+        assert_eq!(points.iter().map(|p| p["ranks"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 5]);
+        for point in &points {
+            assert_eq!(point["verified"], true, "{point}");
+            // Rows of 40 elements: one per choice to the experts, and as many or one per rank back.
+            let (bytes, remote) = (&point["bytes_per_token"], point["remote_bytes_per_token"].as_f64().unwrap());
+            assert!(extra.len() == 2 || *bytes == 2.0 * 3.0 * 80.0, "{point}");
+            assert_eq!(remote > 0.0, point["ranks"] != 1, "{point}");
+            let memory = |key: &str| point["memory"][key].as_f64().unwrap();
+            assert!(memory("touched") > memory("joined") && memory("touched") <= memory("planned"), "{point}");
+            assert!(point["start"]["init_ms"].as_f64() <= point["start"]["spawn_to_ready_ms"].as_f64(), "{point}");
+        }
+    }
+}
+
+#[test]
+fn bench_wait_measures_the_phases_beside_their_limits() {
+    let points = points(&["bench", "wait", "-n", "3", "--iters", "20", "--warmup", "2", "--idle-ms", "50"]);
+    let slept = points.iter().find(|p| p["place"] == "one-core" && p["phase"] == "asleep").expect("somebody slept");
+    assert!(slept["samples"].as_u64().unwrap() > 0 && slept["limit_us"]["median"].as_f64().unwrap() > 0.0, "{slept}");
+    let idle = points.iter().find(|p| p["bench"] == "wait-idle").expect("idle ranks");
+    assert!(idle["cpu_percent"].as_f64().unwrap() >= 0.0, "{idle}");
+}

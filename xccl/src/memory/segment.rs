@@ -53,7 +53,12 @@ impl OwnSegment {
 }
 
 fn create_memfd(writers: Writers, bytes: usize) -> Result<OwnSegment> {
-    let fd = memfd_create(c"xccl", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
+    // As `/proc/PID/maps` shows it; not a name that anyone could open it by.
+    let name = match writers {
+        Writers::Owner => c"xccl-outbox",
+        Writers::Anyone => c"xccl-heap",
+    };
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
         .map_err(|e| Error::os("memfd_create", e))?;
     nix::unistd::ftruncate(&fd, bytes as i64).map_err(|e| Error::os("ftruncate", e))?;
     // The owner's writable mapping comes first: FUTURE_WRITE leaves it alone and forbids all later ones.

@@ -37,7 +37,7 @@ pub struct GrowthArgs {
     #[arg(long, default_value_t = 1024)]
     tokens: usize,
     /// Elements of a token row (bf16)
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, default_value_t = 7168)]
     hidden: usize,
     /// Experts per token
     #[arg(long, default_value_t = 8)]
@@ -55,7 +55,7 @@ pub struct GrowthArgs {
     #[arg(long)]
     bind: bool,
     /// Measured exchanges
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     iters: u32,
     /// Exchanges before them
     #[arg(long, default_value_t = 5)]

@@ -53,8 +53,7 @@ impl Usage {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct Memory {
-    /// Its part of the segments: each page divided by the number of processes that have touched it. Summed over all ranks, every
-    /// page counts once.
+    /// Pages of its own outboxes that it has touched: those that only it may write. The heap's first page comes to that.
     pub segments: f64,
     /// Its own: heap, stacks, data.
     pub private: f64,
@@ -65,21 +64,26 @@ pub struct Memory {
     pub descriptors: f64,
 }
 
-/// The name of a segment made with `memfd_create`, and those in /dev/shm.
+/// The names of segments, made with `memfd_create` or in /dev/shm.
 const SEGMENTS: [&str; 2] = ["/memfd:xccl", "/dev/shm/xccl-"];
+/// Where `memfd_create` made it, an outbox is told from a heap, which peers may write too.
+const OUTBOX: &str = "/memfd:xccl-outbox";
 
 impl Memory {
     pub fn now() -> Result<Self> {
         let smaps = fs::read_to_string("/proc/self/smaps").context("reading this process's mappings")?;
         let status = fs::read_to_string("/proc/self/status").context("reading this process's status")?;
         let mut memory = Memory { page_tables: kib(&status, "VmPTE:").unwrap_or(0.0) * 1024.0, ..Memory::zeroed() };
-        let mut is_segment = false;
+        let (mut is_segment, mut is_own) = (false, false);
         for line in smaps.lines() {
             match line.split_once(": ") {
                 // A mapping's first line: addresses, and at the end what is mapped.
-                None => is_segment = SEGMENTS.iter().any(|name| line.contains(name)),
+                None => {
+                    is_segment = SEGMENTS.iter().any(|name| line.contains(name));
+                    is_own = line.contains(OUTBOX) && line.contains(" rw-s ");
+                }
                 Some(("Size", _)) if is_segment => memory.mapped += kib(line, "Size:").unwrap_or(0.0) * 1024.0,
-                Some(("Pss", _)) if is_segment => memory.segments += kib(line, "Pss:").unwrap_or(0.0) * 1024.0,
+                Some(("Rss", _)) if is_own => memory.segments += kib(line, "Rss:").unwrap_or(0.0) * 1024.0,
                 Some(("Private_Dirty", _)) if !is_segment => {
                     memory.private += kib(line, "Private_Dirty:").unwrap_or(0.0) * 1024.0;
                 }
