@@ -48,7 +48,7 @@ pub use crate::{
         Arrivals, BatchRow, Epilogue, Exchange, ExpertBatch, InputRows, Lanes, Moe, MoeConfig, Reduction, Residual,
         RmsNorm, Routing, ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
     },
-    p2p::{RawRequest, Request, Scope, Source, Status, wait_all},
+    p2p::{Calibration, CalibrationPoint, RawRequest, Request, Scope, Source, Status, wait_all},
     sync::{CoreSharing, Operation},
 };
 

@@ -34,6 +34,7 @@ impl InfoArgs {
         let cma = if alone.cma_readable_by(0)? { "permitted" } else { "not permitted (large messages are pipelined)" };
         println!("plane                    shared memory (load and store)");
         println!("process_vm_readv         {cma}");
+        print_calibration(&config)?;
         println!("huge pages               {}", huge_pages());
         println!("waiting of {:<14}{}", format!("{ranks} ranks"), Communicator::core_sharing_of(ranks));
         let plan = Communicator::memory_plan(ranks, &config);
@@ -55,6 +56,32 @@ impl InfoArgs {
         }
         Ok(())
     }
+}
+
+/// How long messages from private memory travel: two threads join as ranks 0 and 1 of a job do.
+fn print_calibration(config: &Config) -> Result<()> {
+    let id = UniqueId::new()?;
+    let join = |rank| Communicator::init(rank, 2, &id, config.clone());
+    let pair = std::thread::scope(|s| {
+        let other = s.spawn(|| join(1));
+        let one = join(0);
+        (one, other.join())
+    });
+    let (comm, Ok(_other)) = pair else { anyhow::bail!("a thread that joined a communicator of two panicked") };
+    let comm = comm?;
+    let calibration = comm.calibration();
+    let way = match calibration.private_rendezvous {
+        Some(bytes) => format!("through the ring, from {bytes} bytes on read by the receiver"),
+        None => "through the ring, whatever their length".to_owned(),
+    };
+    println!("long private messages    {way}  ({})", calibration.origin);
+    for p in &calibration.points {
+        println!(
+            "  {:>8} bytes         {:.1} us through the ring, {:.1} us read by the receiver",
+            p.bytes, p.ring_us, p.cma_us
+        );
+    }
+    Ok(())
 }
 
 /// What the kernel offers for shared memory: its choices, the one in force in brackets.

@@ -16,6 +16,8 @@ pub enum Origin {
     Environment,
     /// A call of the application.
     Code,
+    /// Measured while joining.
+    Measured,
 }
 
 impl fmt::Display for Origin {
@@ -24,6 +26,7 @@ impl fmt::Display for Origin {
             Origin::Default => "default",
             Origin::Environment => "environment",
             Origin::Code => "code",
+            Origin::Measured => "measured at start",
         })
     }
 }
@@ -59,7 +62,7 @@ const OPTIONS: [(&str, &str); 9] = [
     ("XCCL_P2P_RING", "payload bytes of the ring from each rank to each other rank (4K to 1G)"),
     (
         "XCCL_RENDEZVOUS",
-        "messages of at least this many bytes are copied once, by the receiver, where that is possible",
+        "messages from the heap of at least this many bytes are copied once, by the receiver; if set, private memory too, else measured",
     ),
     ("XCCL_CMA", "read a sender's private memory with process_vm_readv: auto or never"),
     ("XCCL_UNEXPECTED_BYTES", "most bytes of messages kept for receives that have not been posted yet"),
@@ -169,6 +172,16 @@ impl Config {
         Ok(())
     }
 
+    /// Whether it is left to measurements when the receiver reads private memory.
+    pub(crate) fn leaves_to_measurement(&self) -> bool {
+        self.cma && self.rendezvous_origin() == Origin::Default
+    }
+
+    /// Who has chosen how long a message must be to be copied once.
+    pub(crate) fn rendezvous_origin(&self) -> Origin {
+        self.origins[RENDEZVOUS]
+    }
+
     fn by_code(mut self, option: usize) -> Self {
         self.origins[option] = Origin::Code;
         self
@@ -205,7 +218,8 @@ impl Config {
         self.by_code(P2P_RING)
     }
 
-    /// Messages of at least this many bytes are copied once, by the receiver. Default: 32 KiB.
+    /// Messages of at least this many bytes are copied once, by the receiver, where it can reach them. Default: 32 KiB from the
+    /// symmetric heap; from private memory what was measured to be faster ([`Communicator::calibration`](crate::Communicator::calibration)).
     pub fn rendezvous_bytes(mut self, bytes: usize) -> Self {
         self.rendezvous_bytes = bytes.max(64);
         self.by_code(RENDEZVOUS)

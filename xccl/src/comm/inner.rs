@@ -16,6 +16,7 @@ use crate::fabric::{self, Fabric, cma};
 use crate::memory::heap::HeapAllocator;
 use crate::memory::machine;
 use crate::memory::segment::Writers;
+use crate::p2p::calibration::{self, Calibration, CalibrationPoint};
 use crate::p2p::engine::P2p;
 use crate::sync::bell::{self, Place, Sleeper};
 use crate::sync::cores::{CoreSharing, Cores};
@@ -52,6 +53,7 @@ pub(crate) struct CommInner {
     pub(crate) heap: Mutex<HeapAllocator>,
     pub(crate) counters: Counters,
     pub(crate) p2p: P2p,
+    pub(crate) calibration: Calibration,
     star: Mutex<Star>,
     barriers: Mutex<u64>,
     liveness: Liveness,
@@ -73,6 +75,8 @@ struct Probe {
     /// Where a private word of it lies, for its peers to try `process_vm_readv` on.
     address: u64,
     cores: Cores,
+    /// Whether it is left to measurements how its messages travel.
+    calibrate: bool,
 }
 
 impl CommInner {
@@ -118,12 +122,16 @@ impl CommInner {
 
         // Every header is written once everybody has sent its part.
         let probe = Box::new(MAGIC);
-        let blob = fabric::encode(&Probe { address: &raw const *probe as u64, cores: machine::cores() })?;
+        let address = &raw const *probe as u64;
+        let own = Probe { address, cores: machine::cores(), calibrate: config.leaves_to_measurement() };
+        let blob = fabric::encode(&own)?;
+        let mut calibrate = world_size >= 2;
         let parts = star.exchange(&blob, &[], deadline)?;
         let mut cores = Vec::with_capacity(world_size);
         for (peer, (blob, _)) in parts.iter().enumerate() {
             check_header(&fabric, peer, &header(peer))?;
             let probe: Probe = fabric::decode(blob)?;
+            calibrate &= peer >= 2 || probe.calibrate;
             let mut seen = [0; 8];
             let readable =
                 config.cma && cma::read(pids[peer], probe.address, &mut seen).is_ok() && seen == MAGIC.to_ne_bytes();
@@ -137,7 +145,8 @@ impl CommInner {
         let alone = CoreSharing::of(&cores);
         let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
         tracing::debug!(rank, %core_sharing, outbox = layout.bytes, heap = heap_bytes, "communicator ready");
-        Ok(CommInner {
+        let mut comm = CommInner {
+            calibration: Calibration::set(&config),
             rank,
             world_size,
             p2p: P2p::new(world_size),
@@ -153,7 +162,24 @@ impl CommInner {
             config,
             layout,
             fabric,
-        })
+        };
+        if calibrate && comm.can_read(0, 1) && comm.can_read(1, 0) {
+            comm.calibrate(deadline)?;
+        }
+        comm.p2p.set_private_rendezvous(comm.calibration.private_rendezvous);
+        Ok(comm)
+    }
+
+    /// All ranks take what ranks 0 and 1 have measured, unless their own configuration says otherwise. Called on all ranks, or
+    /// on none.
+    fn calibrate(&mut self, deadline: Instant) -> Result<()> {
+        let points = calibration::measure(self)?;
+        self.p2p.forget_traffic();
+        self.counters = Counters::default();
+        let parts = self.star().exchange(&fabric::encode(&points)?, &[], deadline)?;
+        let points: Vec<CalibrationPoint> = parts.first().map_or(Ok(vec![]), |(blob, _)| fabric::decode(blob))?;
+        self.calibration = calibration::choose_from(&self.config, points);
+        Ok(())
     }
 
     /// The instant by which a call that starts now must end.
@@ -327,8 +353,13 @@ impl CommInner {
 
     /// Whether `rank` can read this rank's private memory.
     pub(crate) fn can_read_me(&self, rank: usize) -> bool {
+        self.can_read(rank, self.rank)
+    }
+
+    /// Whether `reader` can read the private memory of `other`, as it has found when joining.
+    fn can_read(&self, reader: usize, other: usize) -> bool {
         let mut byte = [0];
-        self.fabric.peer(rank).outbox.read(self.layout.cma + self.rank, &mut byte);
+        self.fabric.peer(reader).outbox.read(self.layout.cma + other, &mut byte);
         byte[0] == 1
     }
 

@@ -19,6 +19,7 @@ use crate::bootstrap::{Launch, UniqueId};
 use crate::error::{Error, Result};
 use crate::fabric;
 use crate::memory::machine;
+use crate::p2p::Calibration;
 use crate::sync::CoreSharing;
 
 /// A group of ranks. Cheap to clone: clones are handles of the same communicator, and it is left when the last one is
@@ -179,6 +180,20 @@ impl Communicator {
             waited_us: c.waited_us.load(Relaxed),
             wake_ups: c.wake_ups.load(Relaxed),
         }
+    }
+
+    /// How messages from private memory travel, and how that was chosen.
+    ///
+    /// ```
+    /// # use xccl::{Communicator, Config, Origin, UniqueId};
+    /// # fn main() -> xccl::Result<()> {
+    /// let comm = Communicator::init(0, 1, &UniqueId::new()?, Config::default().rendezvous_bytes(1 << 20))?;
+    /// assert_eq!(comm.calibration().origin, Origin::Code); // alone, there is nobody to measure with
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn calibration(&self) -> &Calibration {
+        &self.inner.calibration
     }
 
     /// Whether `rank` can copy from this rank's private memory (`process_vm_readv`), as was tried when joining.

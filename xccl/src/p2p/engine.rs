@@ -47,6 +47,8 @@ pub(crate) struct P2p {
     incoming: Mutex<Incoming>,
     /// Sends that wait for room, over all destinations: spares receives the look at every destination.
     unsent: AtomicUsize,
+    /// From how many bytes on the receiver reads a message from this rank's private memory.
+    private_rendezvous: AtomicUsize,
 }
 
 impl P2p {
@@ -55,7 +57,17 @@ impl P2p {
             outgoing: (0..world_size).map(|_| Mutex::new(Outgoing::new())).collect(),
             incoming: Mutex::new(Incoming::new(world_size)),
             unsent: AtomicUsize::new(0),
+            private_rendezvous: AtomicUsize::new(usize::MAX),
         }
+    }
+
+    pub(super) fn private_rendezvous(&self) -> usize {
+        self.private_rendezvous.load(Relaxed)
+    }
+
+    /// Lets messages of so many bytes and more be read from private memory, or none.
+    pub(crate) fn set_private_rendezvous(&self, from: Option<usize>) {
+        self.private_rendezvous.store(from.unwrap_or(usize::MAX), Relaxed);
     }
 
     /// Starts a send.
@@ -174,9 +186,18 @@ impl P2p {
             let out = lock(out);
             sent.messages += out.traffic.messages;
             sent.bytes += out.traffic.bytes;
-            rendezvous += out.rendezvous;
+            rendezvous += out.rendezvous_counted;
         }
         (sent, lock(&self.incoming).traffic, rendezvous)
+    }
+
+    /// Counts from here on.
+    pub(crate) fn forget_traffic(&self) {
+        for out in &self.outgoing {
+            let mut out = lock(out);
+            (out.traffic, out.rendezvous_counted) = (Traffic::default(), 0);
+        }
+        lock(&self.incoming).traffic = Traffic::default();
     }
 
     /// Sends and waits.

@@ -4,9 +4,11 @@
 //! - *inline*, up to 40 bytes: head and payload in one cache line;
 //! - *ring*: the payload through the sender's ring, in pieces that are copied in and out at the same time, straight from the
 //!   sender's buffer and straight into the receive that waits for it;
-//! - *rendezvous*, from `XCCL_RENDEZVOUS` bytes on, when the payload lies in the symmetric heap or the receiver can read the
-//!   sender's memory: only described; the receiver copies it once and tells the sender.
+//! - *rendezvous*, from `XCCL_RENDEZVOUS` bytes on, when the payload lies in the symmetric heap: only described; the receiver
+//!   copies it once and tells the sender. From private memory, too, where reading it is permitted and was found to be faster
+//!   than the ring ([`calibration`]), or where `XCCL_RENDEZVOUS` has been set.
 
+pub(crate) mod calibration;
 pub(crate) mod engine;
 mod incoming;
 mod outgoing;
@@ -16,6 +18,7 @@ mod scope;
 mod slab;
 mod slot;
 
+pub use calibration::{Calibration, CalibrationPoint};
 pub use raw::RawRequest;
 pub use scope::{Request, Scope, wait_all};
 

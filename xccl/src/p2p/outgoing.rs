@@ -87,8 +87,9 @@ pub(super) struct Outgoing {
     head: u64,
     /// The payload ring's end after each slot.
     ends: [u64; SLOTS],
-    /// Rendezvous started.
-    pub(super) rendezvous: u64,
+    /// Rendezvous started, by their numbers, and as statistics count them.
+    rendezvous: u64,
+    pub(super) rendezvous_counted: u64,
     /// Requests so far.
     started: u64,
     /// Those that wait for room, in order.
@@ -106,6 +107,7 @@ impl Outgoing {
             head: 0,
             ends: [0; SLOTS],
             rendezvous: 0,
+            rendezvous_counted: 0,
             started: 0,
             waiting: VecDeque::new(),
             described: VecDeque::new(),
@@ -226,6 +228,7 @@ impl Outgoing {
             return false;
         }
         self.rendezvous += 1;
+        self.rendezvous_counted += 1;
         self.described.push_back((send.number, self.rendezvous));
         let slot = self.slot(comm, to);
         slot.set_head(Head { tag: send.tag, kind, len: send.bytes.as_slice().len() as u64 });
@@ -301,15 +304,16 @@ impl Outgoing {
     /// How the receiver can reach the payload itself, if it can and that pays.
     fn source(&self, comm: &CommInner, to: usize, send: &PendingSend) -> Option<(u32, u64)> {
         let data = send.bytes.as_slice();
-        if send.done > 0 || data.len() < comm.config.rendezvous_bytes {
+        if send.done > 0 {
             return None;
         }
         let heap = &comm.fabric.peer(comm.rank).heap;
         let (start, address) = (heap.at(0, 0) as usize, data.as_ptr() as usize);
         if address >= start && address + data.len() <= start + heap.len() {
-            return Some((HEAP, (address - start) as u64));
+            return (data.len() >= comm.config.rendezvous_bytes).then_some((HEAP, (address - start) as u64));
         }
-        comm.can_read_me(to).then_some((PRIVATE, address as u64))
+        let is_long = data.len() >= comm.p2p.private_rendezvous();
+        (is_long && comm.can_read_me(to)).then_some((PRIVATE, address as u64))
     }
 
     fn look_at_receiver(&mut self, comm: &CommInner, to: usize) {
