@@ -54,10 +54,16 @@ fn bench_moe_verifies_every_layout_input_and_type() {
         &["-n", "2", "--tokens", "5", "--input", "outbox", "--routing", "skew:30"],
         &["-n", "2", "--tokens", "999", "--lanes", "2", "--layout", "expert-major"],
         &["-n", "2", "--tokens", "5", "--epilogue", "bias,residual,norm", "--reduction", "per-expert"],
+        &["-n", "2", "--tokens", "5", "--wire", "int8", "--layout", "padded"],
+        &["-n", "3", "--tokens", "5", "--wire", "int8", "--layout", "expert-major", "--keep-wire", "--dtype", "f16"],
+        &["-n", "2", "--tokens", "5", "--wire", "fp8-e4m3", "--layout", "padded", "--keep-wire", "--input", "outbox"],
+        &["-n", "2", "--tokens", "5", "--wire", "fp8-e5m2", "--reduction", "engine"],
+        &["-n", "2", "--tokens", "5", "--layout", "expert-major", "--keep-wire"],
     ] {
         for point in points(&[&small[..], extra].concat()) {
             assert_eq!(point["verified"], true, "{point}");
-            for key in ["bench", "ranks", "tokens", "hidden", "topk", "experts", "dtype", "routing", "layout", "input"]
+            for key in
+                ["bench", "ranks", "tokens", "hidden", "topk", "experts", "dtype", "wire", "routing", "layout", "input"]
             {
                 assert!(!point[key].is_null(), "{key} is missing in {point}");
             }

@@ -9,6 +9,7 @@ mod moe;
 mod p2p;
 mod pair;
 mod process;
+mod quantized;
 mod wait;
 
 use std::ffi::OsString;

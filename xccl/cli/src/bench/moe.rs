@@ -16,12 +16,13 @@ use rand::{Rng, SeedableRng};
 use serde::Serialize;
 use xccl::{
     Communicator, Config, DType, Element, Exchange, ExpertBatch, HeapBuffer, Moe, MoeConfig, Reduction, Routing,
+    ScaleLayout, WireFormat, WireRows,
 };
 
 use super::epilogue::{Extras, Step};
 use super::figures::{JsonLines, Percentiles, line_ns, show_line, slowest, timed};
 use super::lanes::{InPool, in_pool};
-use super::{Common, progress};
+use super::{Common, progress, quantized};
 
 #[derive(Args)]
 pub struct MoeArgs {
@@ -45,9 +46,15 @@ pub struct MoeArgs {
     /// Element type: bf16, f16 or f32
     #[arg(long, default_value = "bf16", value_parser = DType::from_str)]
     dtype: DType,
+    /// How token rows travel: native, int8, fp8-e4m3 or fp8-e5m2
+    #[arg(long, default_value = "native", value_parser = WireFormat::from_str)]
+    wire: WireFormat,
     /// What the experts' side does with the rows
     #[arg(long, value_enum, default_value = "in-place")]
     layout: Layout,
+    /// Copies hand values and scales over as they travel, scales in columns, instead of decoding
+    #[arg(long)]
+    keep_wire: bool,
     /// Where the tokens are before the dispatch
     #[arg(long, value_enum, default_value = "copy")]
     input: Place,
@@ -145,6 +152,8 @@ struct Point {
     topk: usize,
     experts: usize,
     dtype: String,
+    wire: String,
+    keep_wire: bool,
     routing: RoutingSource,
     layout: Layout,
     input: Place,
@@ -194,12 +203,14 @@ impl MoeArgs {
         let line_ns = if comm.rank() == 0 { line_ns() } else { None };
         if comm.rank() == 0 {
             json.table(&format!(
-                "# xccl bench moe: {} ranks, hidden {}, top-{} of {}, {}; time of the slowest rank, median; line handover {}",
+                "# xccl bench moe: {} ranks, hidden {}, top-{} of {}, {}, rows {}{}; time of the slowest rank, median; line handover {}",
                 comm.world_size(),
                 self.hidden,
                 self.topk,
                 self.experts,
                 self.dtype,
+                self.wire,
+                if self.keep_wire { " and kept so" } else { "" },
                 show_line(line_ns)
             ));
             json.table(&format!(
@@ -251,7 +262,8 @@ impl MoeArgs {
             Reduce::PerRank | Reduce::Engine => Reduction::PerRank,
         };
         let most = tokens.iter().copied().max().unwrap_or(0).max(1);
-        let config = MoeConfig { reduction, ..MoeConfig::new(most, self.hidden, self.topk, self.experts, self.dtype) };
+        let shape = MoeConfig::new(most, self.hidden, self.topk, self.experts, self.dtype);
+        let config = MoeConfig { reduction, wire: self.wire, ..shape };
         let moe = Moe::new(comm, config)?;
         // Memory like the outbox's, which the next rank reads: see `copy_as_dispatch`.
         let heap = 2 * (most * self.hidden * size_of::<E>() + 4096);
@@ -296,6 +308,8 @@ impl MoeArgs {
             topk: self.topk,
             experts: self.experts,
             dtype: self.dtype.to_string(),
+            wire: self.wire.to_string(),
+            keep_wire: self.keep_wire,
             routing: self.routing.clone(),
             layout: self.layout,
             input: self.input,
@@ -312,6 +326,26 @@ impl MoeArgs {
             limit: Limit { dispatch_us: limit_dispatch.median, combine_us: limit_combine.median, line_ns },
             verified,
         }))
+    }
+
+    /// Bytes of a row's values.
+    fn value_bytes(&self) -> usize {
+        self.wire.value_bytes(self.hidden, self.dtype)
+    }
+
+    /// Bytes of a row as it travels.
+    fn wire_bytes(&self) -> usize {
+        self.value_bytes() + self.wire.scales(self.hidden) * size_of::<f32>()
+    }
+
+    /// Scales of a whole layout of `rows` rows.
+    fn scale_elements(&self, rows: usize, local_experts: usize, capacity: usize) -> usize {
+        let scales = self.wire.scales(self.hidden);
+        match self.layout {
+            Layout::InPlace => 0,
+            Layout::ExpertMajor => ScaleLayout::ColumnMajor.elements(rows, scales),
+            Layout::Padded => local_experts * ScaleLayout::ColumnMajor.elements(capacity, scales),
+        }
     }
 
     fn output(&self) -> Place {
@@ -387,9 +421,20 @@ fn weight(i: usize) -> f32 {
     (i % 7 + 1) as f32 / 8.0
 }
 
+/// Tokens of the same kind are equal.
+fn kind(rank: usize, token: usize) -> usize {
+    (rank * 31 + token * 7) % KINDS
+}
+
+const KINDS: usize = 251;
+
 /// Element `column` of a token.
 fn value(rank: usize, token: usize, column: usize) -> f32 {
-    ((rank * 31 + token * 7 + column) % 251) as f32 / 16.0 - 8.0
+    value_of(kind(rank, token), column)
+}
+
+fn value_of(kind: usize, column: usize) -> f32 {
+    ((kind + column) % KINDS) as f32 / 16.0 - 8.0
 }
 
 /// Zeros in huge pages, where the kernel gives them: what an engine would use, so that address translation is not measured.
@@ -421,6 +466,21 @@ impl<E: Element> DerefMut for Buffer<E> {
     }
 }
 
+/// Fills `to` with the bytes of row `i` as it travels, and where they are fewer, of the rows after it.
+fn copy_bytes(batch: &ExpertBatch<'_>, i: usize, to: &mut [u8]) {
+    let (mut i, mut done) = (i, 0);
+    while done < to.len() {
+        // SAFETY: the senders keep the protocol: this program is all ranks.
+        let row = unsafe { batch.row_wire(i) };
+        for part in [row.values, bytemuck::cast_slice(row.scales)] {
+            let n = part.len().min(to.len() - done);
+            to[done..done + n].copy_from_slice(&part[..n]);
+            done += n;
+        }
+        i = (i + 1) % batch.len();
+    }
+}
+
 /// One rank's buffers for one point.
 struct Run<'a, E> {
     args: &'a MoeArgs,
@@ -433,6 +493,11 @@ struct Run<'a, E> {
     /// Where the rows are copied to, and the experts' outputs are taken from.
     rows: Buffer<E>,
     capacity: usize,
+    /// The same as they travel, with --keep-wire.
+    wire_values: Buffer<E>,
+    wire_scales: Vec<f32>,
+    /// What travels and arrives, by [`kind`]: where that is compared, or comes from the engine.
+    expected: Vec<quantized::Row<E>>,
     out: Buffer<E>,
     /// Two in turn, like the outbox's slots: for the limits. `sent` is in shared memory.
     sent: [HeapBuffer; 2],
@@ -474,6 +539,13 @@ impl<'a, E: Element> Run<'a, E> {
             weights: (0..mine * args.topk).map(weight).collect(),
             rows: Buffer::new(rows * hidden)?,
             capacity,
+            wire_values: Buffer::new(if args.keep_wire {
+                (rows * args.value_bytes()).div_ceil(size_of::<E>())
+            } else {
+                0
+            })?,
+            wire_scales: vec![1.0; if args.keep_wire { args.scale_elements(rows, local.len(), capacity) } else { 0 }],
+            expected: vec![],
             out: Buffer::new(mine * hidden)?,
             sent: [block()?, block()?],
             scratch: [scratch()?, scratch()?],
@@ -484,14 +556,34 @@ impl<'a, E: Element> Run<'a, E> {
         for (t, token) in run.tokens.chunks_exact_mut(hidden).enumerate().take(mine) {
             token.iter_mut().enumerate().for_each(|(c, x)| *x = E::from_f32(value(comm.rank(), t, c)));
         }
+        if args.common.verify || (args.input == Place::Outbox && args.wire != WireFormat::Native) {
+            let row = |kind| (0..hidden).map(|c| E::from_f32(value_of(kind, c))).collect::<Vec<E>>();
+            run.expected = (0..KINDS).map(|kind| quantized::quantize(args.wire, &row(kind))).collect();
+        }
         // Pages are taken now, not in the first rounds.
-        run.scratch.iter_mut().chain([&mut run.rows, &mut run.out]).for_each(|buffer| buffer.fill(E::from_f32(1.0)));
+        run.scratch
+            .iter_mut()
+            .chain([&mut run.rows, &mut run.wire_values, &mut run.out])
+            .for_each(|buffer| buffer.fill(E::from_f32(1.0)));
         Ok(run)
     }
 
     /// This rank's tokens.
     fn mine(&self) -> usize {
         self.ids.len() / self.args.topk
+    }
+
+    /// What the layout asks for.
+    fn take_rows(&mut self, batch: &mut ExpertBatch<'_>) -> Result<()> {
+        if !self.args.keep_wire {
+            return self.copy_rows(batch);
+        }
+        let (values, scales) = (bytemuck::cast_slice_mut(&mut self.wire_values), &mut self.wire_scales[..]);
+        match self.args.layout {
+            Layout::InPlace => Ok(()),
+            Layout::ExpertMajor => Ok(batch.copy_wire_into(values, scales, ScaleLayout::ColumnMajor, 1)?),
+            Layout::Padded => Ok(batch.copy_wire_padded(values, scales, ScaleLayout::ColumnMajor, self.capacity)?),
+        }
     }
 
     fn copy_rows(&mut self, batch: &mut ExpertBatch<'_>) -> Result<()> {
@@ -532,22 +624,27 @@ impl<'a, E: Element> Run<'a, E> {
         let (moe, comm, hidden, mine) = (self.moe, self.comm, self.args.hidden, self.mine());
         let (ids, weights) = (self.ids.clone(), self.weights.clone());
         let routing = Routing::new(&ids, &weights);
-        let mut input = None;
-        if self.args.input == Place::Outbox {
-            let mut rows = moe.input_rows::<E>(mine)?;
-            for (t, token) in self.tokens.chunks_exact(hidden).enumerate().take(mine) {
-                rows.row(t).copy_from_slice(token);
+        let (mut input, mut wire_input) = (None, None);
+        match (self.args.input, self.args.wire) {
+            (Place::Copy, _) => {}
+            (Place::Outbox, WireFormat::Native) => {
+                let mut rows = moe.input_rows::<E>(mine)?;
+                for (t, token) in self.tokens.chunks_exact(hidden).enumerate().take(mine) {
+                    rows.row(t).copy_from_slice(token);
+                }
+                input = Some(rows);
             }
-            input = Some(rows);
+            (Place::Outbox, _) => wire_input = Some(self.quantized_input()?),
         }
         comm.barrier()?;
         let (dispatch, (sent, mut batch)) = timed(|| {
-            let sent = match input {
-                Some(rows) => moe.dispatch_send_rows(rows, &routing)?,
-                None => moe.dispatch_send(&self.tokens[..mine * hidden], &routing)?,
+            let sent = match (input, wire_input) {
+                (Some(rows), _) => moe.dispatch_send_rows(rows, &routing)?,
+                (None, Some(rows)) => moe.dispatch_send_wire_rows(rows, &routing)?,
+                (None, None) => moe.dispatch_send(&self.tokens[..mine * hidden], &routing)?,
             };
             let mut batch = moe.dispatch_recv(&sent)?;
-            self.copy_rows(&mut batch)?;
+            self.take_rows(&mut batch)?;
             Ok((sent, batch))
         })?;
 
@@ -568,6 +665,17 @@ impl<'a, E: Element> Run<'a, E> {
             self.receive(sent)
         })?;
         Ok([dispatch, combine, limit_dispatch, limit_combine])
+    }
+
+    /// Tokens that an engine has quantized in the outbox.
+    fn quantized_input(&self) -> Result<WireRows<'a>> {
+        let mut rows = self.moe.input_wire_rows(self.mine())?;
+        for t in 0..rows.len() {
+            let (row, (values, scales)) = (&self.expected[kind(self.comm.rank(), t)], rows.row(t));
+            values.copy_from_slice(&row.values);
+            scales.copy_from_slice(&row.scales);
+        }
+        Ok(rows)
     }
 
     /// The experts' work: outputs are written afresh, by the core that would have computed them. Gives the number of rows where
@@ -601,21 +709,26 @@ impl<'a, E: Element> Run<'a, E> {
         Ok(Some(rows))
     }
 
-    /// Plain copies of the rows that a dispatch moves, between the same memories: into shared memory whose lines another core
+    /// Plain copies of the bytes that a dispatch moves, between the same memories: into shared memory whose lines another core
     /// has read since they were last written, which on some machines costs many times what private memory does.
     fn copy_as_dispatch(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
-        let hidden = self.args.hidden;
+        let bytes = self.args.wire_bytes();
         if self.args.input == Place::Copy {
-            let tokens: &[u8] = bytemuck::cast_slice(&self.tokens[..self.mine() * hidden]);
-            self.sent[self.round % 2][..tokens.len()].copy_from_slice(tokens);
+            let tokens: &[u8] = bytemuck::cast_slice(&self.tokens[..self.mine() * self.args.hidden]);
+            // In rows of a few elements the scales are more than what quantizing saves.
+            let sent = (self.mine() * bytes).min(tokens.len());
+            self.sent[self.round % 2][..sent].copy_from_slice(&tokens[..sent]);
         }
         if self.args.layout != Layout::InPlace {
-            for (i, to) in self.rows.chunks_exact_mut(hidden).enumerate().take(batch.len()) {
-                // SAFETY: the senders keep the protocol: this program is all ranks.
-                to.copy_from_slice(unsafe { batch.row_slice(i)? });
+            let (rows, kept): (&mut [u8], _) = match self.args.keep_wire {
+                true => (bytemuck::cast_slice_mut(&mut self.wire_values), self.args.value_bytes()),
+                false => (bytemuck::cast_slice_mut(&mut self.rows), self.args.hidden * size_of::<E>()),
+            };
+            for (i, to) in rows.chunks_exact_mut(kept).enumerate().take(batch.len()) {
+                copy_bytes(batch, i, to);
             }
         }
-        std::hint::black_box((&mut self.rows, &mut self.sent));
+        std::hint::black_box((&mut self.rows, &mut self.wire_values, &mut self.sent));
         Ok(())
     }
 
@@ -625,8 +738,8 @@ impl<'a, E: Element> Run<'a, E> {
         if self.args.input == Place::Outbox || ranks == 1 {
             return Ok(());
         }
-        let bytes = self.mine() * self.args.hidden * size_of::<E>();
-        let (from, to) = (&self.sent[self.round % 2][..bytes], bytemuck::cast_slice_mut(&mut self.scratch[0]));
+        let bytes = self.mine() * self.args.wire_bytes().min(self.args.hidden * size_of::<E>());
+        let (from, to) = (&self.sent[self.round % 2][..bytes], bytemuck::cast_slice_mut::<E, u8>(&mut self.scratch[0]));
         Ok(self.shared.scope(|s| {
             let receive = s.irecv((rank + ranks - 1) % ranks, 0, to)?;
             s.isend((rank + 1) % ranks, 0, from)?.wait()?;
@@ -652,13 +765,13 @@ impl<'a, E: Element> Run<'a, E> {
                 let to = &mut self.scratch[self.round % 2][at..at + hidden];
                 match self.rows.get(i * hidden..(i + 1) * hidden) {
                     Some(row) => to.copy_from_slice(row),
-                    None => batch.copy_row(i, to)?,
+                    None => copy_bytes(batch, i, bytemuck::cast_slice_mut(to)),
                 }
             }
         }
         for i in 0..back {
             let at = i * mine / back * hidden;
-            batch.copy_row(i * rows / back, &mut self.out[at..at + hidden])?;
+            copy_bytes(batch, i * rows / back, bytemuck::cast_slice_mut(&mut self.out[at..at + hidden]));
         }
         std::hint::black_box((&mut self.out, &mut self.scratch));
         Ok(())
@@ -688,18 +801,17 @@ impl<'a, E: Element> Run<'a, E> {
             let found = (batch.local_experts()[got.expert], got.source, got.token, got.weight);
             ensure!(found == (expert, source, token, weight), "row {i} is {found:?}, expected {:?}", expected[i]);
             batch.copy_row(i, &mut row)?;
-            for (c, x) in row.iter().enumerate() {
-                ensure!(
-                    x.to_f32() == E::from_f32(value(source, token, c)).to_f32(),
-                    "row {i}, column {c} is {}",
-                    x.to_f32()
-                );
+            for (c, (x, y)) in row.iter().zip(&self.expected[kind(source, token)].decoded).enumerate() {
+                ensure!(x.to_f32() == y.to_f32(), "row {i}, column {c} is {}", x.to_f32());
             }
             // Each expert's output differs from every other one's.
             let scale = (expert % 5 + 1) as f32;
             for (y, x) in batch.output_row::<E>(i)?.iter_mut().zip(&row) {
                 *y = E::from_f32(x.to_f32() * scale);
             }
+        }
+        if self.args.layout != Layout::InPlace {
+            self.verify_layout(&mut batch)?;
         }
         match self.args.reduction {
             Reduce::Engine => {
@@ -714,6 +826,36 @@ impl<'a, E: Element> Run<'a, E> {
             self.extras.check(t, &self.out[t * hidden..(t + 1) * hidden], |c| self.expected_sum(t, c))?;
         }
         Ok(true)
+    }
+
+    /// What the rows were copied to, or handed over as.
+    fn verify_layout(&mut self, batch: &mut ExpertBatch<'_>) -> Result<()> {
+        self.take_rows(batch)?;
+        let (hidden, bytes, scales) =
+            (self.args.hidden, self.args.value_bytes(), self.args.wire.scales(self.args.hidden));
+        let padded = self.args.layout == Layout::Padded;
+        for (i, row) in batch.rows().enumerate() {
+            let within = i - batch.offsets()[row.expert] as usize;
+            let place = if padded { row.expert * self.capacity + within } else { i };
+            let expected = &self.expected[kind(row.source, row.token)];
+            if !self.args.keep_wire {
+                let found: &[u8] = bytemuck::cast_slice(&self.rows[place * hidden..][..hidden]);
+                ensure!(found == bytemuck::cast_slice::<E, u8>(&expected.decoded), "row {i} was copied wrongly");
+                continue;
+            }
+            let values: &[u8] = bytemuck::cast_slice(&self.wire_values);
+            ensure!(values[place * bytes..][..bytes] == expected.values, "row {i} was handed over wrongly");
+            let (begin, column, at) = match padded {
+                true => {
+                    let column = self.capacity.next_multiple_of(4);
+                    (row.expert * column * scales, column, within)
+                }
+                false => (0, batch.len().next_multiple_of(4), i),
+            };
+            let found = (0..scales).map(|s| self.wire_scales[begin + s * column + at].to_bits());
+            ensure!(found.eq(expected.scales.iter().map(|s| s.to_bits())), "row {i} has wrong scales");
+        }
+        Ok(())
     }
 
     /// What `Reduction::PerRank` asks of an engine that forms the sums, in the plainest way.
@@ -734,7 +876,7 @@ impl<'a, E: Element> Run<'a, E> {
         let topk = self.args.topk;
         let term = |i: usize| {
             let scale = (self.ids[i] % 5 + 1) as f32;
-            weight(i) * E::from_f32(E::from_f32(value(self.comm.rank(), t, c)).to_f32() * scale).to_f32()
+            weight(i) * E::from_f32(self.expected[kind(self.comm.rank(), t)].decoded[c].to_f32() * scale).to_f32()
         };
         let choices = (t * topk..(t + 1) * topk).filter(|&i| self.ids[i] >= 0);
         if self.args.reduction == Reduce::PerExpert {
