@@ -44,10 +44,15 @@ impl WireRows<'_> {
     }
 
     /// All rows at once: `[len, stride]` bytes, of which each row begins with its values; its scales are
-    /// [`scales_offset`](Moe::scales_offset) bytes from there. The stride is the length divided by [`len`](Self::len).
+    /// [`scales_offset`](Moe::scales_offset) bytes from there.
     pub fn matrix(&mut self) -> &mut [u8] {
-        let bytes = self.tokens * self.moe.layout.token.stride;
+        let bytes = self.tokens * self.stride();
         self.rows.as_mut().expect("held until dropped").slice_mut(0, bytes)
+    }
+
+    /// Bytes from one row to the next.
+    pub fn stride(&self) -> usize {
+        self.moe.layout.token.stride
     }
 }
 

@@ -131,12 +131,16 @@ impl ExpertBatch<'_> {
         mut begin: impl FnMut(usize) -> usize,
     ) -> Result<()> {
         let token = self.moe.layout.token;
-        let check = |what, given, row: usize, needed: usize| {
-            let expected = format!("at least {needed} ({} rows * {row}, {layout:?} scales)", parts * rows);
-            if given >= needed { Ok(()) } else { Err(Error::Shape { what, given, expected }) }
+        let all = parts.saturating_mul(rows);
+        let check = |what, given, needed: usize| match given >= needed {
+            true => Ok(()),
+            false => {
+                let expected = format!("at least {needed} (for {all} rows, {layout:?} scales)");
+                Err(Error::Shape { what, given, expected })
+            }
         };
-        check("the values' buffer", values.len(), token.values, parts * rows * token.values)?;
-        check("the scales' buffer", scales.len(), token.scales, parts * layout.elements(rows, token.scales))?;
+        check("the values' buffer", values.len(), all.saturating_mul(token.values))?;
+        check("the scales' buffer", scales.len(), parts.saturating_mul(layout.elements(rows, token.scales)))?;
 
         let Received { counts, places, scales: row_scales, .. } = self.received_mut();
         places.iter_mut().zip(&*counts).for_each(|(place, &count)| *place = begin(count as usize));

@@ -34,8 +34,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "aarch64")]
+#[cfg(any(target_arch = "aarch64", test))]
 mod neon;
+#[cfg(all(test, not(target_arch = "aarch64")))]
+mod neon_emulated;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -142,11 +144,14 @@ pub enum ScaleLayout {
 }
 
 impl ScaleLayout {
-    /// Elements of the scales of `rows` rows with `scales` scales each.
+    /// Elements of the scales of `rows` rows with `scales` scales each; `usize::MAX` where that is more than a number can say.
     pub const fn elements(self, rows: usize, scales: usize) -> usize {
         match self {
-            ScaleLayout::RowMajor => rows * scales,
-            ScaleLayout::ColumnMajor => rows.next_multiple_of(COLUMN_ALIGN) * scales,
+            ScaleLayout::RowMajor => rows.saturating_mul(scales),
+            ScaleLayout::ColumnMajor => match rows.checked_next_multiple_of(COLUMN_ALIGN) {
+                Some(rows) => rows.saturating_mul(scales),
+                None => usize::MAX,
+            },
         }
     }
 }
@@ -199,8 +204,8 @@ pub(super) fn encode<E: Element>(
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Kernels::Avx2 => unsafe { avx2::encode(format, row, smooth, values, scales) },
-        #[cfg(target_arch = "aarch64")]
-        // SAFETY: as above.
+        #[cfg(any(target_arch = "aarch64", test))]
+        // SAFETY: as above; elsewhere it is emulated, for tests.
         Kernels::Neon => unsafe { neon::encode(format, row, smooth, values, scales) },
         // SAFETY: needs no feature; as above.
         _ => unsafe { scalar::encode(format, row, smooth, values, scales) },
@@ -226,8 +231,8 @@ pub(super) fn decode<E: Element>((kernels, format): (Kernels, WireFormat), row: 
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Kernels::Avx2 => unsafe { avx2::decode(format, values, scales, to) },
-        #[cfg(target_arch = "aarch64")]
-        // SAFETY: as above.
+        #[cfg(any(target_arch = "aarch64", test))]
+        // SAFETY: as above; elsewhere it is emulated, for tests.
         Kernels::Neon => unsafe { neon::decode(format, values, scales, to) },
         // SAFETY: needs no feature; as above.
         _ => unsafe { scalar::decode(format, values, scales, to) },

@@ -1,11 +1,14 @@
 //! 4 elements at a time: NEON, which every AArch64 processor has.
 
+#[cfg(target_arch = "aarch64")]
 use std::arch::aarch64::*;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::WireFormat;
+#[cfg(not(target_arch = "aarch64"))]
+use super::neon_emulated::*;
 use super::vector::{self, Fp8, NAN_CODE, QUIET_NAN, Vector};
 use crate::dtype::{DType, Element};
 
@@ -36,7 +39,7 @@ pub(super) unsafe fn decode<E: Element>(format: WireFormat, values: *const u8, s
 /// # Safety
 /// They are readable.
 #[inline]
-#[target_feature(enable = "neon")]
+#[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
 unsafe fn four_bytes(from: *const u8) -> uint32x4_t {
     // SAFETY: by the caller's promise.
     let bytes = unsafe { from.cast::<u32>().read_unaligned() };
@@ -50,7 +53,7 @@ impl Vector for Neon {
     const LANES: usize = 4;
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn widen<E: Element>(from: *const E) -> float32x4_t {
         // SAFETY: 4 elements are readable, by the caller's promise.
         unsafe {
@@ -67,7 +70,7 @@ impl Vector for Neon {
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn narrow<E: Element>(x: float32x4_t, to: *mut E) {
         // SAFETY: room for 4 elements, by the caller's promise.
         unsafe {
@@ -90,7 +93,7 @@ impl Vector for Neon {
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn signed(from: *const u8) -> float32x4_t {
         // SAFETY: 4 bytes are readable, by the caller's promise.
         let bytes = vreinterpretq_s32_u32(unsafe { four_bytes(from) });
@@ -99,7 +102,7 @@ impl Vector for Neon {
 
     /// A code's steps of 2^(exponent - mantissa), as an exact product: see `encode_fp8`.
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn fp8<F: Fp8>(from: *const u8) -> float32x4_t {
         let splat = |x: u32| vdupq_n_u32(x);
         // SAFETY: 4 bytes are readable, by the caller's promise.
@@ -124,7 +127,7 @@ impl Vector for Neon {
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn bytes(x: uint32x4_t, to: *mut u8) {
         let narrow = vmovn_u32(x);
         let bytes = vmovn_u16(vcombine_u16(narrow, narrow));
@@ -133,85 +136,85 @@ impl Vector for Neon {
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn splat(x: f32) -> float32x4_t {
         vdupq_n_f32(x)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn splat_bits(x: u32) -> uint32x4_t {
         vdupq_n_u32(x)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn bits(x: float32x4_t) -> uint32x4_t {
         vreinterpretq_u32_f32(x)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn float(x: uint32x4_t) -> float32x4_t {
         vreinterpretq_f32_u32(x)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t {
         vaddq_f32(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t {
         vmulq_f32(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn and(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {
         vandq_u32(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn or(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {
         vorrq_u32(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn plus(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {
         vaddq_u32(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn minus(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {
         vsubq_u32(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn shift_right(a: uint32x4_t, by: u32) -> uint32x4_t {
         vshlq_u32(a, vdupq_n_s32(-(by as i32)))
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn max(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {
         vmaxq_u32(a, b)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn largest(a: uint32x4_t) -> u32 {
         vmaxvq_u32(a)
     }
 
     #[inline]
-    #[target_feature(enable = "neon")]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
     unsafe fn quiet(x: float32x4_t) -> float32x4_t {
         vbslq_f32(vceqq_f32(x, x), x, vdupq_n_f32(f32::from_bits(QUIET_NAN)))
     }

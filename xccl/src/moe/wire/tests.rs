@@ -40,6 +40,15 @@ fn round_half_even(x: f64) -> f64 {
     }
 }
 
+/// What this processor has, and NEON in any case: emulated, where it is missing.
+fn all_kernels() -> Vec<Kernels> {
+    let mut all = Kernels::available();
+    if !all.contains(&Kernels::Neon) {
+        all.push(Kernels::Neon);
+    }
+    all
+}
+
 struct Encoded {
     values: Vec<u8>,
     scales: Vec<f32>,
@@ -126,7 +135,7 @@ fn check<E: Element>(row: &[E], smooth: Option<&[f32]>) {
     let wide: Vec<f32> = row.iter().map(|x| x.to_f32()).collect();
     for format in FORMATS.into_iter().filter(|&format| smooth.is_none() || format == WireFormat::Int8) {
         let expected = plainly(format, &wide, smooth);
-        for kernels in Kernels::available() {
+        for kernels in all_kernels() {
             let found = encoded(kernels, format, row, smooth);
             assert_eq!(bits(&found.scales), bits(&expected.scales), "{kernels} {format} scales");
             for (i, (a, b)) in found.values.iter().zip(&expected.values).enumerate() {
@@ -206,7 +215,7 @@ fn every_code_is_decoded_as_the_reference_says_with_any_kind_of_scale() {
     for format in FORMATS {
         for scale in scales {
             let encoded = Encoded { values: codes.clone(), scales: vec![scale; format.scales(codes.len())] };
-            for kernels in Kernels::available() {
+            for kernels in all_kernels() {
                 check_decoding::<f32>(kernels, format, &encoded);
                 check_decoding::<f16>(kernels, format, &encoded);
                 check_decoding::<bf16>(kernels, format, &encoded);
@@ -220,7 +229,7 @@ fn every_finite_code_with_scale_one_is_its_own_encoding() {
     for format in [WireFormat::Fp8E4m3, WireFormat::Fp8E5m2] {
         let codes: Vec<u8> = (0..=255).filter(|&code| is_finite_code(format, code)).collect();
         let most = *codes.iter().filter(|&&code| code < 0x80).max().unwrap();
-        for kernels in Kernels::available() {
+        for kernels in all_kernels() {
             for codes in codes.chunks(127) {
                 let row: Vec<u8> = codes.iter().copied().chain([most]).collect();
                 let values: Vec<f32> = row.iter().map(|&code| fp8_value(format, code) as f32).collect();
@@ -230,7 +239,7 @@ fn every_finite_code_with_scale_one_is_its_own_encoding() {
         }
     }
     let row: Vec<f32> = (-127..=127).map(|x| x as f32).collect();
-    for kernels in Kernels::available() {
+    for kernels in all_kernels() {
         let again = encoded(kernels, WireFormat::Int8, &row, None);
         assert_eq!(again.values, (-127..=127).map(|x: i8| x as u8).collect::<Vec<_>>());
         assert_eq!(again.scales, [1.0]);
@@ -240,7 +249,7 @@ fn every_finite_code_with_scale_one_is_its_own_encoding() {
 #[test]
 fn zeros_and_what_is_not_finite_are_as_specified() {
     let (nan, inf) = (f32::NAN, f32::INFINITY);
-    for kernels in Kernels::available() {
+    for kernels in all_kernels() {
         for format in FORMATS {
             let zeros = encoded(kernels, format, &[0.0f32; 5], None);
             assert_eq!((zeros.values, zeros.scales), (vec![0; 5], vec![f32::MIN_POSITIVE]), "{kernels} {format}");
