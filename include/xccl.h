@@ -29,14 +29,14 @@
 /** What statistics start from. */
 #define XCCL_STATISTICS_INITIALIZER { sizeof(xcclStatistics_t), 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
-/** What the shape of a MoE handle starts from: experts in blocks, room for the worst case. */
-#define XCCL_MOE_CONFIG_INITIALIZER { sizeof(xcclMoeConfig_t), 0, 0, 0, 0, 0, 0, NULL, 0 }
+/** What the shape of a MoE handle starts from: experts in blocks, room for the worst case, rows as they are. */
+#define XCCL_MOE_CONFIG_INITIALIZER { sizeof(xcclMoeConfig_t), 0, 0, 0, 0, 0, 0, NULL, 0, NULL, 0 }
 
 /** What the tokens of an exchange start from: ids are int32_t, all tokens go. */
 #define XCCL_MOE_INPUT_INITIALIZER { sizeof(xcclMoeInput_t), NULL, 0, NULL, NULL, NULL, 2 /* xcclInt32 */ }
 
 /** What a batch starts from. */
-#define XCCL_MOE_BATCH_INITIALIZER { sizeof(xcclMoeBatch_t), 0, 0, NULL, NULL, NULL, NULL, 0, 0, 0 }
+#define XCCL_MOE_BATCH_INITIALIZER { sizeof(xcclMoeBatch_t), 0, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0 }
 
 /** What a batch for kernels starts from. */
 #define XCCL_DEVICE_BATCH_INITIALIZER { sizeof(xcclDeviceBatch_t), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0 }
@@ -190,6 +190,42 @@ typedef enum {
    */
   xcclPosix = 1,
 } xcclMemory_t;
+
+/**
+ * How token rows travel in a dispatch; outputs keep the element type. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * The elements as they are, without scales.
+   */
+  xcclWireNative = 0,
+  /**
+   * int8_t with one scale per row: the row's largest magnitude / 127. A row with NaN or an infinity has scale NaN.
+   */
+  xcclWireInt8 = 1,
+  /**
+   * OCP FP8 E4M3 with one scale per 128 channels: their largest magnitude / 448. NaN and infinities become NaN.
+   */
+  xcclWireFp8E4m3 = 2,
+  /**
+   * OCP FP8 E5M2 with one scale per 128 channels: their largest magnitude / 57344.
+   */
+  xcclWireFp8E5m2 = 3,
+} xcclWireFormat_t;
+
+/**
+ * How the scales of several rows lie beside each other. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * [rows, scales per row].
+   */
+  xcclScaleRowMajor = 0,
+  /**
+   * [scales per row, rows padded to a multiple of 4], as block-scaled GEMMs load them.
+   */
+  xcclScaleColumnMajor = 1,
+} xcclScaleLayout_t;
 
 /**
  * What a communicator handle points to.
@@ -383,6 +419,15 @@ typedef struct {
    * it is touched.
    */
   size_t max_expert_rows;
+  /**
+   * [experts, hidden], read during xcclMoeCreate: what a row for each expert is multiplied by before it is quantized, with
+   * xcclWireInt8 only; a row is then written for each choice. Null: nothing.
+   */
+  const float *smooth;
+  /**
+   * An xcclWireFormat_t: how token rows travel.
+   */
+  uint32_t wire;
 } xcclMoeConfig_t;
 
 /**
@@ -395,10 +440,14 @@ typedef uint64_t xcclExchange_t;
  */
 typedef struct {
   /**
-   * The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store to another rank's
-   * memory is a fault.
+   * The token in its sender's memory, aligned to 64 bytes: hidden elements, or hidden codes of the handle's wire format. For
+   * reading only: a store to another rank's memory is a fault.
    */
   const void *token_data;
+  /**
+   * The codes' scales, as many as the wire format has for a row, for reading only; null with xcclWireNative.
+   */
+  const float *scales;
   /**
    * Where the expert's output goes, hidden elements in this rank's memory, aligned to 64 bytes.
    */
@@ -463,9 +512,9 @@ typedef struct {
    */
   uint32_t dtype;
   /**
-   * 0.
+   * An xcclWireFormat_t: how the token rows lie in their senders' memory.
    */
-  uint32_t reserved;
+  uint32_t wire;
 } xcclDeviceBatch_t;
 
 /**
@@ -588,6 +637,14 @@ typedef struct {
    * An xcclDataType_t: the element type of the rows.
    */
   uint32_t dtype;
+  /**
+   * An xcclWireFormat_t: how the token rows lie in their senders' memory.
+   */
+  uint32_t wire;
+  /**
+   * Scales of one token row.
+   */
+  size_t row_scales;
 } xcclMoeBatch_t;
 
 /**
@@ -881,8 +938,6 @@ xcclResult_t xcclMoeOutbox(int rank,
                            size_t *bytes,
                            xcclMoe_t moe);
 
-/* ---- Experts: an exchange in four halves ----------------------------------------------------------------------- */
-
 /**
  * As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
  * while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
@@ -893,11 +948,13 @@ xcclResult_t xcclMoeCombineRecvWith(xcclExchange_t exchange,
                                     const xcclMoeEpilogue_t *epilogue,
                                     xcclMoe_t moe);
 
+/* ---- Experts: an exchange in four halves ----------------------------------------------------------------------- */
+
 /**
  * Gives the rows that the next exchange's tokens lie in: [num_tokens, *row_bytes], of which hidden elements of each row count,
  * aligned to 64 bytes, with what an earlier exchange left there. Compute the tokens there, then call xcclMoeDispatchSend with
- * tokens null and this num_tokens: nothing is copied. Rows that were given before and not sent are taken back. Blocks as
- * xcclMoeDispatchSend does.
+ * tokens null and this num_tokens: nothing is copied. Rows that were given before and not sent are taken back.
+ * xcclInvalidUsage where rows travel encoded: see xcclMoeInputWireRows. Blocks as xcclMoeDispatchSend does.
  */
 xcclResult_t xcclMoeInputRows(size_t num_tokens,
                               void **rows,
@@ -1058,6 +1115,44 @@ xcclResult_t xcclMoeSetLanes(size_t lanes,
                              xcclRunLanes_t run,
                              void *context,
                              xcclMoe_t moe);
+
+/**
+ * As xcclMoeInputRows, in the handle's wire format, for engines that hold quantized tokens: row t's values begin at
+ * (char *)*values + t * *row_bytes, aligned to 64 bytes, and its scales at (char *)*scales + t * *row_bytes; *scales is null
+ * where the format has none. xcclInvalidUsage with smooth scales. Blocks as xcclMoeDispatchSend does.
+ */
+xcclResult_t xcclMoeInputWireRows(size_t num_tokens,
+                                  void **values,
+                                  float **scales,
+                                  size_t *row_bytes,
+                                  xcclMoe_t moe);
+
+/**
+ * As xcclMoeCopyExpertMajor, with the rows as they travel: values has room for capacity_rows rows of the format's bytes (hidden,
+ * or with xcclWireNative hidden elements), scales for capacity_scales scales, laid out as layout, an xcclScaleLayout_t, says for
+ * all rows of the layout. xcclTruncated when either is too small, with nothing written. Does not block.
+ */
+xcclResult_t xcclMoeCopyWireExpertMajor(xcclExchange_t exchange,
+                                        void *values,
+                                        size_t capacity_rows,
+                                        float *scales,
+                                        size_t capacity_scales,
+                                        uint32_t layout,
+                                        size_t align,
+                                        xcclMoe_t moe);
+
+/**
+ * As xcclMoeCopyPadded, with the rows as they travel: see xcclMoeCopyWireExpertMajor. Each local expert has capacity rows of
+ * values, and scales for as many rows laid out as layout says. Does not block.
+ */
+xcclResult_t xcclMoeCopyWirePadded(xcclExchange_t exchange,
+                                   void *values,
+                                   size_t capacity_rows,
+                                   float *scales,
+                                   size_t capacity_scales,
+                                   uint32_t layout,
+                                   size_t capacity,
+                                   xcclMoe_t moe);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -287,6 +287,8 @@ class Batch {
   span<const T> token(std::size_t i) const noexcept {
     return {static_cast<const T *>(batch_.rows[i].token_data), batch_.hidden};
   }
+  /** The scales of row i's codes: none with xcclWireNative. */
+  span<const float> scales(std::size_t i) const noexcept { return {batch_.rows[i].scales, batch_.row_scales}; }
   template <class T>
   span<T> output(std::size_t i) const noexcept {
     return {static_cast<T *>(batch_.rows[i].output), batch_.hidden};
@@ -478,6 +480,18 @@ class basic_exchange {
   result<void> copy_padded(void *to, std::size_t capacity_rows, std::size_t capacity) {
     return P::give(xcclMoeCopyPadded(number(), to, capacity_rows, capacity, moe()), [] {});
   }
+  /** xcclMoeCopyWireExpertMajor. */
+  result<void> copy_wire_expert_major(void *values, std::size_t capacity_rows, float *scales, std::size_t capacity_scales,
+                                      xcclScaleLayout_t layout, std::size_t align = 1) {
+    return P::give(xcclMoeCopyWireExpertMajor(number(), values, capacity_rows, scales, capacity_scales, layout, align, moe()),
+                   [] {});
+  }
+  /** xcclMoeCopyWirePadded. */
+  result<void> copy_wire_padded(void *values, std::size_t capacity_rows, float *scales, std::size_t capacity_scales,
+                                xcclScaleLayout_t layout, std::size_t capacity) {
+    return P::give(xcclMoeCopyWirePadded(number(), values, capacity_rows, scales, capacity_scales, layout, capacity, moe()),
+                   [] {});
+  }
   /** xcclMoeSums. */
   result<span<const xcclMoeSum_t>> sums() {
     const xcclMoeSum_t *sums = nullptr;
@@ -522,6 +536,20 @@ class basic_moe {
     }
   };
 
+  /** Rows of the outbox, in the wire format: row t's values and scales begin t * row_bytes behind the first ones. */
+  struct InputWireRows {
+    void *values;
+    float *scales;
+    std::size_t row_bytes;
+    template <class T>
+    T *row(std::size_t t) const noexcept {
+      return reinterpret_cast<T *>(static_cast<std::byte *>(values) + t * row_bytes);
+    }
+    float *row_scales(std::size_t t) const noexcept {
+      return reinterpret_cast<float *>(reinterpret_cast<std::byte *>(scales) + t * row_bytes);
+    }
+  };
+
   explicit basic_moe(xcclMoe_t moe) noexcept : held_(moe) {}
 
   /** xcclMoeLocalExperts. */
@@ -548,6 +576,11 @@ class basic_moe {
   result<InputRows> input_rows(std::size_t num_tokens) {
     InputRows rows = {};
     return P::give(xcclMoeInputRows(num_tokens, &rows.data, &rows.row_bytes, get()), [&] { return rows; });
+  }
+  /** xcclMoeInputWireRows. */
+  result<InputWireRows> input_wire_rows(std::size_t num_tokens) {
+    InputWireRows rows = {};
+    return P::give(xcclMoeInputWireRows(num_tokens, &rows.values, &rows.scales, &rows.row_bytes, get()), [&] { return rows; });
   }
   /** xcclMoeDispatchSend. */
   result<exchange> dispatch_send(const xcclMoeInput_t &input) {

@@ -16,6 +16,8 @@
 #ifndef XCCL_DEVICE_H
 #define XCCL_DEVICE_H
 
+#include <string.h>
+
 #include "xccl.h"
 
 #if defined(__CUDACC__) || defined(__CUDA__) || defined(__HIPCC__)
@@ -31,9 +33,46 @@ XCCL_DEVICE_FN xcclMoeRow_t xcclDeviceRow(const xcclDeviceBatch_t *batch, uint64
   return batch->rows[i];
 }
 
-/** The token of row i: hidden elements, aligned to 64 bytes, for reading only. */
+/** The token of row i, aligned to 64 bytes, for reading only: hidden elements, or hidden codes of the batch's wire format. */
 XCCL_DEVICE_FN const void *xcclDeviceToken(const xcclDeviceBatch_t *batch, uint64_t i) {
   return batch->rows[i].token_data;
+}
+
+/** The number with these bits. */
+XCCL_DEVICE_FN float xcclDeviceFloat(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+/** The value of an FP8 code with so many bits of mantissa, so large an exponent bias, and this code of infinity or NaN. */
+XCCL_DEVICE_FN float xcclDeviceFp8(uint32_t code, uint32_t mantissa, uint32_t bias, uint32_t infinity) {
+  const uint32_t magnitude = code & 0x7fu, exponent = magnitude >> mantissa, one = 1u << mantissa;
+  const uint32_t steps = (magnitude & (one - 1)) + (exponent ? one : 0);
+  const float step = xcclDeviceFloat((127u - bias - mantissa + (exponent ? exponent : 1u)) << 23);
+  if (magnitude >= infinity) {
+    /* One code of e5m2, and none of e4m3, is an infinity: the others are NaN. */
+    return xcclDeviceFloat(magnitude == 0x7cu && infinity == 0x7cu ? 0x7f800000u | (code & 0x80u) << 24 : 0x7fc00000u);
+  }
+  return code & 0x80u ? -((float)steps * step) : (float)steps * step;
+}
+
+/** The value of an OCP FP8 E4M3 code, not scaled. */
+XCCL_DEVICE_FN float xcclDeviceFp8E4m3(uint8_t code) {
+  return xcclDeviceFp8(code, 3, 7, 0x7f);
+}
+
+/** The value of an OCP FP8 E5M2 code, not scaled. */
+XCCL_DEVICE_FN float xcclDeviceFp8E5m2(uint8_t code) {
+  return xcclDeviceFp8(code, 2, 15, 0x7c);
+}
+
+/** Element c of row i's token where it travels encoded (batch->wire is not xcclWireNative): the code's value times its scale. */
+XCCL_DEVICE_FN float xcclDeviceWireElement(const xcclDeviceBatch_t *batch, uint64_t i, uint64_t c) {
+  const uint8_t code = ((const uint8_t *)batch->rows[i].token_data)[c];
+  const float *scales = batch->rows[i].scales;
+  if (batch->wire == xcclWireInt8) return (float)(int8_t)code * scales[0];
+  return (batch->wire == xcclWireFp8E4m3 ? xcclDeviceFp8E4m3(code) : xcclDeviceFp8E5m2(code)) * scales[c / 128];
 }
 
 /** Where the output for row i goes: hidden elements, aligned to 64 bytes. */

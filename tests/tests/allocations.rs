@@ -7,7 +7,10 @@ use std::ptr::{null, null_mut};
 use std::sync::Arc;
 
 use half::bf16;
-use xccl::{DType, Epilogue, Exchange, Lanes, Moe, MoeConfig, Reduction, Residual, Result, RmsNorm, Routing};
+use xccl::{
+    DType, Epilogue, Exchange, Lanes, Moe, MoeConfig, Reduction, Residual, Result, RmsNorm, Routing, ScaleLayout,
+    SmoothScales, WireFormat,
+};
 use xccl_c::*;
 use xccl_tests::as_threads;
 
@@ -205,6 +208,44 @@ fn an_exchange_allocates_nothing_in_any_mode() {
 }
 
 #[test]
+fn rows_that_travel_encoded_allocate_nothing() {
+    as_threads(2, |comm| {
+        let mut buffers = Buffers::new(comm.rank(), comm.world_size());
+        let mut values = vec![0u8; buffers.rows.len()];
+        let mut scales = vec![0.0f32; buffers.rows.len() / 64];
+        let smooth = SmoothScales::new(vec![0.5; EXPERTS * HIDDEN]);
+        for (wire, smooth) in [
+            (WireFormat::Int8, None),
+            (WireFormat::Int8, Some(smooth)),
+            (WireFormat::Fp8E4m3, None),
+            (WireFormat::Fp8E5m2, None),
+        ] {
+            let moe = Moe::new(comm, MoeConfig { wire, smooth, ..config(Reduction::PerExpert) }).expect("a handle");
+            for lanes in [1, 3] {
+                moe.set_lanes(lanes, Arc::new(InTurn)).expect("a number of lanes");
+                for mode in [Mode::InPlace, Mode::ExpertMajor, Mode::Padded] {
+                    let allocations = counted(|| buffers.exchange(&moe, mode).expect("an exchange"));
+                    assert_eq!(allocations, 0, "{mode:?}, {wire}, {lanes} lanes");
+                }
+                for layout in [ScaleLayout::RowMajor, ScaleLayout::ColumnMajor] {
+                    let mut kept = || -> Result<()> {
+                        let sent = moe.dispatch_send(&buffers.tokens, &Routing::new(&buffers.ids, &buffers.weights))?;
+                        let mut batch = moe.dispatch_recv(&sent)?;
+                        batch.copy_wire_into(&mut values, &mut scales, layout, 4)?;
+                        let most = batch.counts().iter().copied().max().unwrap_or(0);
+                        batch.copy_wire_padded(&mut values, &mut scales, layout, most as usize)?;
+                        moe.combine_send(batch)?;
+                        moe.combine_recv(sent, &mut buffers.out)
+                    };
+                    let allocations = counted(|| kept().expect("an exchange"));
+                    assert_eq!(allocations, 0, "{layout:?}, {wire}, {lanes} lanes");
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn two_exchanges_in_flight_allocate_nothing() {
     as_threads(2, |comm| {
         let mut buffers = Buffers::new(comm.rank(), comm.world_size());
@@ -295,6 +336,8 @@ fn the_calls_of_the_c_interface_allocate_nothing() {
                 row_bytes: 0,
                 hidden: 0,
                 dtype: 0,
+                wire: 0,
+                row_scales: 0,
             };
             // SAFETY: the buffers are as large as the calls are told, and the handle is good.
             unsafe {
@@ -343,6 +386,8 @@ fn the_calls_of_the_c_interface_allocate_nothing() {
                     reduction: reduction as u32,
                     placement: null(),
                     max_expert_rows: 0,
+                    smooth: null(),
+                    wire: 0,
                 };
                 check(xcclMoeCreate(&mut moe, comm, &config));
                 for lanes in [1, 3] {

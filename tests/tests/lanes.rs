@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use xccl::{
     Communicator, Config, Element, Epilogue, Error, ExpertBatch, Lanes, Moe, MoeConfig, Reduction, Residual, Result,
-    RmsNorm, Routing, UniqueId,
+    RmsNorm, Routing, ScaleLayout, SmoothScales, UniqueId, WireFormat,
 };
 use xccl_tests::as_threads;
 
@@ -27,6 +27,9 @@ impl Lanes for Threads {
 
 #[derive(Clone, Debug)]
 struct Case {
+    wire: WireFormat,
+    /// Whether rows are multiplied by smooth scales, in int8.
+    smooth: bool,
     reduction: Reduction,
     hidden: usize,
     tokens: [usize; 2],
@@ -46,8 +49,16 @@ fn case() -> impl Strategy<Value = Case> {
     let reduction = prop_oneof![Just(Reduction::PerExpert), Just(Reduction::PerRank)];
     let flags = (any::<bool>(), any::<bool>());
     let tokens = [0..MOST_TOKENS, 0..MOST_TOKENS];
-    (reduction, 4000usize..9000, tokens, shape, any::<u64>(), 0usize..5, flags).prop_map(
-        |(reduction, hidden, tokens, (topk, experts), seed, slack, (by_source, in_place))| Case {
+    let wire = prop::sample::select(vec![
+        (WireFormat::Native, false),
+        (WireFormat::Int8, false),
+        (WireFormat::Int8, true),
+        (WireFormat::Fp8E4m3, false),
+    ]);
+    (wire, reduction, 4000usize..9000, tokens, shape, any::<u64>(), 0usize..5, flags).prop_map(
+        |((wire, smooth), reduction, hidden, tokens, (topk, experts), seed, slack, (by_source, in_place))| Case {
+            wire,
+            smooth,
             reduction,
             hidden,
             tokens,
@@ -113,6 +124,11 @@ impl Case {
             let copied = &padded[begin..begin + hidden];
             assert!(bytemuck::cast_slice::<E, u8>(&row) == bytemuck::cast_slice::<E, u8>(copied), "row {i}");
         }
+        let (rows, wire) = (batch.aligned_rows(1), self.wire);
+        let mut kept = vec![0; rows * wire.value_bytes(hidden, E::DTYPE)];
+        let mut scales = vec![0.0f32; ScaleLayout::ColumnMajor.elements(rows, wire.scales(hidden))];
+        batch.copy_wire_into(&mut kept, &mut scales, ScaleLayout::ColumnMajor, 1)?;
+        kept.extend(bytemuck::cast_slice::<f32, u8>(&scales));
         self.hand_in::<E>(moe, batch)?;
         let mut out = values::<E>(self.seed + 1, tokens.len());
         let (residual, bias) = (values::<E>(self.seed + 2, tokens.len()), values::<E>(self.seed + 3, hidden));
@@ -123,7 +139,9 @@ impl Case {
             norm: Some(RmsNorm { weight: &bias, eps: 1e-5, out: &mut normed }),
         };
         moe.combine_recv_with(sent, &mut out, epilogue)?;
-        Ok([padded, aligned, out, normed].map(|all| bytemuck::cast_slice(&all).to_vec()).to_vec())
+        let mut all = [padded, aligned, out, normed].map(|all| bytemuck::cast_slice(&all).to_vec()).to_vec();
+        all.push(kept);
+        Ok(all)
     }
 
     /// Outputs from a buffer or written in place, as the seed says.
@@ -141,8 +159,11 @@ impl Case {
     fn agrees<E: Element>(&self) {
         let shared = AtomicUsize::new(0);
         as_threads(2, |comm| {
+            let smooth = values::<f32>(self.seed + 9, self.experts * self.hidden);
             let config = MoeConfig {
                 reduction: self.reduction,
+                wire: self.wire,
+                smooth: self.smooth.then(|| SmoothScales::new(smooth)),
                 ..MoeConfig::new(MOST_TOKENS, self.hidden, self.topk, self.experts, E::DTYPE)
             };
             let moe = Moe::new(comm, config).expect("a handle");
@@ -162,7 +183,7 @@ impl Case {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { max_shrink_iters: 20, ..ProptestConfig::with_cases(12) })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 20, ..ProptestConfig::with_cases(16) })]
     #[test]
     fn any_number_of_lanes_gives_the_same_bits(case in case()) {
         match case.seed % 3 {

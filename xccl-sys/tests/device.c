@@ -44,6 +44,67 @@ static void *kernel(void *argument) {
   return NULL;
 }
 
+/* Each element of the batch's tokens as a kernel decodes it, against what the library's copy makes of it. */
+static void quantized(xcclComm_t comm, int rank) {
+  static float tokens[TOKENS][HIDDEN], weights[TOKENS][TOPK], out[TOKENS][HIDDEN];
+  static int32_t ids[TOKENS][TOPK];
+  const uint32_t formats[3] = {xcclWireInt8, xcclWireFp8E4m3, xcclWireFp8E5m2};
+  int f, t, c, k, code;
+  for (code = 0; code < 256; code++) {
+    /* A NaN differs from itself. */
+    const float e4m3 = xcclDeviceFp8E4m3((uint8_t)code), e5m2 = xcclDeviceFp8E5m2((uint8_t)code);
+    EXPECT((e4m3 != e4m3) == ((code & 0x7f) == 0x7f) && (e5m2 != e5m2) == ((code & 0x7f) > 0x7c));
+  }
+  EXPECT(xcclDeviceFp8E4m3(0x7e) == 448 && xcclDeviceFp8E4m3(0x81) == -1 / 512.0f && xcclDeviceFp8E4m3(0x38) == 1);
+  EXPECT(xcclDeviceFp8E5m2(0x7b) == 57344 && xcclDeviceFp8E5m2(0x01) == 1 / 65536.0f && xcclDeviceFp8E5m2(0x7c) > 1e38f);
+  for (t = 0; t < TOKENS; t++) {
+    for (c = 0; c < HIDDEN; c++) tokens[t][c] = (float)(rank * 64 + t * c % 89 - 40) / 7.0f;
+    for (k = 0; k < TOPK; k++) ids[t][k] = (t + k * 3) % EXPERTS, weights[t][k] = 1;
+  }
+  for (f = 0; f < 3; f++) {
+    xcclMoe_t moe;
+    xcclMoeConfig_t config = XCCL_MOE_CONFIG_INITIALIZER;
+    xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
+    xcclMoeBatch_t received = XCCL_MOE_BATCH_INITIALIZER;
+    xcclDeviceBatch_t batch = XCCL_DEVICE_BATCH_INITIALIZER;
+    xcclExchange_t exchange;
+    float *copied;
+    uint64_t i;
+    config.max_tokens = TOKENS;
+    config.hidden = HIDDEN;
+    config.topk = TOPK;
+    config.experts = EXPERTS;
+    config.dtype = xcclFloat32;
+    config.wire = formats[f];
+    CHECK(xcclMoeCreate(&moe, comm, &config));
+    input.tokens = tokens;
+    input.num_tokens = TOKENS;
+    input.topk_ids = ids;
+    input.topk_weights = &weights[0][0];
+    CHECK(xcclMoeDispatchSend(&input, &exchange, moe));
+    CHECK(xcclMoeDispatchRecv(exchange, &received, moe));
+    CHECK(xcclMoeDeviceBatch(exchange, &batch, moe));
+    EXPECT(batch.wire == formats[f] && received.wire == formats[f] && received.row_scales == 1);
+    copied = (float *)malloc((batch.num_rows * HIDDEN + 1) * sizeof *copied);
+    EXPECT(copied);
+    CHECK(xcclMoeCopyExpertMajor(exchange, copied, batch.num_rows, 1, moe));
+    for (i = 0; i < batch.num_rows; i++) {
+      for (c = 0; c < HIDDEN; c++) EXPECT(xcclDeviceWireElement(&batch, i, (uint64_t)c) == copied[i * HIDDEN + (uint64_t)c]);
+    }
+    CHECK(xcclMoeCombineSend(exchange, copied, moe));
+    CHECK(xcclMoeCombineRecv(exchange, out, moe));
+    /* Three experts hand back the row they got: three times the token, but for what quantizing took: 127 or 8 or 4 steps. */
+    for (t = 0; t < TOKENS; t++) {
+      for (c = 0; c < HIDDEN; c++) {
+        const float off = out[t][c] - 3 * tokens[t][c], most = 3 * 21.0f / (f == 0 ? 127 : f == 1 ? 8 : 4);
+        EXPECT(off < most && -off < most);
+      }
+    }
+    free(copied);
+    CHECK(xcclMoeDestroy(moe));
+  }
+}
+
 int main(void) {
   xcclComm_t comm;
   xcclMoe_t moe;
@@ -121,6 +182,7 @@ int main(void) {
     CHECK(xcclBarrier(comm)); /* ranks with no rows must not run ahead of the one that shows the timeout */
   }
   CHECK(xcclMoeDestroy(moe));
+  quantized(comm, rank);
   CHECK(xcclCommDestroy(comm));
   printf("ok\n");
   return 0;

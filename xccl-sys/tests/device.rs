@@ -25,20 +25,8 @@ fn the_structs_that_kernels_walk_are_the_librarys() {
             )*
         };
     }
-    check!(xcclMoeRow_t, token_data, output, expert, source, token, weight);
-    check!(
-        xcclDeviceBatch_t,
-        size,
-        rows,
-        offsets,
-        rows_done,
-        num_rows,
-        local_experts,
-        hidden,
-        row_bytes,
-        dtype,
-        reserved
-    );
+    check!(xcclMoeRow_t, token_data, scales, output, expert, source, token, weight);
+    check!(xcclDeviceBatch_t, size, rows, offsets, rows_done, num_rows, local_experts, hidden, row_bytes, dtype, wire);
     source += "return 0; }\n";
     let dir = tempfile::tempdir().expect("a temporary folder");
     let (file, program) = (dir.path().join("layout.c"), dir.path().join("layout"));

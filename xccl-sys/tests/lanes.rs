@@ -79,6 +79,8 @@ fn whatever_the_callback_does_the_sums_are_right() {
         reduction: xcclReduction_t::xcclReducePerExpert as u32,
         placement: null(),
         max_expert_rows: 0,
+        smooth: null(),
+        wire: 0,
     };
     // SAFETY: pointers to values of the right types, and handles that the calls have made.
     unsafe {

@@ -196,6 +196,46 @@ void exchanges(Moe &moe, int rank, int ranks) {
   check();
 }
 
+/** Rows that the engine has quantized, handed over as they travel. */
+template <class Moe>
+void quantized(Moe &moe, int rank) {
+  const std::size_t local = take(moe.local_experts());
+  std::vector<float> weights(kTokens * kTopk, 0.5f), out(kTokens * kHidden);
+  std::vector<std::int32_t> ids(weights.size());
+  for (std::size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<std::int32_t>((i * 5 + rank) % kExperts);
+  auto input = take(moe.input_wire_rows(kTokens));
+  for (std::size_t t = 0; t < kTokens; t++) {
+    std::memset(input.template row<std::int8_t>(t), static_cast<int>(t + 1), kHidden);
+    *input.row_scales(t) = 0.25f;
+  }
+  auto exchange = take(moe.dispatch_send(xccl::MoeInput(nullptr, kTokens, ids.data(), weights.data())));
+  auto batch = take(exchange.dispatch_recv());
+  EXPECT(batch.get().wire == xcclWireInt8);
+  std::size_t capacity = 0;
+  for (auto count : batch.counts()) capacity = count > capacity ? count : capacity;
+  std::vector<std::int8_t> values(batch.size() * kHidden), padded(local * capacity * kHidden);
+  std::vector<float> scales(batch.size()), columns(local * (capacity + 3) / 4 * 4 + local * 4);
+  TAKE_VOID(exchange.copy_wire_expert_major(values.data(), batch.size(), scales.data(), scales.size(), xcclScaleRowMajor));
+  TAKE_VOID(exchange.copy_wire_padded(padded.data(), local * capacity, columns.data(), columns.size(), xcclScaleColumnMajor,
+                                      capacity));
+  std::vector<float> outputs(batch.size() * kHidden);
+  for (std::size_t i = 0; i < batch.size(); i++) {
+    const auto &row = batch.rows()[i];
+    const std::size_t within = i - batch.offsets()[row.expert];
+    EXPECT(batch.scales(i).size() == 1 && batch.scales(i)[0] == 0.25f && scales[i] == 0.25f);
+    EXPECT(columns[row.expert * ((capacity + 3) / 4 * 4) + within] == 0.25f);
+    for (std::size_t c = 0; c < kHidden; c++) {
+      const auto code = batch.template token<std::int8_t>(i)[c];
+      EXPECT(code == static_cast<int>(row.token + 1) && values[i * kHidden + c] == code);
+      EXPECT(padded[(row.expert * capacity + within) * kHidden + c] == code);
+      outputs[i * kHidden + c] = code * scales[i];
+    }
+  }
+  TAKE_VOID(exchange.combine_send(outputs.data()));
+  TAKE_VOID(exchange.combine_recv(out.data()));
+  for (std::size_t i = 0; i < out.size(); i++) EXPECT(out[i] == (i / kHidden + 1) * 0.25f);
+}
+
 template <class Communicator>
 void everything(Communicator comm) {
   const int rank = take(comm.rank()), ranks = take(comm.size());
@@ -204,6 +244,10 @@ void everything(Communicator comm) {
   config.reduction = xcclReducePerRank;
   auto moe = take(comm.moe(config));
   exchanges(moe, rank, ranks);
+  config.reduction = xcclReducePerExpert;
+  config.wire = xcclWireInt8;
+  auto int8 = take(comm.moe(config));
+  quantized(int8, rank);
 
   auto half = take(comm.split(rank % 2 ? std::optional<int>() : 0, -rank));
   EXPECT(half.has_value() == (rank % 2 == 0));

@@ -111,6 +111,7 @@ static xcclMoeConfig_t good_shape(void) {
 }
 static xcclMoeConfig_t any_shape(void) {
   static const int32_t placement[EXPERTS] = {0, 0, 0, 0}, wrong[EXPERTS] = {0, -1, 7, INT_MAX};
+  static const float smooth[EXPERTS * HIDDEN] = {1, 2, 0.5f};
   xcclMoeConfig_t config = good_shape();
   config.size = struct_size(sizeof config);
   if (is_bad()) config.max_tokens = size();
@@ -120,6 +121,8 @@ static xcclMoeConfig_t any_shape(void) {
   if (is_bad()) config.reduction = (uint32_t)PICK(1, 2, -1);
   if (is_bad()) config.max_expert_rows = size();
   if (is_bad()) config.placement = draw(2) ? placement : wrong;
+  if (is_bad()) config.wire = (uint32_t)PICK(0, 1, 2, 3, 4, -1);
+  if (is_bad()) config.smooth = smooth;
   return config;
 }
 static xcclMoeInput_t any_input(void) {
@@ -190,6 +193,7 @@ static void call(void) {
   void *at = NULL;
   const xcclMoeRow_t *rows;
   const xcclMoeSum_t *sums;
+  float *scales;
   size_t bytes = 0, count;
   int value, *int_out = (int *)out(&value);
   size_t *size_out = (size_t *)out(&count);
@@ -231,6 +235,7 @@ static void call(void) {
     ONE(xcclMoeDestroy, draw(2) ? dead_moe : NULL);
     ONE(xcclMoeLocalExperts, any_moe(), size_out);
     ONE(xcclMoeInputRows, size(), is_bad() ? NULL : &at, size_out, any_moe());
+    ONE(xcclMoeInputWireRows, size(), is_bad() ? NULL : &at, is_bad() ? NULL : &scales, size_out, any_moe());
     ONE(xcclMoeDispatchSend, (xcclMoeInput_t *)out(&input), is_bad() ? NULL : &sent, any_moe());
     ONE(xcclMoeDispatchRecv, exchange(), (xcclMoeBatch_t *)out(&batch), any_moe());
     ONE(xcclMoeDispatchRecvSource, exchange(), int_out, is_bad() ? NULL : &rows, size_out, any_moe());
@@ -239,6 +244,10 @@ static void call(void) {
     ONE(xcclMoeOutbox, number(), is_bad() ? NULL : (const void **)&at, size_out, any_moe());
     ONE(xcclMoeCopyExpertMajor, exchange(), data(), (size_t)PICK(0, 1, 64), (size_t)PICK(0, 1, 4, -1), any_moe());
     ONE(xcclMoeCopyPadded, exchange(), data(), (size_t)PICK(0, 1, 64), (size_t)PICK(0, 1, 4, -1), any_moe());
+    ONE(xcclMoeCopyWireExpertMajor, exchange(), data(), (size_t)PICK(0, 1, 64), (float *)data(), (size_t)PICK(0, 1, 64),
+        (uint32_t)PICK(0, 1, 2, -1), (size_t)PICK(0, 1, 4, -1), any_moe());
+    ONE(xcclMoeCopyWirePadded, exchange(), data(), (size_t)PICK(0, 1, 64), (float *)data(), (size_t)PICK(0, 1, 64),
+        (uint32_t)PICK(0, 1, 2, -1), (size_t)PICK(0, 1, 4, -1), any_moe());
     ONE(xcclMoeSums, exchange(), is_bad() ? NULL : &sums, size_out, any_moe());
     ONE(xcclMoeCombineSend, exchange(), is_bad() ? NULL : is_bad() ? XCCL_SUMMED : is_bad() ? memory : XCCL_IN_PLACE, any_moe());
     ONE(xcclMoeCombineRecv, exchange(), data(), any_moe());
@@ -308,6 +317,48 @@ static void health(void) {
   }
 }
 
+#define GIVES(code, part, ...)                                                                   \
+  do {                                                                                           \
+    xcclResult_t gave = (__VA_ARGS__);                                                           \
+    if (gave != (code) || !strstr(xcclGetLastError(), part)) fail(__LINE__, "expected " #code ": " part); \
+  } while (0)
+
+/* Calls that do not go with a wire format, or with none. One rank; `input` names tokens. */
+static void quantized(xcclMoeInput_t *input) {
+  xcclMoeConfig_t shape = good_shape();
+  xcclMoe_t int8 = NULL;
+  xcclExchange_t exchange;
+  xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
+  static int8_t values[2 * TOKENS * TOPK * HIDDEN];
+  float scales[2 * TOKENS * TOPK], *row_scales, smooth[EXPERTS * HIDDEN] = {0};
+  size_t row_bytes;
+  void *at;
+  shape.wire = 4;
+  GIVES(xcclInvalidArgument, "config->wire is 4", xcclMoeCreate(&int8, comm, &shape));
+  shape.smooth = smooth;
+  shape.wire = xcclWireFp8E4m3;
+  GIVES(xcclInvalidArgument, "int8 where there are smooth scales", xcclMoeCreate(&int8, comm, &shape));
+  shape.wire = xcclWireInt8;
+  CHECK(xcclMoeCreate(&int8, comm, &shape));
+  GIVES(xcclInvalidUsage, "smooth scales", xcclMoeInputWireRows(1, &at, &row_scales, &row_bytes, int8));
+  CHECK(xcclMoeDestroy(int8));
+  shape.smooth = NULL;
+  CHECK(xcclMoeCreate(&int8, comm, &shape));
+  GIVES(xcclInvalidUsage, "int8", xcclMoeInputRows(1, &at, &row_bytes, int8));
+  CHECK(xcclMoeDispatchSend(input, &exchange, int8));
+  CHECK(xcclMoeDispatchRecv(exchange, &batch, int8));
+  EXPECT(batch.wire == xcclWireInt8 && batch.row_scales == 1 && batch.num_rows == TOKENS * TOPK);
+  GIVES(xcclInvalidArgument, "layout is 2", xcclMoeCopyWireExpertMajor(exchange, values, 8, scales, 8, 2, 1, int8));
+  GIVES(xcclInvalidArgument, "align is 0", xcclMoeCopyWireExpertMajor(exchange, values, 8, scales, 8, 0, 0, int8));
+  GIVES(xcclTruncated, "takes 8 rows, capacity_rows is 7", xcclMoeCopyWireExpertMajor(exchange, values, 7, scales, 8, 0, 1, int8));
+  GIVES(xcclTruncated, "takes 8 scales, capacity_scales is 7",
+        xcclMoeCopyWireExpertMajor(exchange, values, 8, scales, 7, 0, 1, int8));
+  GIVES(xcclInvalidArgument, "scales is a null pointer", xcclMoeCopyWireExpertMajor(exchange, values, 8, NULL, 8, 0, 1, int8));
+  GIVES(xcclLimitExceeded, "capacity", xcclMoeCopyWirePadded(exchange, values, 4, scales, 16, xcclScaleColumnMajor, 1, int8));
+  CHECK(xcclMoeGiveUp(exchange, int8));
+  CHECK(xcclMoeDestroy(int8));
+}
+
 /* The halves in every wrong order, each with its answer. One rank. */
 static void wrong_orders(void) {
   xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
@@ -324,12 +375,6 @@ static void wrong_orders(void) {
   int source;
   xcclRequest_t request;
   xcclStatus_t status;
-#define GIVES(code, part, ...)                                                                   \
-  do {                                                                                           \
-    xcclResult_t gave = (__VA_ARGS__);                                                           \
-    if (gave != (code) || !strstr(xcclGetLastError(), part)) fail(__LINE__, "expected " #code ": " part); \
-  } while (0)
-
   input.tokens = tokens;
   input.num_tokens = TOKENS;
   input.topk_ids = ids;
@@ -389,6 +434,7 @@ static void wrong_orders(void) {
   CHECK(xcclMoeDispatchSend(&input, &first, moe));
   CHECK(xcclMoeGiveUp(first, moe));
   GIVES(xcclInvalidArgument, "limit is 4", xcclMoeInputRows(TOKENS + 1, &at, &row_bytes, moe));
+  quantized(&input);
 
   CHECK(xcclIrecv(result, 4, 0, 9, comm, &request));
   GIVES(xcclTimeout, "rank 0", xcclWait(request, &status, comm));

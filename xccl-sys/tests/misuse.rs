@@ -39,6 +39,8 @@ const CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
     reduction: xcclReduction_t::xcclReducePerExpert as u32,
     placement: null(),
     max_expert_rows: 0,
+    smooth: null(),
+    wire: 0,
 };
 
 #[test]

@@ -31,8 +31,8 @@ pub struct xcclDeviceBatch_t {
     pub row_bytes: u64,
     /// An xcclDataType_t: the element type of the rows.
     pub dtype: u32,
-    /// 0.
-    pub reserved: u32,
+    /// An xcclWireFormat_t: how the token rows lie in their senders' memory.
+    pub wire: u32,
 }
 
 /// Describes an exchange that was received (xcclMoeDispatchRecv) for kernels on other threads or devices, which write the
@@ -63,7 +63,7 @@ pub unsafe extern "C" fn xcclMoeDeviceBatch(
                     hidden: config.hidden as u64,
                     row_bytes: row_bytes as u64,
                     dtype: dtype_of(config.dtype) as u32,
-                    reserved: 0,
+                    wire: number_of(config.wire),
                 });
                 Ok(())
             })

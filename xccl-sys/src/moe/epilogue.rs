@@ -41,7 +41,8 @@ pub(super) const NO_EPILOGUE: xcclMoeEpilogue_t =
 
 /// As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
 /// while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
-/// for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing.
+/// for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing. Blocks as xcclMoeCombineRecv
+/// does.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMoeCombineRecvWith(
     exchange: xcclExchange_t,

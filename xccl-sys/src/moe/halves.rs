@@ -11,8 +11,8 @@ use crate::result::xcclResult_t;
 
 /// Gives the rows that the next exchange's tokens lie in: [num_tokens, *row_bytes], of which hidden elements of each row count,
 /// aligned to 64 bytes, with what an earlier exchange left there. Compute the tokens there, then call xcclMoeDispatchSend with
-/// tokens null and this num_tokens: nothing is copied. Rows that were given before and not sent are taken back. Blocks as
-/// xcclMoeDispatchSend does.
+/// tokens null and this num_tokens: nothing is copied. Rows that were given before and not sent are taken back.
+/// xcclInvalidUsage where rows travel encoded: see xcclMoeInputWireRows. Blocks as xcclMoeDispatchSend does.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMoeInputRows(
     num_tokens: usize,
@@ -160,6 +160,7 @@ unsafe fn send_arrays<E: Element, I: ExpertId>(
             Some(AnyRows::F32(rows)) => moe.dispatch_send_rows(rows, &routing)?,
             Some(AnyRows::F16(rows)) => moe.dispatch_send_rows(rows, &routing)?,
             Some(AnyRows::Bf16(rows)) => moe.dispatch_send_rows(rows, &routing)?,
+            Some(AnyRows::Wire(rows)) => moe.dispatch_send_wire_rows(rows, &routing)?,
             None => moe.dispatch_send::<E, I>(&[], &routing)?,
         },
     };
@@ -239,6 +240,8 @@ pub unsafe extern "C" fn xcclMoeDispatchRecv(
                     row_bytes: moe.row_stride() * moe.config().dtype.size(),
                     hidden: moe.config().hidden,
                     dtype: dtype_of(moe.config().dtype) as u32,
+                    wire: number_of(moe.config().wire),
+                    row_scales: moe.config().wire.scales(moe.config().hidden),
                 });
                 Ok(())
             })
@@ -274,7 +277,7 @@ pub(super) fn receive(held: &mut Held, exchange: xcclExchange_t) -> Outcome {
         }
     };
     flight.described.rows.clear();
-    flight.described.rows.extend(batch.addresses().map(describe));
+    flight.described.rows.extend(batch.addresses().map(describe(moe.scales_offset())));
     flight.arrived = Arrived::All(batch);
     Ok(())
 }
@@ -307,6 +310,7 @@ pub unsafe extern "C" fn xcclMoeDispatchRecvSource(
                     Arrived::Some(arrivals) => {
                         let next = arrivals.next_source()?;
                         if let Some(source) = next {
+                            let describe = describe(moe.scales_offset());
                             flight.described.rows.extend(arrivals.addresses(source).map(describe));
                         }
                         next

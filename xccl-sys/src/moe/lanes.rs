@@ -23,10 +23,11 @@ pub type xcclRunLanes_t =
     Option<unsafe extern "C" fn(context: *mut c_void, lanes: usize, work: xcclLaneWork_t, state: *mut c_void)>;
 
 /// From now on shares the copies and sums of each call with `lanes` threads of the program, 1 to 64, where there is enough to
-/// share: those of xcclMoeDispatchSend, xcclMoeDispatch, xcclMoeCopyExpertMajor, xcclMoeCopyPadded, xcclMoeCombineSend,
+/// share: those of xcclMoeDispatchSend, xcclMoeDispatch, xcclMoeCopyExpertMajor, xcclMoeCopyPadded, xcclMoeCopyWire..., xcclMoeCombineSend,
 /// xcclMoeCombineRecv, xcclMoeCombineRecvWith and xcclMoeCombine. run lends the threads; it is called with context by the thread
 /// that is in the call. Results have the same bits for any number of lanes. XCCL starts no threads itself. run and context must
-/// be good until they are replaced or the handle is destroyed; with run null, as at first, the calling thread works alone.
+/// be good until they are replaced or the handle is destroyed; with run null, as at first, the calling thread works alone. Does
+/// not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMoeSetLanes(
     lanes: usize,

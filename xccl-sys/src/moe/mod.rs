@@ -5,19 +5,23 @@ mod epilogue;
 mod halves;
 mod joined;
 mod lanes;
+mod wire;
 
 pub use device::*;
 pub use epilogue::*;
 pub use halves::*;
 pub use joined::*;
 pub use lanes::*;
+pub use wire::*;
 
 use std::ffi::c_void;
 use std::ptr::{NonNull, null};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use half::{bf16, f16};
-use xccl::{Arrivals, BatchRow, DType, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction};
+use xccl::{
+    Arrivals, BatchRow, DType, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction, SmoothScales, WireRows,
+};
 
 use crate::boundary::{Failure, Out, Outcome, guard, natural, sized, slice};
 use crate::comm::{with, xcclComm_t};
@@ -87,6 +91,11 @@ pub struct xcclMoeConfig_t {
     /// Most rows that may arrive for one rank's experts in one exchange; 0 makes room for the worst case. Memory is used as
     /// it is touched.
     pub max_expert_rows: usize,
+    /// [experts, hidden], read during xcclMoeCreate: what a row for each expert is multiplied by before it is quantized, with
+    /// xcclWireInt8 only; a row is then written for each choice. Null: nothing.
+    pub smooth: *const f32,
+    /// An xcclWireFormat_t: how token rows travel.
+    pub wire: u32,
 }
 
 /// The tokens of one exchange. Set it to XCCL_MOE_INPUT_INITIALIZER, then its fields. It may be used again, also with other
@@ -115,9 +124,11 @@ pub struct xcclMoeInput_t {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct xcclMoeRow_t {
-    /// The token, hidden elements in its sender's memory, aligned to 64 bytes. For reading only: a store to another rank's
-    /// memory is a fault.
+    /// The token in its sender's memory, aligned to 64 bytes: hidden elements, or hidden codes of the handle's wire format. For
+    /// reading only: a store to another rank's memory is a fault.
     pub token_data: *const c_void,
+    /// The codes' scales, as many as the wire format has for a row, for reading only; null with xcclWireNative.
+    pub scales: *const f32,
     /// Where the expert's output goes, hidden elements in this rank's memory, aligned to 64 bytes.
     pub output: *mut c_void,
     /// Index among this rank's experts.
@@ -156,6 +167,10 @@ pub struct xcclMoeBatch_t {
     pub hidden: usize,
     /// An xcclDataType_t: the element type of the rows.
     pub dtype: u32,
+    /// An xcclWireFormat_t: how the token rows lie in their senders' memory.
+    pub wire: u32,
+    /// Scales of one token row.
+    pub row_scales: usize,
 }
 
 /// The sum that one token of one source gets from this rank.
@@ -208,6 +223,7 @@ enum AnyRows {
     F32(InputRows<'static, f32>),
     F16(InputRows<'static, f16>),
     Bf16(InputRows<'static, bf16>),
+    Wire(WireRows<'static>),
 }
 
 impl Flight {
@@ -230,10 +246,11 @@ impl Flight {
     }
 }
 
-/// A row as C sees it.
-fn describe((row, data, output): (BatchRow, *const u8, *mut u8)) -> xcclMoeRow_t {
-    xcclMoeRow_t {
+/// Rows as C sees them; `scales` says where in a row they are.
+fn describe(scales: Option<usize>) -> impl Fn((BatchRow, *const u8, *mut u8)) -> xcclMoeRow_t {
+    move |(row, data, output)| xcclMoeRow_t {
         token_data: data.cast(),
+        scales: scales.map_or(null(), |offset| data.wrapping_add(offset).cast()),
         output: output.cast(),
         expert: row.expert as u32,
         source: row.source as u32,
@@ -365,10 +382,12 @@ const NO_CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
     reduction: 0,
     placement: null(),
     max_expert_rows: 0,
+    smooth: null(),
+    wire: 0,
 };
 
 /// # Safety
-/// The placement is null, or has an entry for each expert.
+/// The placement is null, or has an entry for each expert; so have the smooth scales, for each channel.
 unsafe fn config_of(config: &xcclMoeConfig_t) -> Outcome<MoeConfig> {
     let xcclMoeConfig_t { max_tokens, hidden, topk, experts, dtype, reduction, placement, max_expert_rows, .. } =
         *config;
@@ -399,11 +418,18 @@ unsafe fn config_of(config: &xcclMoeConfig_t) -> Outcome<MoeConfig> {
         let rank = |(i, &rank)| natural(rank, &format!("config->placement[{i}]"), format_args!("a rank"));
         made.placement = Some(ranks.map(rank).collect::<Outcome<_>>()?);
     }
+    made.wire = wire_of(config.wire)?;
+    if !config.smooth.is_null() && (1..=MOST_EXPERTS).contains(&experts) && (1..=MOST_HIDDEN).contains(&hidden) {
+        // SAFETY: the caller's promise.
+        let smooth = unsafe { slice(config.smooth, experts * hidden, "config->smooth") }?;
+        made.smooth = Some(SmoothScales::new(smooth));
+    }
     Ok(made)
 }
 
 /// As the library's own limit: what is larger is refused by it, without a look at the placement.
 const MOST_EXPERTS: usize = 1 << 16;
+const MOST_HIDDEN: usize = 1 << 20;
 
 /// Makes a handle for exchanges of the shape *config and writes it to *moe; *moe is left as it is on failure. Every rank of
 /// comm must call it, with the same configuration (xcclJoinFailed on every rank otherwise). Blocks until all have.

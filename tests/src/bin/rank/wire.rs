@@ -353,7 +353,7 @@ pub(crate) fn refused(comm: &Communicator) -> Result<()> {
     let rows = moe.input_rows::<f32>(1).map(|_| ());
     ensure!(matches!(rows, Err(Error::Wire { call: "input_rows", .. })), "{rows:?}");
     let sent = moe.dispatch_send(&[448.0f32; 64], &Routing::new(&[comm.rank() as i32 % 4], &[1.0]))?;
-    let batch = loop {
+    let mut batch = loop {
         // A rank that sees the others' refusal of before tries again.
         match moe.dispatch_recv(&sent) {
             Err(Error::PeerRefused { .. }) => std::thread::yield_now(),
@@ -365,6 +365,8 @@ pub(crate) fn refused(comm: &Communicator) -> Result<()> {
         let slice = unsafe { batch.row_slice::<f32>(i) }.map(|_| ());
         ensure!(matches!(slice, Err(Error::Wire { call: "row_slice", .. })), "{slice:?}");
     }
+    let refused = batch.copy_wire_into(&mut [0; 64], &mut [0.0; 4], ScaleLayout::ColumnMajor, usize::MAX);
+    ensure!(matches!(refused, Err(Error::Shape { .. })) || batch.is_empty(), "{refused:?}");
     let outputs = vec![1.0f32; batch.len() * 64];
     moe.combine_send_from(batch, &outputs)?;
     let mut out = [0.0f32; 64];
