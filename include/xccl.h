@@ -684,7 +684,8 @@ typedef void (*xcclLaneWork_t)(void *state, size_t lane);
 
 /**
  * Lends threads: calls work(state, i) for each i in 0 to lanes - 1, on any threads, and returns when all of these calls have.
- * Calls that are left out, or come twice or late, cost time and nothing else. It must not use the MoE handle, nor throw.
+ * Calls that are left out, or come twice or late, cost time and nothing else. What is shared takes some ten microseconds or
+ * more, so threads should spin for their work, not sleep. It must not use the MoE handle, nor throw.
  */
 typedef void (*xcclRunLanes_t)(void *context, size_t lanes, xcclLaneWork_t work, void *state);
 
@@ -941,7 +942,8 @@ xcclResult_t xcclMoeOutbox(int rank,
 /**
  * As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
  * while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
- * for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing.
+ * for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing. Blocks as xcclMoeCombineRecv
+ * does.
  */
 xcclResult_t xcclMoeCombineRecvWith(xcclExchange_t exchange,
                                     void *out,
@@ -1106,10 +1108,11 @@ xcclResult_t xcclMoeCombine(const void *expert_outputs,
 
 /**
  * From now on shares the copies and sums of each call with `lanes` threads of the program, 1 to 64, where there is enough to
- * share: those of xcclMoeDispatchSend, xcclMoeDispatch, xcclMoeCopyExpertMajor, xcclMoeCopyPadded, xcclMoeCombineSend,
+ * share: those of xcclMoeDispatchSend, xcclMoeDispatch, xcclMoeCopyExpertMajor, xcclMoeCopyPadded, xcclMoeCopyWire..., xcclMoeCombineSend,
  * xcclMoeCombineRecv, xcclMoeCombineRecvWith and xcclMoeCombine. run lends the threads; it is called with context by the thread
  * that is in the call. Results have the same bits for any number of lanes. XCCL starts no threads itself. run and context must
- * be good until they are replaced or the handle is destroyed; with run null, as at first, the calling thread works alone.
+ * be good until they are replaced or the handle is destroyed; with run null, as at first, the calling thread works alone. Does
+ * not block.
  */
 xcclResult_t xcclMoeSetLanes(size_t lanes,
                              xcclRunLanes_t run,
