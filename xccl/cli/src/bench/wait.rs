@@ -102,9 +102,8 @@ impl WaitArgs {
         }
         let usable = sched_getaffinity(Pid::from_raw(0)).context("reading the usable cores")?;
         for place in [Place::CoreEach, Place::OneCore] {
-            if place == Place::OneCore {
-                bind_to_first(&usable)?;
-            }
+            // Left to the scheduler, a rank that wakes up may be put onto the core on which the other one spins.
+            bind(&usable, if place == Place::OneCore { 0 } else { comm.rank() })?;
             // Decides anew how to wait.
             let here = Communicator::from_env()?;
             if place == Place::OneCore || here.core_sharing().has_core_each() {
@@ -224,10 +223,12 @@ impl Place {
     }
 }
 
-fn bind_to_first(usable: &CpuSet) -> Result<()> {
-    let mut first = CpuSet::new();
-    let core = (0..CpuSet::count()).find(|&core| usable.is_set(core) == Ok(true)).context("there is no usable core")?;
-    first.set(core).and_then(|()| sched_setaffinity(Pid::from_raw(0), &first)).context("binding to one core")
+/// Binds this process to the `index`-th usable core, round and round.
+fn bind(usable: &CpuSet, index: usize) -> Result<()> {
+    let cores: Vec<usize> = (0..CpuSet::count()).filter(|&core| usable.is_set(core) == Ok(true)).collect();
+    let mut own = CpuSet::new();
+    let core = cores.get(index % cores.len().max(1)).context("there is no usable core")?;
+    own.set(*core).and_then(|()| sched_setaffinity(Pid::from_raw(0), &own)).context("binding to a core")
 }
 
 /// Rank 1's side.
