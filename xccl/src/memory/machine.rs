@@ -35,7 +35,9 @@ fn in_own_group<T>(ask: impl FnOnce(Groups<'_>) -> Option<T>) -> Option<T> {
 /// The cores that this process may run on, and the share of their time that it has.
 pub(crate) fn cores() -> Cores {
     let own = sched_getaffinity(Pid::from_raw(0));
-    let is_usable = |core: &usize| own.as_ref().map_or(*core < fallback(), |set| set.is_set(*core) == Ok(true));
+    // On machines with more cores than a mask of the usual size has. Asking takes many system calls.
+    let fallback = own.as_ref().map_or_else(|_| std::thread::available_parallelism().map_or(1, |n| n.get()), |_| 0);
+    let is_usable = |core: &usize| own.as_ref().map_or_else(|_| *core < fallback, |set| set.is_set(*core) == Ok(true));
     let mut mask = vec![0u64; CpuSet::count().div_ceil(64)];
     (0..CpuSet::count()).filter(is_usable).for_each(|core| mask[core / 64] |= 1 << (core % 64));
     while mask.last() == Some(&0) {
@@ -47,9 +49,4 @@ pub(crate) fn cores() -> Cores {
         (format!("{} {}", namespace.display(), quota.group.display()), quota.cores)
     });
     Cores { mask, quota }
-}
-
-/// On machines with more cores than a mask of the usual size has.
-fn fallback() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get())
 }
