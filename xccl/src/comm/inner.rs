@@ -146,7 +146,7 @@ impl CommInner {
         let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
         tracing::debug!(rank, %core_sharing, outbox = layout.bytes, heap = heap_bytes, "communicator ready");
         let mut comm = CommInner {
-            calibration: Calibration::set(&config),
+            calibration: Calibration::set(&config, core_sharing.has_core_each()),
             rank,
             world_size,
             p2p: P2p::new(world_size),
@@ -178,7 +178,7 @@ impl CommInner {
         self.counters = Counters::default();
         let parts = self.star().exchange(&fabric::encode(&points)?, &[], deadline)?;
         let points: Vec<CalibrationPoint> = parts.first().map_or(Ok(vec![]), |(blob, _)| fabric::decode(blob))?;
-        self.calibration = calibration::choose_from(&self.config, points);
+        self.calibration = calibration::choose_from(&self.config, self.core_sharing.has_core_each(), points);
         Ok(())
     }
 

@@ -60,11 +60,13 @@ const RING: u8 = 1;
 const CMA: u8 = 2;
 
 impl Calibration {
-    /// What the configuration says. Its default stands where a measurement was given up: two processes that have to take turns on a
-    /// core would do so for each ringful, and once for a message that the receiver reads by itself.
-    pub(crate) fn set(config: &Config) -> Self {
-        let private_rendezvous = config.cma.then_some(config.rendezvous_bytes);
-        Calibration { private_rendezvous, origin: config.rendezvous_origin(), points: vec![] }
+    /// What the configuration says. Its default, where nothing could be measured: through the ring if every rank has a core.
+    /// If not, two processes would have to take turns on a core for each ringful, and do so once for a message that the
+    /// receiver reads by itself.
+    pub(crate) fn set(config: &Config, has_core_each: bool) -> Self {
+        let origin = config.rendezvous_origin();
+        let reads = config.cma && !(has_core_each && origin == Origin::Default);
+        Calibration { private_rendezvous: reads.then_some(config.rendezvous_bytes), origin, points: vec![] }
     }
 
     /// What is measured decides: the shortest size from which on reading the sender's memory is faster.
@@ -77,10 +79,10 @@ impl Calibration {
 }
 
 /// Takes what rank 0 has measured, unless that tells of the scheduler and not of copies.
-pub(crate) fn choose_from(config: &Config, mut points: Vec<CalibrationPoint>) -> Calibration {
+pub(crate) fn choose_from(config: &Config, has_core_each: bool, mut points: Vec<CalibrationPoint>) -> Calibration {
     points.retain(|p| p.ring_us.max(p.cma_us) <= p.bytes as f64 / SLOWEST_COPY);
     match points.is_empty() || !config.leaves_to_measurement() {
-        true => Calibration::set(config),
+        true => Calibration::set(config, has_core_each),
         false => Calibration::of(points),
     }
 }
@@ -157,10 +159,13 @@ mod tests {
     fn times_of_the_scheduler_choose_nothing_and_a_setting_stands() {
         let point = |ring_us, cma_us| CalibrationPoint { bytes: 65536, ring_us, cma_us };
         let (open, set) = (Config::default(), Config::default().rendezvous_bytes(1000));
-        assert_eq!(choose_from(&open, vec![point(5.0, 300.0)]), Calibration::set(&open));
-        assert_eq!(choose_from(&open, vec![point(5.0, 6.0)]).origin, Origin::Measured);
-        assert_eq!(choose_from(&open, vec![point(5.0, 6.0)]).private_rendezvous, None);
-        let chosen = choose_from(&set, vec![point(5.0, 6.0)]);
+        for (has_core_each, private_rendezvous) in [(true, None), (false, Some(32 << 10))] {
+            let chosen = choose_from(&open, has_core_each, vec![point(5.0, 300.0)]);
+            assert_eq!(chosen, Calibration { private_rendezvous, origin: Origin::Default, points: vec![] });
+        }
+        assert_eq!(choose_from(&open, false, vec![point(5.0, 6.0)]).origin, Origin::Measured);
+        assert_eq!(choose_from(&open, false, vec![point(5.0, 6.0)]).private_rendezvous, None);
+        let chosen = choose_from(&set, true, vec![point(5.0, 6.0)]);
         assert_eq!((chosen.private_rendezvous, chosen.origin), (Some(1000), Origin::Code));
     }
 
