@@ -14,5 +14,6 @@ pub(crate) mod machine;
 pub(crate) mod mapping;
 pub(crate) mod row;
 pub(crate) mod segment;
+pub(crate) mod stream;
 
 pub use segment::MemoryFlavour;

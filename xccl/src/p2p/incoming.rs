@@ -22,6 +22,8 @@ use crate::comm::layout::SLOTS;
 use crate::error::{Error, Result};
 use crate::fabric::cma;
 use crate::memory::lent::LentBuffer;
+use crate::memory::row::Row;
+use crate::memory::stream::{STREAMING_BYTES, end_streaming, stream};
 use crate::sync::ring;
 
 /// Where a message is, before it is received.
@@ -345,7 +347,11 @@ impl Incoming {
             Into::Receive(key) => {
                 // Always there: to cancel it would have changed `into`.
                 let Some(receive) = self.receives.get_mut(*key) else { return Ok(()) };
-                copy_piece(comm, source, at, &mut receive.buffer.as_mut_slice()[range])?;
+                let into = &mut receive.buffer.as_mut_slice()[range];
+                match partial.len >= STREAMING_BYTES {
+                    true => stream(piece_in_ring(comm, source, at, piece)?, into),
+                    false => copy_piece(comm, source, at, into)?,
+                }
             }
             Into::Kept(bytes) => {
                 // No more is set aside than has come: a length alone allocates nothing.
@@ -360,6 +366,9 @@ impl Incoming {
         let Some(Partial { tag, len, into, .. }) = self.partial[source].take() else { return Ok(()) };
         match into {
             Into::Receive(key) => {
+                if len >= STREAMING_BYTES {
+                    end_streaming();
+                }
                 self.traffic.count(len);
                 self.set(key, State::Done(Ok(Status { source, tag, len })));
             }
@@ -440,14 +449,19 @@ impl Incoming {
 
 /// Copies a piece out of the ring.
 fn copy_piece(comm: &CommInner, source: usize, at: u64, into: &mut [u8]) -> Result<()> {
+    piece_in_ring(comm, source, at, into.len())?.copy_to(into);
+    Ok(())
+}
+
+/// A piece where it lies in the ring.
+fn piece_in_ring(comm: &CommInner, source: usize, at: u64, bytes: usize) -> Result<Row<'_, u8>> {
     let layout = &comm.layout;
     let offset = (at % layout.ring_bytes as u64) as usize;
-    if into.len() > layout.ring_bytes - offset {
+    if bytes > layout.ring_bytes - offset {
         let limit = (layout.ring_bytes - offset) as u64;
-        return Err(Error::Corrupt { rank: source, what: "a piece's length", value: into.len() as u64, limit });
+        return Err(Error::Corrupt { rank: source, what: "a piece's length", value: bytes as u64, limit });
     }
-    comm.fabric.peer(source).outbox.read(layout.payload(comm.rank) + offset, into);
-    Ok(())
+    Ok(comm.fabric.peer(source).outbox.row(layout.payload(comm.rank) + offset, bytes))
 }
 
 /// Copies a message's payload from wherever it is, and tells the sender when that was its own memory.
