@@ -518,44 +518,6 @@ typedef struct {
 } xcclDeviceBatch_t;
 
 /**
- * What xcclMoeCombineRecvWith does with the sum s[t] of each token, over k from 0 on in f32:
- *
- * - out[t] = round(s[t] + bias + residual[t]), added in this order in f32 and rounded once;
- * - normed[t] = round((out[t] * r) * norm_weight), r = 1 / sqrt(sum of out[t][i]^2 / hidden + eps), in f32 without fused
- *   multiplications. The norm is that of the rounded out[t], so a pass of its own over out gives the same bits. The squares are
- *   summed in a fixed order: 64 sums, the i-th of the elements i, i + 64, ..., of which the upper half is added to the lower one
- *   until one is left; the result is the same on every processor.
- *
- * Set it to XCCL_MOE_EPILOGUE_INITIALIZER, then its fields. Elements are of the handle's type.
- */
-typedef struct {
-  /**
-   * sizeof(xcclMoeEpilogue_t).
-   */
-  size_t size;
-  /**
-   * [hidden]; null: none.
-   */
-  const void *bias;
-  /**
-   * [num_tokens, hidden], or the same memory as out, which the sums are then added to; null: none.
-   */
-  const void *residual;
-  /**
-   * [hidden]; null: no norm.
-   */
-  const void *norm_weight;
-  /**
-   * [num_tokens, hidden], where the normed rows go; not looked at without norm_weight.
-   */
-  void *normed;
-  /**
-   * Added to the mean of the squares: finite, 0 or more.
-   */
-  float eps;
-} xcclMoeEpilogue_t;
-
-/**
  * The tokens of one exchange. Set it to XCCL_MOE_INPUT_INITIALIZER, then its fields. It may be used again, also with other
  * tokens: a routing serves as many exchanges as you like.
  */
@@ -676,6 +638,44 @@ typedef struct {
    */
   uint32_t reserved;
 } xcclMoeSum_t;
+
+/**
+ * What xcclMoeCombineRecvWith does with the sum s[t] of each token, over k from 0 on in f32:
+ *
+ * - out[t] = round(s[t] + bias + residual[t]), added in this order in f32 and rounded once;
+ * - normed[t] = round((out[t] * r) * norm_weight), r = 1 / sqrt(sum of out[t][i]^2 / hidden + eps), in f32 without fused
+ *   multiplications. The norm is that of the rounded out[t], so a pass of its own over out gives the same bits. The squares are
+ *   summed in a fixed order: 64 sums, the i-th of the elements i, i + 64, ..., of which the upper half is added to the lower one
+ *   until one is left; the result is the same on every processor.
+ *
+ * Set it to XCCL_MOE_EPILOGUE_INITIALIZER, then its fields. Elements are of the handle's type.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclMoeEpilogue_t).
+   */
+  size_t size;
+  /**
+   * [hidden]; null: none.
+   */
+  const void *bias;
+  /**
+   * [num_tokens, hidden], or the same memory as out, which the sums are then added to; null: none.
+   */
+  const void *residual;
+  /**
+   * [hidden]; null: no norm.
+   */
+  const void *norm_weight;
+  /**
+   * [num_tokens, hidden], where the normed rows go; not looked at without norm_weight.
+   */
+  void *normed;
+  /**
+   * Added to the mean of the squares: finite, 0 or more.
+   */
+  float eps;
+} xcclMoeEpilogue_t;
 
 /**
  * One lane's part of a call: call it with the state that xcclRunLanes_t was given and the number of the lane.
@@ -939,17 +939,6 @@ xcclResult_t xcclMoeOutbox(int rank,
                            size_t *bytes,
                            xcclMoe_t moe);
 
-/**
- * As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
- * while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
- * for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing. Blocks as xcclMoeCombineRecv
- * does.
- */
-xcclResult_t xcclMoeCombineRecvWith(xcclExchange_t exchange,
-                                    void *out,
-                                    const xcclMoeEpilogue_t *epilogue,
-                                    xcclMoe_t moe);
-
 /* ---- Experts: an exchange in four halves ----------------------------------------------------------------------- */
 
 /**
@@ -1050,6 +1039,17 @@ xcclResult_t xcclMoeCombineRecv(xcclExchange_t exchange,
                                 xcclMoe_t moe);
 
 /**
+ * As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
+ * while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
+ * for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing. Blocks as
+ * xcclMoeCombineRecv does.
+ */
+xcclResult_t xcclMoeCombineRecvWith(xcclExchange_t exchange,
+                                    void *out,
+                                    const xcclMoeEpilogue_t *epilogue,
+                                    xcclMoe_t moe);
+
+/**
  * Gives an exchange up: the ranks that wait for this one's part get xcclRemoteError. Does not block.
  */
 xcclResult_t xcclMoeGiveUp(xcclExchange_t exchange, xcclMoe_t moe);
@@ -1105,6 +1105,8 @@ xcclResult_t xcclMoeDispatch(const void *tokens,
 xcclResult_t xcclMoeCombine(const void *expert_outputs,
                             void *out,
                             xcclMoe_t moe);
+
+/* ---- Experts: threads that share a call ------------------------------------------------------------------------ */
 
 /**
  * From now on shares the copies and sums of each call with `lanes` threads of the program, 1 to 64, where there is enough to

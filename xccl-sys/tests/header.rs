@@ -34,7 +34,7 @@ fn header_is_current() {
 }
 
 /// The first function of each group, and what the group is about.
-const GROUPS: [(&str, &str); 7] = [
+const GROUPS: [(&str, &str); 8] = [
     ("xcclGetErrorString", "Results"),
     ("xcclGetVersion", "Communicators"),
     ("xcclMemAlloc", "Memory on the symmetric heap, and statistics"),
@@ -42,6 +42,7 @@ const GROUPS: [(&str, &str); 7] = [
     ("xcclMoeCreate", "Experts: handles, and batches for kernels"),
     ("xcclMoeInputRows", "Experts: an exchange in four halves"),
     ("xcclMoeDispatch", "Experts: an exchange in two calls"),
+    ("xcclMoeSetLanes", "Experts: threads that share a call"),
 ];
 
 /// Puts a heading before each group of functions, and takes away the blanks that cbindgen leaves at the end of lines.

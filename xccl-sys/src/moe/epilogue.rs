@@ -5,10 +5,8 @@ use std::ptr::{null, null_mut};
 
 use xccl::{Element, Epilogue, Residual, RmsNorm};
 
-use super::halves::take_sums_with;
 use super::*;
-use crate::boundary::{Failure, Outcome, guard, sized, slice, slice_mut};
-use crate::result::xcclResult_t;
+use crate::boundary::{Failure, Outcome, slice, slice_mut};
 
 /// What xcclMoeCombineRecvWith does with the sum s[t] of each token, over k from 0 on in f32:
 ///
@@ -38,29 +36,6 @@ pub struct xcclMoeEpilogue_t {
 
 pub(super) const NO_EPILOGUE: xcclMoeEpilogue_t =
     xcclMoeEpilogue_t { size: 0, bias: null(), residual: null(), norm_weight: null(), normed: null_mut(), eps: 0.0 };
-
-/// As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
-/// while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
-/// for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing. Blocks as xcclMoeCombineRecv
-/// does.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn xcclMoeCombineRecvWith(
-    exchange: xcclExchange_t,
-    out: *mut c_void,
-    epilogue: *const xcclMoeEpilogue_t,
-    moe: xcclMoe_t,
-) -> xcclResult_t {
-    guard("xcclMoeCombineRecvWith", || {
-        // SAFETY: C's promise about its pointers and handles.
-        unsafe {
-            with_held(moe, |held| {
-                let epilogue = sized(epilogue, NO_EPILOGUE, "epilogue")?;
-                let moe = held.moe();
-                by_dtype!(moe, take_sums_with(held, exchange, out, &epilogue))
-            })
-        }
-    })
-}
 
 /// Whether two arrays have an element in common.
 fn overlap<E>(a: &[E], b: &[E]) -> bool {

@@ -560,6 +560,29 @@ pub(super) unsafe fn take_sums_with<E: Element>(
     Ok(moe.combine_recv_with(sent, out, epilogue)?)
 }
 
+/// As xcclMoeCombineRecv, and adds a bias and residual rows to the sums before they are rounded, and norms what it has written, all
+/// while a row is in registers and caches: see xcclMoeEpilogue_t. out and normed must not overlap each other nor what is read, but
+/// for a residual that is out. xcclInvalidArgument for such an overlap and for eps changes nothing. Blocks as
+/// xcclMoeCombineRecv does.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclMoeCombineRecvWith(
+    exchange: xcclExchange_t,
+    out: *mut c_void,
+    epilogue: *const xcclMoeEpilogue_t,
+    moe: xcclMoe_t,
+) -> xcclResult_t {
+    guard("xcclMoeCombineRecvWith", || {
+        // SAFETY: C's promise about its pointers and handles.
+        unsafe {
+            with_held(moe, |held| {
+                let epilogue = sized(epilogue, NO_EPILOGUE, "epilogue")?;
+                let moe = held.moe();
+                by_dtype!(moe, take_sums_with(held, exchange, out, &epilogue))
+            })
+        }
+    })
+}
+
 /// Gives an exchange up: the ranks that wait for this one's part get xcclRemoteError. Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMoeGiveUp(exchange: xcclExchange_t, moe: xcclMoe_t) -> xcclResult_t {
