@@ -18,6 +18,10 @@ pub struct WireRow<'b> {
     pub scales: &'b [f32],
 }
 
+/// Rows whose scales are written to their columns together, a line of each: columns may lie so that the caches have no room
+/// for a line of each at once.
+const TOGETHER: usize = 16;
+
 impl<'m> Outboxes<'m> {
     /// The values of the token row at `offset` of a source's outbox.
     fn values(&self, source: usize, offset: usize) -> Row<'m, u8> {
@@ -144,7 +148,7 @@ impl ExpertBatch<'_> {
 
         let Received { counts, places, scales: row_scales, .. } = self.received_mut();
         places.iter_mut().zip(&*counts).for_each(|(place, &count)| *place = begin(count as usize));
-        row_scales.resize(token.scales, 0.0);
+        row_scales.resize(TOGETHER * token.scales, 0.0);
         let mut row_scales = std::mem::take(row_scales);
         self.copy_scales(scales, layout, (parts, rows), &mut row_scales);
         self.received_mut().scales = row_scales;
@@ -162,10 +166,10 @@ impl ExpertBatch<'_> {
         })
     }
 
-    /// Copies the scales of all rows, in the batch's order, so that what lies side by side is written one after the other; `row`
-    /// has room for those of one. One lane does it: 3 bytes of a hundred at most.
-    fn copy_scales(&self, to: &mut [f32], layout: ScaleLayout, (parts, rows): (usize, usize), row: &mut [f32]) {
-        let (received, outboxes, per_row) = (self.received(), self.moe.outboxes(), row.len());
+    /// Copies the scales of all rows, in the batch's order, so that what lies side by side is written one after the other;
+    /// `held` has room for those of [`TOGETHER`] rows. One lane does it: 3 bytes of a hundred at most.
+    fn copy_scales(&self, to: &mut [f32], layout: ScaleLayout, (parts, rows): (usize, usize), held: &mut [f32]) {
+        let (received, outboxes, per_row) = (self.received(), self.moe.outboxes(), held.len() / TOGETHER);
         if per_row == 0 {
             return;
         }
@@ -173,20 +177,26 @@ impl ExpertBatch<'_> {
         for (expert, &begin) in received.places.iter().enumerate() {
             // Places count through one matrix after the other.
             let part = if parts == 1 { 0 } else { expert };
-            let mut at = begin;
-            for source in 0..self.moe.comm.world_size {
-                for entry in received.range(source, expert) {
-                    let from = outboxes.scales(source, self.token_offset(source, entry));
-                    match layout {
-                        ScaleLayout::RowMajor => from.copy_to(&mut to[at * per_row..(at + 1) * per_row]),
-                        ScaleLayout::ColumnMajor => {
-                            from.copy_to(row);
-                            let matrix = &mut to[part * column * per_row..][..column * per_row];
-                            let at = at - part * rows;
-                            matrix.chunks_exact_mut(column).zip(&*row).for_each(|(to, scale)| to[at] = *scale);
-                        }
+            let (mut at, mut n) = (begin, 0);
+            let entries = (0..self.moe.comm.world_size).flat_map(|s| received.range(s, expert).map(move |e| (s, e)));
+            let mut entries = entries.peekable();
+            while let Some((source, entry)) = entries.next() {
+                let from = outboxes.scales(source, self.token_offset(source, entry));
+                at += 1;
+                if layout == ScaleLayout::RowMajor {
+                    from.copy_to(&mut to[(at - 1) * per_row..at * per_row]);
+                    continue;
+                }
+                from.copy_to(&mut held[n * per_row..(n + 1) * per_row]);
+                n += 1;
+                if at.is_multiple_of(TOGETHER) || entries.peek().is_none() {
+                    let matrix = &mut to[part * column * per_row..][..column * per_row];
+                    let first = at - n - part * rows;
+                    for (c, to) in matrix.chunks_exact_mut(column).enumerate() {
+                        let of_rows = held[c..].iter().step_by(per_row);
+                        to[first..first + n].iter_mut().zip(of_rows).for_each(|(to, scale)| *to = *scale);
                     }
-                    at += 1;
+                    n = 0;
                 }
             }
         }
