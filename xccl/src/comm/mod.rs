@@ -77,11 +77,11 @@ pub struct Statistics {
 /// Memory that a communicator takes on each rank, as its configuration implies it. Pages count once they are touched, and each
 /// page once on the machine, however many ranks map it.
 ///
-/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has five lines, and for each rank a byte, a line, 64 words
-/// of eight bytes, 64 lines and the ring, parts rounded up to lines and pages:
+/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has five lines, and for each rank a byte, a line, twice 64
+/// words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages:
 ///
 /// ```text
-/// outbox  = page(page(320 + line(W) + 64 W + 512 W) + 4096 W) + R W,  in whole pages
+/// outbox  = page(page(320 + line(W) + 64 W + 1024 W) + 4096 W) + R W,  in whole pages
 /// touched = a page or a few of words, and 4096 bytes and the used part of R for each rank that was sent to
 /// heap    = 4096 + XCCL_HEAP, touched as it is allocated and written
 /// ```
@@ -93,7 +93,7 @@ pub struct Statistics {
 /// ```
 /// use xccl::{Communicator, Config};
 /// let (page, ring) = (|bytes: usize| bytes.next_multiple_of(4096), 1 << 20);
-/// let by_formula = |w: usize| page(page(320 + w.next_multiple_of(64) + 64 * w + 512 * w) + 4096 * w) + ring * w;
+/// let by_formula = |w: usize| page(page(320 + w.next_multiple_of(64) + 64 * w + 1024 * w) + 4096 * w) + ring * w;
 /// for ranks in [1, 2, 8, 64, 1000] {
 ///     let plan = Communicator::memory_plan(ranks, &Config::default().p2p_ring_bytes(ring));
 ///     assert_eq!(plan.outbox_bytes, by_formula(ranks), "{ranks} ranks");
