@@ -5,7 +5,6 @@ use std::ptr::{null, null_mut};
 
 use xccl::{Element, Epilogue, Residual, RmsNorm};
 
-use super::*;
 use crate::boundary::{Failure, Outcome, slice, slice_mut};
 
 /// What xcclMoeCombineRecvWith does with the sum s[t] of each token, over k from 0 on in f32:
