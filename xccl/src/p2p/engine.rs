@@ -5,14 +5,15 @@
 //! them. Nobody works in the background: whoever waits for a request, or asks whether it is done, moves all of them on.
 
 use std::sync::Mutex;
-use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::time::Instant;
 
 use super::incoming::{Incoming, Name};
 use super::outgoing::{Outgoing, Progress, Traffic};
 use super::slot::INLINE_BYTES;
 use super::{Source, Status};
-use crate::comm::inner::{CommInner, lock};
+use crate::comm::inner::{Call, CommInner, lock};
 use crate::error::Result;
 use crate::memory::lent::{LentBuffer, LentBytes};
 use crate::sync::progress::{Operation, Waiting};
@@ -47,6 +48,8 @@ pub(crate) struct P2p {
     incoming: Mutex<Incoming>,
     /// Sends that wait for room, over all destinations: spares receives the look at every destination.
     unsent: AtomicUsize,
+    /// Slots filled and emptied by calls that wait, over all ranks.
+    moved: AtomicU64,
     /// From how many bytes on the receiver reads a message from this rank's private memory.
     private_rendezvous: AtomicUsize,
 }
@@ -57,6 +60,7 @@ impl P2p {
             outgoing: (0..world_size).map(|_| Mutex::new(Outgoing::new())).collect(),
             incoming: Mutex::new(Incoming::new(world_size)),
             unsent: AtomicUsize::new(0),
+            moved: AtomicU64::new(0),
             private_rendezvous: AtomicUsize::new(usize::MAX),
         }
     }
@@ -127,7 +131,23 @@ impl P2p {
             Request::Recv { from, .. } => (Operation::Recv, from),
         };
         let what = Waiting { operation, epoch: ticket.tag.into(), peer };
-        comm.wait(what, || self.test(comm, ticket).transpose())?
+        let (mut call, mut since, mut moved) = (Call::default(), None, self.moved.load(Relaxed));
+        loop {
+            // A long message is many short waits: who helps to move one must not get tired of it, yield and sleep. Past the
+            // deadline that ends, so that others' messages never hold up the error.
+            let over = comm.wait_in(&mut call, what, || {
+                if let Some(result) = self.test(comm, ticket).transpose() {
+                    return Some(Some(result));
+                }
+                let before = std::mem::replace(&mut moved, self.moved.load(Relaxed));
+                let mut is_early =
+                    || comm.config.timeout.is_none_or(|t| since.get_or_insert_with(Instant::now).elapsed() < t);
+                (before != moved && is_early()).then_some(None)
+            })?;
+            if let Some(result) = over {
+                return result;
+            }
+        }
     }
 
     pub(crate) fn test(&self, comm: &CommInner, ticket: Ticket) -> Result<Option<Status>> {
@@ -137,7 +157,7 @@ impl P2p {
                 if !self.is_over(comm, to, number) {
                     // The receiver may be waiting for us to take its messages first.
                     self.push_waiting(comm);
-                    lock(&self.incoming).pull(comm)?;
+                    self.pull(comm, &mut lock(&self.incoming))?;
                     if !self.is_over(comm, to, number) {
                         return Ok(None);
                     }
@@ -150,7 +170,7 @@ impl P2p {
                 if let Some(result) = incoming.take_result(name) {
                     return result.map(Some);
                 }
-                incoming.pull(comm)?;
+                self.pull(comm, &mut incoming)?;
                 incoming.take_result(name).transpose()
             }
         }
@@ -174,9 +194,20 @@ impl P2p {
     fn push(&self, comm: &CommInner, to: usize, out: &mut Outgoing) {
         let before = out.waiting();
         if before > 0 {
+            let filled = out.filled();
             out.push(comm, to);
+            self.moved.fetch_add(out.filled() - filled, Relaxed);
             self.unsent.fetch_sub(before - out.waiting(), Relaxed);
         }
+    }
+
+    fn pull(&self, comm: &CommInner, incoming: &mut Incoming) -> Result<()> {
+        let taken = incoming.taken;
+        let pulled = incoming.pull(comm);
+        if incoming.taken != taken {
+            self.moved.fetch_add(incoming.taken - taken, Relaxed);
+        }
+        pulled
     }
 
     /// What this rank has sent and received, and how many rendezvous it has begun.

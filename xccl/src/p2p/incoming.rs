@@ -110,8 +110,9 @@ pub(super) struct Name {
 
 pub(super) struct Incoming {
     pub(super) traffic: Traffic,
-    /// Slots consumed, per source.
+    /// Slots consumed, per source, and of all.
     next: Vec<u64>,
+    pub(super) taken: u64,
     partial: Vec<Option<Partial>>,
     receives: Slab<Receive>,
     /// Keys of the receives that wait for a message; those from any source after the last rank's.
@@ -129,6 +130,7 @@ impl Incoming {
         Incoming {
             traffic: Traffic::default(),
             next: vec![0; world_size],
+            taken: 0,
             partial: (0..world_size).map(|_| None).collect(),
             receives: Slab::default(),
             open: TagQueues::new(world_size + 1),
@@ -273,6 +275,7 @@ impl Incoming {
     fn release(&mut self, comm: &CommInner, source: usize, kind: u32) {
         let n = self.next[source];
         self.next[source] = n + 1;
+        self.taken += 1;
         ring::release(comm.fabric.outbox.word64(comm.layout.consumed(source)), n + 1);
         // The sender sleeps only when slots or payload ran out. For slots it is enough to tell it now and then: the fence
         // costs a fifth of a short message. What is left untold meanwhile is found at the end of its slice of sleep.

@@ -143,6 +143,11 @@ impl Outgoing {
         true
     }
 
+    /// Slots filled so far.
+    pub(super) fn filled(&self) -> u64 {
+        self.next
+    }
+
     /// How many wait for room.
     pub(super) fn waiting(&self) -> usize {
         self.waiting.len()
