@@ -268,7 +268,8 @@ impl MoeArgs {
         // Memory like the outbox's, which the next rank reads: see `copy_as_dispatch`.
         let heap = 2 * (most * self.hidden * size_of::<E>() + 4096);
         let shared = Communicator::from_env_with(Config::from_env()?.heap_bytes(heap).rendezvous_bytes(1))?;
-        let mut run = Run::<E>::new(self, comm, &shared, &moe, tokens)?;
+        let back = Moe::new(comm, self.back_config(&moe, tokens)?)?;
+        let mut run = Run::<E>::new(self, comm, &shared, [&moe, &back], tokens)?;
         let verified = if self.common.verify { Some(run.verify(tokens)?) } else { None };
 
         let rounds = self.common.warmup + self.common.iters;
@@ -346,6 +347,30 @@ impl MoeArgs {
             Layout::ExpertMajor => ScaleLayout::ColumnMajor.elements(rows, scales),
             Layout::Padded => local_experts * ScaleLayout::ColumnMajor.elements(capacity, scales),
         }
+    }
+
+    /// A handle whose dispatch takes as many rows back to their sources as the combine does.
+    fn back_config(&self, moe: &Moe, tokens: &[usize]) -> Result<MoeConfig> {
+        let ranks = tokens.len();
+        let mut rank_of = vec![0; self.experts];
+        for rank in 0..ranks {
+            moe.experts_of(rank)?.iter().for_each(|&expert| rank_of[expert] = rank);
+        }
+        let (mut sent, mut got) = (vec![0; ranks], vec![0; ranks]);
+        for (source, &t) in tokens.iter().enumerate() {
+            for ids in self.ids(source, t)?.chunks_exact(self.topk) {
+                let mut from: Vec<usize> = ids.iter().filter(|&&id| id >= 0).map(|&id| rank_of[id as usize]).collect();
+                if self.reduction != Reduce::PerExpert {
+                    from.sort_unstable();
+                    from.dedup();
+                }
+                got[source] += from.len();
+                from.into_iter().for_each(|rank| sent[rank] += 1);
+            }
+        }
+        let most = |rows: Vec<usize>| rows.into_iter().max().unwrap_or(0).max(1);
+        let max_expert_rows = Some(most(got));
+        Ok(MoeConfig { max_expert_rows, ..MoeConfig::new(most(sent), self.hidden, 1, ranks, self.dtype) })
     }
 
     fn output(&self) -> Place {
@@ -487,6 +512,8 @@ struct Run<'a, E> {
     comm: &'a Communicator,
     shared: &'a Communicator,
     moe: &'a Moe,
+    /// For the combine's limit: see `copy_as_combine`.
+    back: &'a Moe,
     tokens: Buffer<E>,
     ids: Vec<i32>,
     weights: Vec<f32>,
@@ -511,7 +538,7 @@ impl<'a, E: Element> Run<'a, E> {
         args: &'a MoeArgs,
         comm: &'a Communicator,
         shared: &'a Communicator,
-        moe: &'a Moe,
+        [moe, back]: [&'a Moe; 2],
         tokens: &[usize],
     ) -> Result<Self> {
         let (hidden, mine) = (args.hidden, tokens[comm.rank()]);
@@ -534,6 +561,7 @@ impl<'a, E: Element> Run<'a, E> {
             comm,
             shared,
             moe,
+            back,
             tokens: Buffer::new(mine * hidden)?,
             ids: args.ids(comm.rank(), mine)?,
             weights: (0..mine * args.topk).map(weight).collect(),
@@ -651,8 +679,7 @@ impl<'a, E: Element> Run<'a, E> {
         comm.barrier()?;
         let (limit_dispatch, ()) = timed(|| self.copy_as_dispatch(&batch))?;
         self.read_by_the_next_rank()?;
-        comm.barrier()?;
-        let (limit_combine, ()) = timed(|| self.copy_as_combine(&batch))?;
+        let limit_combine = self.copy_as_combine(&mut batch)?;
 
         let outputs = self.work(&mut batch)?;
         comm.barrier()?;
@@ -748,33 +775,43 @@ impl<'a, E: Element> Run<'a, E> {
     }
 
     /// Plain copies of as many rows as a combine reads: the experts' outputs, where this rank sums or hands them over, and what
-    /// comes back from the peers' memory, into as many rows as are written.
-    fn copy_as_combine(&mut self, batch: &ExpertBatch<'_>) -> Result<()> {
+    /// comes back from the peers' memory, which they have just written, into as many rows as are written. Gives the time.
+    fn copy_as_combine(&mut self, batch: &mut ExpertBatch<'_>) -> Result<f64> {
         let (hidden, mine, rows) = (self.args.hidden, self.mine(), batch.len());
-        let sums = (mine * self.comm.world_size()).min(rows);
-        let handed_over = self.args.output() == Place::Copy || self.args.reduction == Reduce::PerRank;
-        let (written, back) = match self.args.reduction {
-            Reduce::PerExpert => (rows, rows),
+        let sources: Vec<i32> = match self.args.reduction {
+            Reduce::PerExpert => (0..rows).map(|i| batch.row(i).source as i32).collect(),
             // One row per token and rank that holds some of its experts.
-            Reduce::PerRank | Reduce::Engine => (sums, sums),
+            Reduce::PerRank | Reduce::Engine => batch.sums().map(|sum| sum.source as i32).collect(),
         };
-        if handed_over {
-            let room = self.scratch[0].len() / hidden;
-            for i in 0..rows {
-                let at = i * written / rows % room * hidden;
-                let to = &mut self.scratch[self.round % 2][at..at + hidden];
-                match self.rows.get(i * hidden..(i + 1) * hidden) {
-                    Some(row) => to.copy_from_slice(row),
-                    None => copy_bytes(batch, i, bytemuck::cast_slice_mut(to)),
+        let written = sources.len();
+        let mut fresh = self.back.input_rows::<E>(written)?;
+        for i in 0..written {
+            copy_bytes(batch, i * rows / written, bytemuck::cast_slice_mut(&mut self.scratch[0][..hidden]));
+            fresh.row(i).copy_from_slice(&self.scratch[0][..hidden]);
+        }
+        let sent = self.back.dispatch_send_rows(fresh, &Routing::new(&sources, &vec![1.0; written]))?;
+        let back = self.back.dispatch_recv(&sent)?;
+        self.comm.barrier()?;
+        let (time, ()) = timed(|| {
+            if self.args.output() == Place::Copy || self.args.reduction == Reduce::PerRank {
+                let room = self.scratch[0].len() / hidden;
+                for i in 0..rows {
+                    let at = i * written / rows % room * hidden;
+                    let to = &mut self.scratch[self.round % 2][at..at + hidden];
+                    match self.rows.get(i * hidden..(i + 1) * hidden) {
+                        Some(row) => to.copy_from_slice(row),
+                        None => copy_bytes(batch, i, bytemuck::cast_slice_mut(to)),
+                    }
                 }
             }
-        }
-        for i in 0..back {
-            let at = i * mine / back * hidden;
-            copy_bytes(batch, i * rows / back, bytemuck::cast_slice_mut(&mut self.out[at..at + hidden]));
-        }
-        std::hint::black_box((&mut self.out, &mut self.scratch));
-        Ok(())
+            for i in 0..back.len() {
+                let at = i * mine / back.len() * hidden;
+                back.copy_row(i, &mut self.out[at..at + hidden])?;
+            }
+            std::hint::black_box((&mut self.out, &mut self.scratch));
+            Ok(())
+        })?;
+        Ok(time)
     }
 
     /// One exchange in which every byte of every row and every sum is compared with a plain reference.
