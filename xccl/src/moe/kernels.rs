@@ -12,10 +12,10 @@ use crate::memory::row::Row;
 
 pub(super) use crate::memory::stream::{STREAMING_BYTES, end_streaming, stream};
 
-/// From so many bytes on a dispatch's copy into the outbox goes past the caches: its lines were last read by other cores, and
-/// each would have to come back from one before it can be written through the cache. Two ranks, in place, past the caches and
-/// through them: 0.9 MB of rows take 46 and 19 us, 1.4 MB 72 and 53, 1.8 MB 64 to 117 and 230, 14.7 MB 796 and 861; reading
-/// them afterwards takes as long either way (expert-major copy).
+/// From so many bytes on a dispatch's copy into the outbox may go past the caches, if that is found to be faster: see
+/// [`Ways`](super::ways::Ways). Its lines were last read by other cores, and each would have to come back from one before it can be
+/// written through the cache. Past the caches and through them, far from the reader: 0.9 MB of rows take 46 and 19 us, 1.4 MB 72
+/// and 53, 1.8 MB 64 to 117 and 230, 14.7 MB 796 and 861; reading them afterwards takes as long either way.
 pub(super) const STREAMING_OUTBOX_BYTES: usize = 3 << 19;
 
 /// Elements summed at a time: few enough that the compiler keeps the sums in vector registers.

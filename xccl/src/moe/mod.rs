@@ -31,12 +31,14 @@ mod received;
 mod routing;
 mod smooth;
 mod terms;
+mod ways;
 mod wire;
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::time::Instant;
 
 pub use arrivals::Arrivals;
 pub use batch::{BatchRow, ExpertBatch, TokenSum, WireRow};
@@ -52,6 +54,7 @@ use received::{Received, SendAreas};
 pub use routing::Routing;
 use routing::{Choice, ListBuilder};
 pub use smooth::SmoothScales;
+use ways::Ways;
 pub use wire::{ScaleLayout, WireFormat};
 
 use crate::comm::Communicator;
@@ -160,6 +163,7 @@ pub struct Moe {
     peers: Vec<Mapping>,
     state: RefCell<State>,
     lanes: RefCell<LaneSet>,
+    ways: RefCell<Ways>,
 }
 
 /// A dispatch that was sent: what [`Moe::dispatch_recv`] and [`Moe::combine_recv`] need to know of it.
@@ -321,8 +325,8 @@ impl Moe {
         let first_rows = FirstRows::new(config.experts, comm.world_size);
         let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: 0 };
         let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
-        let lanes = RefCell::default();
-        Ok(Moe { comm, config, layout, placement, kernels, own, peers: outboxes.peers, state, lanes })
+        let (lanes, ways) = (RefCell::default(), RefCell::default());
+        Ok(Moe { comm, config, layout, placement, kernels, own, peers: outboxes.peers, state, lanes, ways })
     }
 
     /// The configuration.
@@ -404,7 +408,10 @@ impl Moe {
         let (hidden, stride, lanes) = (self.config.hidden, self.layout.stride, self.lanes());
         let cut = lanes.cut(count, count * stride);
         let rows = rows.divide::<E>(count, stride, Owners::Blocks(cut.each));
-        let streaming = count * stride >= kernels::STREAMING_OUTBOX_BYTES;
+        let bytes = count * stride;
+        let may_stream = bytes >= kernels::STREAMING_OUTBOX_BYTES;
+        let streaming = may_stream && self.ways.borrow().past_caches();
+        let started = may_stream.then(Instant::now);
         lanes.share(cut, &|piece| {
             let (mut part, range) = (rows.part(piece), cut.range(piece));
             let tokens = &tokens[range.start * hidden..range.end * hidden];
@@ -421,7 +428,11 @@ impl Moe {
                 }
             }
             Ok(())
-        })
+        })?;
+        if let Some(started) = started {
+            self.ways.borrow_mut().took(bytes, started.elapsed());
+        }
+        Ok(())
     }
 
     /// Rows of the outbox for the next exchange: the engine computes its `tokens` tokens there.
