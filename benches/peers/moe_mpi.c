@@ -8,6 +8,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+
+#include "mpi_peer.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -488,15 +490,6 @@ static int check_combine(void) {
 }
 
 /* ---- driver ---- */
-static double now_us(void) {
-  struct timespec ts;
-  clock_gettime(CLOCK_MONOTONIC, &ts);
-  return ts.tv_sec * 1e6 + ts.tv_nsec * 1e-3;
-}
-static int cmp_d(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return x < y ? -1 : x > y;
-}
 static double quant(const double *v, int n, double q) {
   double p = q * (n - 1);
   int i = (int)p;
@@ -583,18 +576,8 @@ int main(int argc, char **argv) {
   expert_rank = xmalloc(2 * E); expert_local = xmalloc(2 * E);
   for (int e = 0; e < E; e++) { expert_rank[e] = (uint16_t)(e / (E / N)); expert_local[e] = (uint16_t)(e % (E / N)); }
 
-  const char *peer = "mpi";
-  char version[64] = "unknown";
-#if defined(OMPI_MAJOR_VERSION)
-  char lib[MPI_MAX_LIBRARY_VERSION_STRING];
-  int len;
-  peer = "openmpi";
-  MPI_Get_library_version(lib, &len);
-  sscanf(lib, "Open MPI v%63[0-9.a-z]", version);
-#elif defined(MPICH_VERSION)
-  peer = "mpich";
-  snprintf(version, sizeof version, "%s", MPICH_VERSION);
-#endif
+  char version[64];
+  const char *peer = mpi_peer(version);
   FILE *json = NULL;
   if (!R) {
     if (json_path && !(json = !strcmp(json_path, "-") ? stdout : fopen(json_path, "w"))) die("cannot write the --json file");

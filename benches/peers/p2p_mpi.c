@@ -9,6 +9,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "mpi_peer.h"
+
 #define BATCH 10
 
 static int R;
@@ -17,15 +19,6 @@ static void die(const char *m) {
   fprintf(stderr, "p2p_mpi: rank %d: %s\n", R, m);
   MPI_Abort(MPI_COMM_WORLD, 2);
   exit(2);
-}
-static double now_us(void) {
-  struct timespec ts;
-  clock_gettime(CLOCK_MONOTONIC, &ts);
-  return ts.tv_sec * 1e6 + ts.tv_nsec * 1e-3;
-}
-static int cmp_d(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return x < y ? -1 : x > y;
 }
 static double quant(const double *v, int n, double q) { return v[(int)((n - 1) * q + 0.5)]; }
 
@@ -84,18 +77,8 @@ int main(int argc, char **argv) {
   }
   if (N != 2) die("needs 2 ranks");
   if (iters < 1 || warmup < 0) die("--iters at least 1, --warmup at least 0");
-  const char *peer = "mpi";
-  char version[64] = "unknown";
-#if defined(OMPI_MAJOR_VERSION)
-  char lib[MPI_MAX_LIBRARY_VERSION_STRING];
-  int len;
-  peer = "openmpi";
-  MPI_Get_library_version(lib, &len);
-  sscanf(lib, "Open MPI v%63[0-9.a-z]", version);
-#elif defined(MPICH_VERSION)
-  peer = "mpich";
-  snprintf(version, sizeof version, "%s", MPICH_VERSION);
-#endif
+  char version[64];
+  const char *peer = mpi_peer(version);
   FILE *json = NULL;
   if (!R) {
     if (json_path && !(json = !strcmp(json_path, "-") ? stdout : fopen(json_path, "w"))) die("cannot write the --json file");
