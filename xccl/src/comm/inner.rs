@@ -125,7 +125,8 @@ impl CommInner {
         let address = &raw const *probe as u64;
         let own = Probe { address, cores: machine::cores(), calibrate: config.leaves_to_measurement() };
         let blob = fabric::encode(&own)?;
-        let mut calibrate = world_size >= 2;
+        // A part of a communicator takes what the whole has measured.
+        let mut calibrate = world_size >= 2 && part_of.is_none();
         let parts = star.exchange(&blob, &[], deadline)?;
         let mut cores = Vec::with_capacity(world_size);
         for (peer, (blob, _)) in parts.iter().enumerate() {
@@ -146,7 +147,10 @@ impl CommInner {
         let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
         tracing::debug!(rank, %core_sharing, outbox = layout.bytes, heap = heap_bytes, "communicator ready");
         let mut comm = CommInner {
-            calibration: Calibration::set(&config, core_sharing.has_core_each()),
+            calibration: part_of.map_or_else(
+                || Calibration::set(&config, core_sharing.has_core_each()),
+                |whole| whole.calibration.clone(),
+            ),
             rank,
             world_size,
             p2p: P2p::new(world_size),
