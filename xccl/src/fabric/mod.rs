@@ -5,6 +5,8 @@
 //! here, as a second kind of peer whose outbox is a landing zone on this node.
 
 pub(crate) mod cma;
+pub(crate) mod endpoint;
+pub(crate) mod plane;
 pub(crate) mod shm;
 
 use std::os::fd::AsFd;

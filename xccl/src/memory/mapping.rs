@@ -27,6 +27,12 @@ impl Mapping {
         Ok(Mapping { raw, writable: false })
     }
 
+    /// Memory of this process alone, zeroed.
+    pub(crate) fn anonymous(bytes: usize) -> Result<Self> {
+        let raw = MmapOptions::new().len(bytes.max(1)).map_anon().map_err(|e| Error::os("mmap", e))?.into();
+        Ok(Mapping { raw, writable: true })
+    }
+
     /// Asks for huge pages; a kernel that has none to offer ignores it.
     pub(crate) fn advise_huge_pages(&self) {
         if let Err(err) = self.raw.advise(Advice::HugePage) {

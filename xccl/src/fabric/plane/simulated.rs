@@ -1,0 +1,168 @@
+//! A network in this process that keeps to the [endpoint's contract](crate::fabric::endpoint) and to nothing more: puts arrive in
+//! any order, late, after any number of polls; queues are short.
+
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::error::Result;
+use crate::fabric::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
+use crate::memory::mapping::Mapping;
+
+struct Transfer {
+    by: usize,
+    to: usize,
+    from: (Arc<Mapping>, Range<usize>),
+    into: (Arc<Mapping>, usize),
+    done: (usize, Event),
+}
+
+struct Network {
+    random: StdRng,
+    /// By key, the memory and whose it is.
+    regions: Vec<(usize, Arc<Mapping>, Range<usize>)>,
+    under_way: Vec<Transfer>,
+    /// By rank, what its next poll finds.
+    events: Vec<Vec<Event>>,
+    gone: Vec<bool>,
+    /// Transfers of one rank that may be under way.
+    depth: usize,
+}
+
+/// One rank's place on the simulated network.
+pub(crate) struct Simulated {
+    rank: usize,
+    network: Arc<Mutex<Network>>,
+}
+
+/// Makes the endpoints of `ranks` ranks.
+pub(crate) fn network(ranks: usize, depth: usize, seed: u64) -> Vec<Simulated> {
+    let network = Network {
+        random: StdRng::seed_from_u64(seed),
+        regions: vec![],
+        under_way: vec![],
+        events: vec![vec![]; ranks],
+        gone: vec![false; ranks],
+        depth,
+    };
+    let network = Arc::new(Mutex::new(network));
+    (0..ranks).map(|rank| Simulated { rank, network: network.clone() }).collect()
+}
+
+impl Network {
+    fn start(&mut self, transfer: Transfer) -> Posted {
+        if self.under_way.iter().filter(|t| t.by == transfer.by).count() >= self.depth {
+            return Posted::Full;
+        }
+        if self.gone[transfer.to] {
+            let failed = Event::Failed { to: Some(transfer.to), why: "it has gone".to_owned() };
+            self.events[transfer.by].push(failed);
+        } else {
+            self.under_way.push(transfer);
+        }
+        Posted::Yes
+    }
+
+    /// Lets some of the transfers that `rank` has a part in arrive, in any order.
+    fn move_on(&mut self, rank: usize) {
+        for _ in 0..self.random.random_range(0..4) {
+            let its: Vec<_> =
+                (0..self.under_way.len()).filter(|&i| [self.under_way[i].by, self.under_way[i].to].contains(&rank)).collect();
+            if its.is_empty() {
+                return;
+            }
+            let Transfer { from: (from, range), into: (into, at), done: (who, event), .. } =
+                self.under_way.swap_remove(its[self.random.random_range(0..its.len())]);
+            let mut bytes = vec![0; range.len()];
+            from.read(range.start, &mut bytes);
+            into.write(at, &bytes);
+            self.events[who].push(event);
+        }
+    }
+
+    fn at(&self, key: u64, offset: usize, bytes: usize) -> (Arc<Mapping>, usize) {
+        let (_, memory, range) = &self.regions[key as usize];
+        assert!(offset + bytes <= range.len(), "{bytes} bytes at {offset} of a region of {range:?}");
+        (memory.clone(), range.start + offset)
+    }
+}
+
+impl Endpoint for Simulated {
+    fn address(&self) -> Result<Vec<u8>> {
+        Ok(vec![self.rank as u8])
+    }
+
+    fn connect(&mut self, addresses: &[Option<Vec<u8>>]) -> Result<()> {
+        for (rank, address) in addresses.iter().enumerate() {
+            assert!(address.as_ref().is_none_or(|a| a == &[rank as u8]));
+        }
+        Ok(())
+    }
+
+    fn register(&mut self, memory: &Arc<Mapping>, range: Range<usize>, _access: Access) -> Result<Region> {
+        let mut network = self.network.lock().unwrap();
+        let index = network.regions.len();
+        let bytes = range.len() as u64;
+        network.regions.push((self.rank, memory.clone(), range));
+        Ok(Region { index, remote: RemoteRegion { base: 0, key: index as u64, bytes } })
+    }
+
+    fn put(
+        &mut self,
+        to: usize,
+        (from, range): (Region, Range<usize>),
+        (into, offset): (RemoteRegion, usize),
+        immediate: u32,
+    ) -> Result<Posted> {
+        let mut network = self.network.lock().unwrap();
+        let (memory, at) = network.at(from.index as u64, range.start, range.len());
+        let from = (memory, at..at + range.len());
+        let into = network.at(into.key, offset, range.len());
+        let done = (to, Event::Arrived { immediate });
+        Ok(network.start(Transfer { by: self.rank, to, from, into, done }))
+    }
+
+    fn get(
+        &mut self,
+        of: usize,
+        (from, offset): (RemoteRegion, usize),
+        (into, range): (Region, Range<usize>),
+        token: u64,
+    ) -> Result<Posted> {
+        let mut network = self.network.lock().unwrap();
+        let (memory, at) = network.at(from.key, offset, range.len());
+        let into = network.at(into.index as u64, range.start, range.len());
+        let done = (self.rank, Event::Got { token });
+        Ok(network.start(Transfer { by: self.rank, to: of, from: (memory, at..at + range.len()), into, done }))
+    }
+
+    fn poll(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        let mut network = self.network.lock().unwrap();
+        network.move_on(self.rank);
+        events.append(&mut network.events[self.rank]);
+        Ok(())
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn may_sleep(&mut self) -> bool {
+        false
+    }
+}
+
+impl Drop for Simulated {
+    fn drop(&mut self) {
+        let mut network = self.network.lock().unwrap();
+        network.gone[self.rank] = true;
+        let (to_it, others) = std::mem::take(&mut network.under_way).into_iter().partition(|t: &Transfer| t.to == self.rank);
+        network.under_way = others;
+        for Transfer { by, to, .. } in to_it {
+            network.events[by].push(Event::Failed { to: Some(to), why: "it has gone".to_owned() });
+        }
+    }
+}
