@@ -115,6 +115,22 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A rank of another node cannot be reached any more: its process or its node has ended, or the link is down.
+    #[error(
+        "rank {rank}, on another node, could not be reached while this rank was in {during} (epoch {epoch}): {why}. Check its \
+         process and the link; destroy this communicator and build one without it"
+    )]
+    PeerUnreachable {
+        /// The rank.
+        rank: usize,
+        /// What this rank was doing.
+        during: Operation,
+        /// The epoch, or the tag for point to point.
+        epoch: u64,
+        /// What the network says.
+        why: String,
+    },
+
     /// A rank's process has ended without leaving the communicator.
     #[error(
         "rank {rank} died while this rank was in {during} (epoch {epoch}): destroy this communicator and build one without it"

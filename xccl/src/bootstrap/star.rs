@@ -33,6 +33,7 @@ enum Role {
 pub(crate) struct Star {
     rank: usize,
     pids: Vec<u32>,
+    nodes: Vec<usize>,
     role: Role,
     inbox: Inbox,
     round: u64,
@@ -74,7 +75,8 @@ impl Star {
     }
 
     fn new(rank: usize, pids: Vec<u32>, role: Role) -> Star {
-        Star { rank, pids, role, inbox: Inbox::new(), round: 0 }
+        let nodes = vec![0; pids.len()];
+        Star { rank, pids, nodes, role, inbox: Inbox::new(), round: 0 }
     }
 
     fn join_as_member(id: &UniqueId, hello: &Hello, deadline: Instant) -> Result<Star> {
@@ -110,6 +112,22 @@ impl Star {
         }
     }
 
+    /// This rank.
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The node of each rank.
+    pub(crate) fn nodes(&self) -> &[usize] {
+        &self.nodes
+    }
+
+    /// Takes the ranks for those of several nodes.
+    #[cfg(test)]
+    pub(crate) fn pretend(&mut self, nodes: &[usize]) {
+        self.nodes = nodes.to_vec();
+    }
+
     /// The process of each rank, as rank 0 sees it.
     pub(crate) fn pids(&self) -> &[u32] {
         &self.pids
@@ -125,7 +143,7 @@ impl Star {
         self.round += 1;
         let own = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<std::io::Result<Vec<_>>>();
         let own: Part = (blob.to_vec(), own.map_err(|e| Error::os("dup", e))?);
-        let Star { rank, role, inbox, round, pids } = self;
+        let Star { rank, role, inbox, round, pids, .. } = self;
         match role {
             Role::Root { links } => {
                 let parts = collect(links, own, *round, inbox, deadline).and_then(|parts| {

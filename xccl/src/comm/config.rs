@@ -53,8 +53,9 @@ const RENDEZVOUS: usize = 5;
 const CMA: usize = 6;
 const UNEXPECTED: usize = 7;
 const KERNELS: usize = 8;
+const PROGRESS_THREAD: usize = 9;
 
-const OPTIONS: [(&str, &str); 9] = [
+const OPTIONS: [(&str, &str); 10] = [
     ("XCCL_TIMEOUT", "deadline of every blocking call, in seconds, or \"infinite\""),
     ("XCCL_MEMORY", "where shared segments come from: memfd or posix (/dev/shm)"),
     ("XCCL_HUGE_PAGES", "ask for huge pages: auto or never"),
@@ -69,6 +70,10 @@ const OPTIONS: [(&str, &str); 9] = [
     (
         "XCCL_KERNELS",
         "instruction set that wire formats are encoded with: auto, scalar, avx2, avx512, avx512bf16 or neon",
+    ),
+    (
+        "XCCL_PROGRESS_THREAD",
+        "where ranks are on several nodes, a thread per rank moves their traffic on while it computes: auto or never",
     ),
 ];
 
@@ -91,7 +96,11 @@ pub struct Config {
     pub(crate) cma: bool,
     pub(crate) unexpected_bytes: usize,
     pub(crate) kernels: Kernels,
+    pub(crate) progress_thread: bool,
     origins: [Origin; OPTIONS.len()],
+    /// Nodes and a network that only the tests of this process see.
+    #[cfg(test)]
+    pub(crate) pretence: Option<std::sync::Arc<crate::fabric::pretence::Pretence>>,
 }
 
 impl Default for Config {
@@ -106,7 +115,10 @@ impl Default for Config {
             cma: true,
             unexpected_bytes: 256 << 20,
             kernels: Kernels::Auto,
+            progress_thread: true,
             origins: [Origin::Default; OPTIONS.len()],
+            #[cfg(test)]
+            pretence: None,
         }
     }
 }
@@ -164,6 +176,7 @@ impl Config {
             RENDEZVOUS => self.rendezvous_bytes = bytes(64, 1 << 40)?,
             CMA => self.cma = auto(value)?,
             UNEXPECTED => self.unexpected_bytes = bytes(0, 1 << 40)?,
+            PROGRESS_THREAD => self.progress_thread = auto(value)?,
             _ => {
                 self.kernels = value.parse().map_err(|_| wrong("auto, scalar, avx2, avx512, avx512bf16 or neon"))?;
                 self.kernels.resolve(name)?;
@@ -244,6 +257,14 @@ impl Config {
         self.by_code(KERNELS)
     }
 
+    /// Whether, where the ranks are on several nodes, each has a thread that moves their traffic on while it computes or sleeps. It
+    /// sleeps itself while there is none. Without it, only calls that wait do, and what other ranks are waiting for stays where
+    /// it is while this one computes. Default: yes.
+    pub fn progress_thread(mut self, start: bool) -> Self {
+        self.progress_thread = start;
+        self.by_code(PROGRESS_THREAD)
+    }
+
     /// Every option with its value and where that comes from.
     pub fn settings(&self) -> Vec<Setting> {
         let auto = |yes: bool| if yes { "auto" } else { "never" }.to_owned();
@@ -260,6 +281,7 @@ impl Config {
             auto(self.cma),
             self.unexpected_bytes.to_string(),
             self.kernels.to_string(),
+            auto(self.progress_thread),
         ];
         let with_values = OPTIONS.iter().zip(values).zip(self.origins);
         with_values

@@ -31,7 +31,7 @@ impl HeapBuffer {
     }
 
     fn start(&self) -> *mut u8 {
-        self.comm.fabric.peer(self.comm.rank).heap.at_mut(self.offset, self.bytes)
+        self.comm.fabric.heap.at_mut(self.offset, self.bytes)
     }
 }
 

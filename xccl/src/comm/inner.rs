@@ -2,23 +2,28 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Config;
-use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC, SLEEPERS};
+use super::bells::Bells;
+use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC};
 use crate::bootstrap::{Star, UniqueId};
 use crate::error::{Error, Result};
+use crate::fabric::far::Far;
+use crate::fabric::plane::Trouble;
+use crate::fabric::progress::Mover;
 use crate::fabric::{self, Fabric, cma};
 use crate::memory::heap::HeapAllocator;
 use crate::memory::machine;
+use crate::memory::mapping::Mapping;
 use crate::memory::segment::Writers;
 use crate::p2p::calibration::{self, Calibration, CalibrationPoint};
 use crate::p2p::engine::P2p;
-use crate::sync::bell::{self, Place, Sleeper};
+use crate::sync::bell::{self, Sleeper};
 use crate::sync::cores::{CoreSharing, Cores};
 use crate::sync::liveness::Liveness;
 use crate::sync::progress::{self, Operation, Waiting};
@@ -28,6 +33,11 @@ use crate::sync::wait::{self, Patience, Phase};
 const RUNNING: u32 = 1;
 const ABORTED: u32 = 2;
 const LEFT: u32 = 3;
+
+/// How long a rank that leaves waits, at most, until what it has sent to far ranks is there.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// Sleeps where nobody moves the plane on meanwhile.
+const WITHOUT_MOVER: Duration = Duration::from_micros(200);
 
 /// "For ever", for interfaces that need an instant.
 const NO_DEADLINE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -50,6 +60,9 @@ pub(crate) struct CommInner {
     pub(crate) config: Config,
     pub(crate) layout: CommLayout,
     pub(crate) fabric: Fabric,
+    /// The node of each rank.
+    pub(crate) nodes: Vec<usize>,
+    bells: Arc<Bells>,
     pub(crate) heap: Mutex<HeapAllocator>,
     pub(crate) counters: Counters,
     pub(crate) p2p: P2p,
@@ -95,13 +108,19 @@ impl CommInner {
         let deadline = Instant::now() + config.timeout.unwrap_or(NO_DEADLINE);
         let layout = CommLayout::new(world_size, &config);
         let heap_bytes = HEAP_START + config.heap_bytes.next_multiple_of(4096);
-        fabric::check_memory("the communicator", layout.bytes + heap_bytes, world_size)?;
-
         let mut star = Star::join(id, rank, world_size, &config.description(), deadline)?;
-        let outboxes = fabric::exchange_segments(&mut star, &config, Ok(()), Writers::Owner, layout.bytes, deadline)?;
+        #[cfg(test)]
+        if let Some(pretence) = &config.pretence {
+            star.pretend(&pretence.nodes);
+        }
+        let nodes = star.nodes().to_vec();
+        let ranks_here = nodes.iter().filter(|&&node| node == nodes[rank]).count();
+        let bytes = layout.bytes + heap_bytes;
+        let enough = fabric::check_memory("the communicator", bytes, ranks_here);
+        let outboxes = fabric::exchange_segments(&mut star, &config, enough, Writers::Owner, layout.bytes, deadline)?;
         let heaps = fabric::exchange_segments(&mut star, &config, Ok(()), Writers::Anyone, heap_bytes, deadline)?;
         let pids = star.pids().to_vec();
-        let fabric = Fabric::new(outboxes, heaps, &pids);
+        let mut fabric = Fabric::new(outboxes, heaps, &pids, |_| Ok(Arc::new(Mapping::anonymous(layout.bytes)?)))?;
 
         let (config_hash, job) = (hash_of(format!("{:?}", config.description()).as_bytes()), hash_of(id.as_bytes()));
         let header = |rank: usize| Header {
@@ -130,9 +149,12 @@ impl CommInner {
         let parts = star.exchange(&blob, &[], deadline)?;
         let mut cores = Vec::with_capacity(world_size);
         for (peer, (blob, _)) in parts.iter().enumerate() {
-            check_header(&fabric, peer, &header(peer))?;
             let probe: Probe = fabric::decode(blob)?;
-            calibrate &= peer >= 2 || probe.calibrate;
+            calibrate &= (peer >= 2 || probe.calibrate) && nodes[peer] == nodes[0];
+            if nodes[peer] != nodes[rank] {
+                continue;
+            }
+            check_header(&fabric, peer, &header(peer))?;
             let mut seen = [0; 8];
             let readable =
                 config.cma && cma::read(pids[peer], probe.address, &mut seen).is_ok() && seen == MAGIC.to_ne_bytes();
@@ -142,6 +164,22 @@ impl CommInner {
         // And everybody has tried to read everybody once this is through.
         star.exchange(&[], &[], deadline)?;
         drop(probe);
+
+        let bells = Arc::new(Bells::new(&fabric, world_size, &layout));
+        if ranks_here < world_size {
+            let endpoint = fabric::open_endpoint(&config, id, &star)?;
+            let progress_thread = config.progress_thread;
+            let mover = |plane| {
+                let bells = bells.clone();
+                let heard = move |source: usize| {
+                    bell::publish_fence();
+                    bells.ring_waiting(source);
+                };
+                if progress_thread { Mover::start(plane, heard) } else { Mover::none() }
+            };
+            fabric.far = Some(Far::connect(&mut star, endpoint, &fabric, &layout, mover, deadline)?);
+        }
+        let liveness = Liveness::watch(pids.iter().zip(&nodes).map(|(&pid, &node)| (node == nodes[rank]).then_some(pid)));
 
         let alone = CoreSharing::of(&cores);
         let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
@@ -158,7 +196,7 @@ impl CommInner {
             counters: Counters::default(),
             star: Mutex::new(star),
             barriers: Mutex::new(0),
-            liveness: Liveness::watch(&pids),
+            liveness,
             first_dead: OnceLock::new(),
             patience: Patience::for_sharing(&core_sharing),
             core_sharing,
@@ -166,6 +204,8 @@ impl CommInner {
             config,
             layout,
             fabric,
+            nodes,
+            bells,
         };
         if calibrate && comm.can_read(0, 1) && comm.can_read(1, 0) {
             comm.calibrate(deadline)?;
@@ -203,36 +243,41 @@ impl CommInner {
     /// To be called after publishing a word that only `peer` waits for.
     pub(crate) fn notify(&self, peer: usize) {
         bell::publish_fence();
-        self.ring_if_waiting(peer);
-    }
-
-    /// To be called after publishing a word that any rank may wait for.
-    pub(crate) fn notify_all(&self) {
-        bell::publish_fence();
-        for word in 0..self.world_size.div_ceil(bell::PER_WORD) {
-            let first = word * bell::PER_WORD;
-            // Anyone may have written there.
-            let peers = bell::sleepers(self.sleepers(first)).map(|i| first + i).filter(|&peer| peer < self.world_size);
-            peers.for_each(|peer| self.ring_if_waiting(peer));
-        }
-    }
-
-    /// The word of the list of sleepers that has `rank`.
-    fn sleepers(&self, rank: usize) -> &AtomicU64 {
-        self.fabric.peer(0).heap.word64(SLEEPERS + rank / bell::PER_WORD * 8)
-    }
-
-    fn ring_if_waiting(&self, peer: usize) {
-        let to = self.fabric.peer(peer);
-        if bell::ring_if_waiting(to.outbox.word32(self.layout.sleep), to.heap.word32(BELL), self.rank) {
+        if self.bells.ring_if_waiting(peer, self.rank) {
             self.counters.wake_ups.fetch_add(1, Relaxed);
         }
     }
 
+    /// To be called after publishing a word that any rank of this node may wait for.
+    pub(crate) fn notify_all(&self) {
+        bell::publish_fence();
+        let rung = self.bells.ring_waiting(self.rank);
+        if rung > 0 {
+            self.counters.wake_ups.fetch_add(rung, Relaxed);
+        }
+    }
+
+    /// Takes what has come from far ranks, and sends what waits for room.
+    #[cold]
+    fn move_on(&self, far: &Far) {
+        far.plane.progress(|source| {
+            bell::publish_fence();
+            self.bells.ring_waiting(source);
+        });
+    }
+
     /// Looks a few times whether `ready` gives a value.
     #[inline]
-    pub(crate) fn briefly<T>(&self, ready: impl FnMut() -> Option<T>) -> Option<T> {
-        wait::briefly(&self.patience, ready)
+    pub(crate) fn briefly<T>(&self, mut ready: impl FnMut() -> Option<T>) -> Option<T> {
+        match &self.fabric.far {
+            None => wait::briefly(&self.patience, ready),
+            Some(far) => wait::briefly(&self.patience, || {
+                ready().or_else(|| {
+                    self.move_on(far);
+                    ready()
+                })
+            }),
+        }
     }
 
     /// Waits until `ready` gives a value, or until there is a reason to give up.
@@ -264,14 +309,31 @@ impl CommInner {
     }
 
     #[cold]
-    fn wait_slowly<T>(&self, call: &mut Call, what: Waiting, ready: impl FnMut() -> Option<T>) -> Result<T> {
+    fn wait_slowly<T>(&self, call: &mut Call, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
         let sleep = self.fabric.outbox.word32(self.layout.sleep);
-        let bell = self.fabric.peer(self.rank).heap.word32(BELL);
+        let bell = self.fabric.heap.word32(BELL);
         let waits_for = what.peer.map_or(bell::ANYONE, bell::only);
-        let place = Place::new(self.sleepers(self.rank), self.rank);
-        self.wait_with(call, what, ready, |slice, ready| {
+        let place = self.bells.place(self.rank);
+        let doze = |slice, ready: &mut dyn FnMut() -> bool| {
             self.sleeper.sleep_unless((place, sleep), waits_for, bell, slice, ready);
-        })
+        };
+        let Some(far) = &self.fabric.far else { return self.wait_with(call, what, ready, doze) };
+        let looks = || {
+            ready().or_else(|| {
+                self.move_on(far);
+                ready()
+            })
+        };
+        // What it waits for may be a far rank, or a near one that waits for a far one.
+        far.mover.attend();
+        let result = self.wait_with(call, what, looks, |slice, ready| {
+            let slice = if far.mover.is_running() { slice } else { slice.min(WITHOUT_MOVER) };
+            far.mover.leave(true);
+            doze(slice, ready);
+            far.mover.attend();
+        });
+        far.mover.leave(false);
+        result
     }
 
     fn wait_with<T>(
@@ -314,6 +376,16 @@ impl CommInner {
         if let Some(rank) = self.dead_rank() {
             return Err(Error::PeerDied { rank, during, epoch: what.epoch });
         }
+        let trouble = self.fabric.far.as_ref().and_then(|far| far.plane.trouble(|rank| self.state(rank) != LEFT));
+        match trouble {
+            Some(Trouble::Lost { rank, why }) => {
+                return Err(Error::PeerUnreachable { rank, during, epoch: what.epoch, why });
+            }
+            Some(Trouble::Corrupt { rank, what, value, limit }) => {
+                return Err(Error::Corrupt { rank, what, value, limit });
+            }
+            None => {}
+        }
         let others_left = || (0..self.world_size).find(|&r| r != self.rank && self.state(r) == LEFT);
         let all_left = || (0..self.world_size).all(|r| r == self.rank || self.state(r) == LEFT);
         let left = match what.peer {
@@ -332,7 +404,13 @@ impl CommInner {
     }
 
     fn timed_out(&self, what: &Waiting, waited: Duration) -> Error {
-        let describe = |rank: usize| progress::describe(&self.fabric.peer(rank).outbox, self.layout.progress, rank);
+        let describe = |rank: usize| match self.fabric.far_to(rank) {
+            None => progress::describe(&self.fabric.peer(rank).outbox, self.layout.progress, rank),
+            Some(far) => match far.plane.last_heard(rank) {
+                Some(ago) => format!("rank {rank} is on another node (node {}), last heard of {ago:?} ago", self.nodes[rank]),
+                None => format!("rank {rank} is on another node (node {}), and has not been heard of", self.nodes[rank]),
+            },
+        };
         let waited_for = match what.peer {
             Some(peer) => describe(peer),
             None => {
@@ -372,6 +450,7 @@ impl CommInner {
         let epoch = *barriers + 1;
         crate::sync::epoch::publish(self.fabric.outbox.word64(self.layout.barrier), epoch);
         self.notify_all();
+        self.fabric.far().for_each(|(rank, far)| far.tell(rank, self.layout.barrier, epoch));
         let mut call = Call::default();
         for peer in 0..self.world_size {
             let word = self.fabric.peer(peer).outbox.word64(self.layout.barrier);
@@ -390,7 +469,19 @@ impl CommInner {
     fn end(&self, state: u32) {
         self.fabric.outbox.word32(self.layout.state).store(state, Release);
         bell::publish_fence();
-        self.fabric.peers().iter().for_each(|peer| bell::ring(peer.heap.word32(BELL)));
+        self.bells.ring_all();
+        self.fabric.far().for_each(|(rank, far)| far.tell32(rank, self.layout.state, state));
+    }
+
+    /// Waits until far ranks have what was sent to them, since nobody moves it on afterwards: not for those that have left or
+    /// cannot be reached, and not for long.
+    fn see_off(&self, far: &Far) {
+        let until = Instant::now() + self.config.timeout.unwrap_or(FAREWELL).min(FAREWELL);
+        let is_through = |rank: usize| self.state(rank) == LEFT || far.plane.is_settled(rank);
+        while !self.fabric.far().all(|(rank, _)| is_through(rank)) && Instant::now() < until {
+            self.move_on(far);
+            std::thread::sleep(WITHOUT_MOVER);
+        }
     }
 }
 
@@ -398,6 +489,9 @@ impl Drop for CommInner {
     fn drop(&mut self) {
         if self.state(self.rank) != ABORTED {
             self.end(LEFT);
+        }
+        if let Some(far) = &self.fabric.far {
+            self.see_off(far);
         }
     }
 }

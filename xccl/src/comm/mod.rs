@@ -1,6 +1,9 @@
 //! The communicator: a group of ranks that can reach each other's memory.
 
+mod bells;
 pub(crate) mod config;
+#[cfg(test)]
+pub(crate) mod far_tests;
 mod heap_buffer;
 pub(crate) mod inner;
 pub(crate) mod layout;
@@ -329,8 +332,8 @@ mod tests {
         let config = Config::default().heap_bytes(3 << 20);
         let plan = Communicator::memory_plan(1, &config);
         let comm = alone(config);
-        let peer = comm.inner.fabric.peer(0);
-        assert_eq!(peer.outbox.len(), plan.outbox_bytes);
-        assert_eq!(peer.heap.len(), plan.heap_bytes + layout::HEAP_START);
+        let fabric = &comm.inner.fabric;
+        assert_eq!(fabric.outbox.len(), plan.outbox_bytes);
+        assert_eq!(fabric.heap.len(), plan.heap_bytes + layout::HEAP_START);
     }
 }

@@ -1,37 +1,45 @@
 //! How this rank reaches each other rank's memory.
 //!
 //! This is the seam between planes. The layers above ask [`Fabric::peer`] for a rank and never map, open or read anything
-//! themselves. Today every peer is reached by load and store ([`shm`]); a plane of one-sided writes between nodes joins
-//! here, as a second kind of peer whose outbox is a landing zone on this node.
+//! themselves. What a rank has written into its outbox is read at the same offsets in either case:
+//! - of a *near* rank, on the same node, the outbox itself is mapped ([`shm`]);
+//! - of a *far* one there is a landing zone on this node, which it puts what concerns this rank into ([`plane`]).
 
 pub(crate) mod cma;
 pub(crate) mod endpoint;
+pub(crate) mod far;
 pub(crate) mod plane;
+#[cfg(test)]
+pub(crate) mod pretence;
+pub(crate) mod progress;
 pub(crate) mod shm;
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Instant;
 
+use endpoint::Endpoint;
+use far::Far;
 use serde::{Deserialize, Serialize};
 
-use crate::bootstrap::Star;
+use crate::bootstrap::{Star, UniqueId};
 use crate::comm::Config;
 use crate::error::{Error, Result};
 use crate::memory::machine;
 use crate::memory::mapping::Mapping;
 use crate::memory::segment::{OwnSegment, Writers, map_peer};
 
-/// This rank's outbox and every rank's, mapped.
-pub(crate) struct Outboxes {
+/// This rank's segment and those of the ranks of its node, mapped.
+pub(crate) struct Segments {
     pub(crate) own: Mapping,
-    /// By rank, this rank's own (mapped read-only a second time) included.
-    pub(crate) peers: Vec<Mapping>,
+    /// By rank, this rank's own (outboxes read-only) included; `None` for far ones.
+    pub(crate) peers: Vec<Option<Mapping>>,
 }
 
 /// What a rank says of its segment: its bytes, the descriptor being sent along; or why it has none.
 type Announcement = std::result::Result<u64, String>;
 
-/// Creates a segment on every rank and maps all of them. Collective: a rank that cannot go on, for what has gone wrong
+/// Creates a segment on every rank and maps those of this node. Collective: a rank that cannot go on, for what has gone wrong
 /// `before` or since its segment cannot be created, says so to the others instead of leaving them to wait.
 ///
 /// # Errors
@@ -43,7 +51,7 @@ pub(crate) fn exchange_segments(
     writers: Writers,
     bytes: usize,
     deadline: Instant,
-) -> Result<Outboxes> {
+) -> Result<Segments> {
     let created = before.and_then(|()| OwnSegment::create(config.memory, writers, bytes, config.huge_pages));
     let announcement: Announcement = created.as_ref().map(|_| bytes as u64).map_err(|err| err.to_string());
     let fds: Vec<_> = created.iter().map(|segment| segment.for_peers.as_fd()).collect();
@@ -51,6 +59,7 @@ pub(crate) fn exchange_segments(
     // Its own failure is what a rank reports first.
     let (created, parts) = (created?, parts?);
     let mut peers = Vec::with_capacity(parts.len());
+    let is_near = |rank: usize| star.nodes()[rank] == star.nodes()[star.rank()];
     for (rank, (blob, fds)) in parts.into_iter().enumerate() {
         let announced = decode::<Announcement>(&blob)?.map_err(|why| Error::Bootstrap {
             during: "creating shared memory",
@@ -64,15 +73,29 @@ pub(crate) fn exchange_segments(
                 ours: bytes.to_string(),
             });
         }
+        if !is_near(rank) {
+            peers.push(None);
+            continue;
+        }
         let fd = fds.into_iter().next().ok_or(Error::Corrupt {
             rank,
             what: "its segment's descriptors",
             value: 0,
             limit: 1,
         })?;
-        peers.push(map_peer(fd, rank, config.memory, writers, bytes)?);
+        peers.push(Some(map_peer(fd, rank, config.memory, writers, bytes)?));
     }
-    Ok(Outboxes { own: created.mapping, peers })
+    Ok(Segments { own: created.mapping, peers })
+}
+
+/// Opens this rank's place on the network.
+pub(crate) fn open_endpoint(config: &Config, id: &UniqueId, star: &Star) -> Result<Box<dyn Endpoint>> {
+    #[cfg(test)]
+    if let Some(pretence) = &config.pretence {
+        return Ok(Box::new(pretence.endpoint(id, star.rank(), star.nodes().len())));
+    }
+    let _ = (config, id, star);
+    todo!()
 }
 
 /// Refuses sizes that this machine cannot hold once every page has been touched.
@@ -99,23 +122,61 @@ pub(crate) fn decode<'a, T: Deserialize<'a>>(blob: &'a [u8]) -> Result<T> {
 /// The memories of all ranks of a communicator.
 pub(crate) struct Fabric {
     /// This rank's outbox, writable.
-    pub(crate) outbox: Mapping,
-    peers: Vec<shm::Peer>,
+    pub(crate) outbox: Arc<Mapping>,
+    /// This rank's symmetric heap.
+    pub(crate) heap: Arc<Mapping>,
+    peers: Vec<Peer>,
+    /// The ranks of other nodes, if there are any.
+    pub(crate) far: Option<Far>,
+}
+
+/// How one rank is reached.
+pub(crate) struct Peer {
+    /// Its outbox, or where what it puts of that lands: read-only.
+    pub(crate) outbox: Arc<Mapping>,
+    /// What else there is of a rank of this node.
+    pub(crate) near: Option<shm::Near>,
 }
 
 impl Fabric {
-    pub(crate) fn new(outboxes: Outboxes, heaps: Outboxes, pids: &[u32]) -> Self {
-        let peers = outboxes.peers.into_iter().zip(heaps.peers).zip(pids);
-        let peers = peers.map(|((outbox, heap), &pid)| shm::Peer { outbox, heap, pid }).collect();
-        Fabric { outbox: outboxes.own, peers }
+    /// Of `segments`, the outboxes and the heaps. `landing` has the landing zones of far ranks.
+    pub(crate) fn new(
+        outboxes: Segments,
+        heaps: Segments,
+        pids: &[u32],
+        mut landing: impl FnMut(usize) -> Result<Arc<Mapping>>,
+    ) -> Result<Self> {
+        let peer = |(rank, ((outbox, heap), &pid)): (usize, ((Option<Mapping>, Option<Mapping>), &u32))| {
+            Ok(match (outbox, heap) {
+                (Some(outbox), Some(heap)) => {
+                    Peer { outbox: Arc::new(outbox), near: Some(shm::Near { heap: Arc::new(heap), pid }) }
+                }
+                _ => Peer { outbox: landing(rank)?, near: None },
+            })
+        };
+        let peers = outboxes.peers.into_iter().zip(heaps.peers).zip(pids).enumerate();
+        let peers = peers.map(peer).collect::<Result<_>>()?;
+        Ok(Fabric { outbox: Arc::new(outboxes.own), heap: Arc::new(heaps.own), peers, far: None })
     }
 
     /// How `rank` is reached. `rank` was checked before.
-    pub(crate) fn peer(&self, rank: usize) -> &shm::Peer {
+    pub(crate) fn peer(&self, rank: usize) -> &Peer {
         &self.peers[rank]
     }
 
-    pub(crate) fn peers(&self) -> &[shm::Peer] {
-        &self.peers
+    /// The ranks of this node, with what there is of them.
+    pub(crate) fn near(&self) -> impl Iterator<Item = (usize, &Peer, &shm::Near)> {
+        self.peers.iter().enumerate().filter_map(|(rank, peer)| Some((rank, peer, peer.near.as_ref()?)))
+    }
+
+    /// The way to `rank`, if that is a far one.
+    pub(crate) fn far_to(&self, rank: usize) -> Option<&Far> {
+        self.far.as_ref().filter(|_| self.peers[rank].near.is_none())
+    }
+
+    /// The far ranks, with the way to them.
+    pub(crate) fn far(&self) -> impl Iterator<Item = (usize, &Far)> {
+        let far = self.far.iter().flat_map(|far| (0..self.peers.len()).map(move |rank| (rank, far)));
+        far.filter(|(rank, _)| self.peers[*rank].near.is_none())
     }
 }

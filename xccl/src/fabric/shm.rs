@@ -1,13 +1,13 @@
-//! A rank on the same machine: its memory is mapped.
+//! A rank on the same node: its memory is mapped.
+
+use std::sync::Arc;
 
 use crate::memory::mapping::Mapping;
 
-/// The mapped memory of one rank.
-pub(crate) struct Peer {
-    /// Its outbox, read-only.
-    pub(crate) outbox: Mapping,
+/// What there is of a near rank beside its outbox.
+pub(crate) struct Near {
     /// Its symmetric heap, writable.
-    pub(crate) heap: Mapping,
+    pub(crate) heap: Arc<Mapping>,
     /// Its process, for reading private memory.
     pub(crate) pid: u32,
 }

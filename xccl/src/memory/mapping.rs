@@ -9,6 +9,7 @@ use super::layout::LINE;
 use crate::error::{Error, Result};
 
 /// A mapped segment. Offsets are checked on every access; what lies there may change at any time.
+#[derive(Debug)]
 pub(crate) struct Mapping {
     raw: MmapRaw,
     writable: bool,

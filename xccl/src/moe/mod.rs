@@ -306,6 +306,7 @@ impl Moe {
             let enough = fabric::check_memory("the MoE handle", layout.bytes, comm.world_size);
             fabric::exchange_segments(&mut star, &comm.config, enough, Writers::Owner, layout.bytes, deadline)?
         };
+        let peers: Vec<Mapping> = outboxes.peers.into_iter().flatten().collect();
         let (own, areas) = layout.split(outboxes.own);
         let local = placement.local(comm.rank).len();
         let flights = areas.map(|areas: [Area; AREAS]| {
@@ -326,7 +327,7 @@ impl Moe {
         let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: 0 };
         let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
         let (lanes, ways) = (RefCell::default(), RefCell::default());
-        Ok(Moe { comm, config, layout, placement, kernels, own, peers: outboxes.peers, state, lanes, ways })
+        Ok(Moe { comm, config, layout, placement, kernels, own, peers, state, lanes, ways })
     }
 
     /// The configuration.

@@ -123,6 +123,8 @@ pub(super) struct Incoming {
     unexpected: TagQueues<Message>,
     held_bytes: usize,
     started: u64,
+    /// By far source, bytes of the ring that were copied out since it was last told.
+    untold: Vec<usize>,
 }
 
 impl Incoming {
@@ -138,6 +140,7 @@ impl Incoming {
             unexpected: TagQueues::new(world_size),
             held_bytes: 0,
             started: 0,
+            untold: vec![0; world_size],
         }
     }
 
@@ -267,16 +270,26 @@ impl Incoming {
             _ => return Ok(None),
         }
         self.traffic.count(buffer.len());
-        self.release(comm, source, kind);
+        self.release(comm, source, kind, buffer.len());
         Ok(Some(Status { source, tag, len: buffer.len() }))
     }
 
     /// Tells the sender that the next slot of `source` was copied out.
-    fn release(&mut self, comm: &CommInner, source: usize, kind: u32) {
+    /// `payload` is how much of the ring is free with it.
+    fn release(&mut self, comm: &CommInner, source: usize, kind: u32, payload: usize) {
         let n = self.next[source];
         self.next[source] = n + 1;
         self.taken += 1;
         ring::release(comm.fabric.outbox.word64(comm.layout.consumed(source)), n + 1);
+        if let Some(far) = comm.fabric.far_to(source) {
+            self.untold[source] += payload;
+            // A message of its own for each slot would cost more than the slot: the sender has room for the rest meanwhile.
+            if (n + 1).is_multiple_of(SLOTS as u64 / 4) || self.untold[source] >= comm.layout.ring_bytes / 4 {
+                self.untold[source] = 0;
+                far.tell(source, comm.layout.consumed(source), n + 1);
+            }
+            return;
+        }
         // The sender sleeps only when slots or payload ran out. For slots it is enough to tell it now and then: the fence
         // costs a fifth of a short message. What is left untold meanwhile is found at the end of its slice of sleep.
         if kind != INLINE || n.is_multiple_of(SLOTS as u64 / 4) {
@@ -321,7 +334,12 @@ impl Incoming {
             RING => return corrupt("a piece's length", b, len as u64),
             kind => return corrupt("a message's kind", kind.into(), PRIVATE.into()),
         }
-        self.release(comm, source, kind);
+        let payload = match kind {
+            RING => b as usize,
+            MORE => len,
+            _ => 0,
+        };
+        self.release(comm, source, kind, payload);
         Ok(true)
     }
 
@@ -471,6 +489,11 @@ fn piece_in_ring(comm: &CommInner, source: usize, at: u64, bytes: usize) -> Resu
 fn copy_out(comm: &CommInner, message: &Message, buffer: &mut [u8]) -> Result<()> {
     let source = message.source;
     let peer = comm.fabric.peer(source);
+    // Only a broken peer describes a payload that cannot be reached from here.
+    let near = || {
+        let corrupt = Error::Corrupt { rank: source, what: "the kind of a message from another node", value: 0, limit: 0 };
+        peer.near.as_ref().ok_or(corrupt)
+    };
     let (rendezvous, copied) = match &message.held {
         Held::Inline(body) => {
             buffer.copy_from_slice(&body[..message.len]);
@@ -482,15 +505,16 @@ fn copy_out(comm: &CommInner, message: &Message, buffer: &mut [u8]) -> Result<()
         }
         Held::Heap { offset, rendezvous } => {
             let end = offset.checked_add(message.len as u64);
-            let limit = peer.heap.len() as u64;
+            let heap = &near()?.heap;
+            let limit = heap.len() as u64;
             if end.is_none_or(|end| end > limit) {
                 return Err(Error::Corrupt { rank: source, what: "an offset in its heap", value: *offset, limit });
             }
-            peer.heap.read(*offset as usize, buffer);
+            heap.read(*offset as usize, buffer);
             (*rendezvous, Ok(()))
         }
         Held::Private { address, rendezvous } => {
-            (*rendezvous, cma::read(peer.pid, *address, buffer).map_err(|e| Error::os("process_vm_readv", e)))
+            (*rendezvous, cma::read(near()?.pid, *address, buffer).map_err(|e| Error::os("process_vm_readv", e)))
         }
     };
     // The copy first: were it of bytes that the sender has changed since, it would have withdrawn them before.

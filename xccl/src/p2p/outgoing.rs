@@ -238,7 +238,7 @@ impl Outgoing {
         let slot = self.slot(comm, to);
         slot.set_head(Head { tag: send.tag, kind, len: send.bytes.as_slice().len() as u64 });
         slot.set_numbers([at, self.rendezvous]);
-        self.publish(slot);
+        self.publish(comm, to, slot, None);
         true
     }
 
@@ -252,7 +252,8 @@ impl Outgoing {
         let Some((at, piece)) = self.room(comm, to, data.len(), send.done) else { return false };
         let layout = &comm.layout;
         let piece = &data[send.done..send.done + piece];
-        comm.fabric.outbox.write(layout.payload(to) + (at % layout.ring_bytes as u64) as usize, piece);
+        let in_ring = (at % layout.ring_bytes as u64) as usize;
+        comm.fabric.outbox.write(layout.payload(to) + in_ring, piece);
         self.head = at + piece.len() as u64;
         let slot = self.slot(comm, to);
         match send.done {
@@ -260,8 +261,9 @@ impl Outgoing {
             _ => slot.set_head(Head { tag: send.tag, kind: MORE, len: piece.len() as u64 }),
         }
         slot.set_numbers([at, piece.len() as u64]);
+        let payload = (layout.payload(to) + in_ring, in_ring, piece.len());
         send.done += piece.len();
-        self.publish(slot);
+        self.publish(comm, to, slot, Some(payload));
         true
     }
 
@@ -269,7 +271,7 @@ impl Outgoing {
         let slot = self.slot(comm, to);
         slot.set_head(Head { tag, kind: INLINE, len: data.len() as u64 });
         slot.set_body(data);
-        self.publish(slot);
+        self.publish(comm, to, slot, None);
     }
 
     /// The next slot, which is free.
@@ -277,8 +279,12 @@ impl Outgoing {
         Slot(comm.fabric.outbox.line(comm.layout.slot(to, self.next)))
     }
 
-    fn publish(&mut self, slot: Slot<'_>) {
+    /// Hands the slot to the receiver. `payload` is what has come into the ring with it: offset in the outbox and in the ring, bytes.
+    fn publish(&mut self, comm: &CommInner, to: usize, slot: Slot<'_>, payload: Option<(usize, usize, usize)>) {
         ring::complete(slot.turn(), self.next);
+        if let Some(far) = comm.fabric.far_to(to) {
+            far.message(to, payload, comm.layout.slot(to, self.next), slot.words());
+        }
         self.ends[(self.next % SLOTS as u64) as usize] = self.head;
         self.next += 1;
     }
@@ -312,7 +318,10 @@ impl Outgoing {
         if send.done > 0 {
             return None;
         }
-        let heap = &comm.fabric.peer(comm.rank).heap;
+        if comm.fabric.far_to(to).is_some() {
+            return None;
+        }
+        let heap = &comm.fabric.heap;
         let (start, address) = (heap.at(0, 0) as usize, data.as_ptr() as usize);
         if address >= start && address + data.len() <= start + heap.len() {
             return (data.len() >= comm.config.rendezvous_bytes).then_some((HEAP, (address - start) as u64));

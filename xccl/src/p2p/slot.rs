@@ -47,6 +47,11 @@ impl<'a> Slot<'a> {
         &self.0[0]
     }
 
+    /// All of it, for a receiver that cannot read it here.
+    pub(super) fn words(self) -> [u64; 8] {
+        std::array::from_fn(|i| self.0[i].load(Relaxed))
+    }
+
     pub(super) fn head(self) -> Head {
         let [head, len] = [HEAD, LEN].map(|i| self.0[i].load(Relaxed));
         Head { tag: head as u32, kind: (head >> 32) as u32, len }

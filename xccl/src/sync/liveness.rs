@@ -13,11 +13,11 @@ pub(crate) struct Liveness {
 
 impl Liveness {
     /// Watches the process of each rank. A process that this one cannot see (another pid namespace) is not watched: its
-    /// death then ends in a deadline.
-    pub(crate) fn watch(pids: &[u32]) -> Self {
+    /// death then ends in a deadline. Nor is a rank of another node, which has `None`.
+    pub(crate) fn watch(pids: impl Iterator<Item = Option<u32>>) -> Self {
         let own = std::process::id();
-        let others = pids.iter().enumerate().filter(|&(_, &pid)| pid != own && pid != 0);
-        let pidfds = others.filter_map(|(rank, &pid)| Some((rank, pidfd_open(pid)?))).collect();
+        let others = pids.enumerate().filter_map(|(rank, pid)| Some((rank, pid.filter(|&pid| pid != own && pid != 0)?)));
+        let pidfds = others.filter_map(|(rank, pid)| Some((rank, pidfd_open(pid)?))).collect();
         Liveness { pidfds }
     }
 

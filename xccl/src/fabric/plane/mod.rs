@@ -31,6 +31,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex, TryLockError};
+use std::time::{Duration, Instant};
 
 use record::{Record, WORDS};
 pub(crate) use record::{Change, Update};
@@ -141,6 +142,8 @@ struct Peer {
     /// Batches that have not left: their puts, with the batch's number, and their records with how many puts each has.
     puts: VecDeque<(u64, Put)>,
     batches: VecDeque<(Record, u32)>,
+    /// When its last batch was applied.
+    last_heard: Option<Instant>,
     /// Whether it is one of [`State::held_up`].
     held_up: bool,
     trouble: Option<Trouble>,
@@ -320,6 +323,12 @@ impl Plane {
         troubled.filter_map(|(_, peer)| peer.as_ref()?.trouble.clone()).next()
     }
 
+    /// How long ago a batch of `rank` was last applied.
+    pub(crate) fn last_heard(&self, rank: usize) -> Option<Duration> {
+        let ago = lock(&self.state).peers[rank].as_ref()?.last_heard?.elapsed();
+        Some(Duration::from_millis(ago.as_millis() as u64))
+    }
+
     /// What was sent to far ranks.
     pub(crate) fn moved(&self) -> Moved {
         let state = lock(&self.state);
@@ -357,6 +366,7 @@ impl Peer {
             arrived: [Arrival::default(); RECORDS as usize],
             puts: VecDeque::new(),
             batches: VecDeque::new(),
+            last_heard: None,
             held_up: false,
             trouble: None,
             moved: Moved::default(),
@@ -539,7 +549,7 @@ impl State {
             }
             peer.taken = peer.taken.max(record.taken());
             *peer.arrival(number) = Arrival::default();
-            peer.applied = number;
+            (peer.applied, peer.last_heard) = (number, Some(Instant::now()));
             self.heard[source] = true;
             for update in record.updates() {
                 if let Err(trouble) = self.update(source, update) {

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::fabric::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
 use crate::memory::mapping::Mapping;
 
+#[derive(Debug)]
 struct Transfer {
     by: usize,
     to: usize,
@@ -20,6 +21,7 @@ struct Transfer {
     done: (usize, Event),
 }
 
+#[derive(Debug)]
 struct Network {
     random: StdRng,
     /// By key, the memory and whose it is.
@@ -33,6 +35,7 @@ struct Network {
 }
 
 /// One rank's place on the simulated network.
+#[derive(Debug)]
 pub(crate) struct Simulated {
     rank: usize,
     network: Arc<Mutex<Network>>,

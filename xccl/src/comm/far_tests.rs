@@ -1,0 +1,138 @@
+//! Ranks of several nodes, which are threads of this process on a simulated network that reorders and delays.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::Source;
+use crate::fabric::pretence::Pretence;
+
+/// Runs `body` on every rank, each on a thread of its own; `nodes` says where the ranks are.
+pub(crate) fn on_nodes<T: Send>(
+    nodes: &[usize],
+    seed: u64,
+    config: Config,
+    body: impl Fn(Communicator) -> T + Sync,
+) -> Vec<T> {
+    let id = UniqueId::new().unwrap();
+    let depth = 1 + (seed % 40) as usize;
+    let mut config = config;
+    config.pretence = Some(Arc::new(Pretence::new(nodes.to_vec(), depth, seed)));
+    std::thread::scope(|s| {
+        let rank = |rank| {
+            let (config, id, body) = (config.clone(), &id, &body);
+            s.spawn(move || body(Communicator::init(rank, nodes.len(), id, config).unwrap()))
+        };
+        let ranks: Vec<_> = (0..nodes.len()).map(rank).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+fn quick() -> Config {
+    Config::default().timeout(Some(Duration::from_secs(20))).heap_bytes(1 << 16)
+}
+
+/// The nodes of two to six ranks, of which two at least differ.
+fn nodes() -> impl Strategy<Value = Vec<usize>> {
+    prop::collection::vec(0usize..3, 2..7).prop_filter("several nodes", |nodes| nodes.iter().any(|n| *n != nodes[0]))
+}
+
+fn payload(from: usize, to: usize, n: usize, len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i * 31 + from * 7 + to * 3 + n) as u8).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn messages_of_all_sizes_arrive_in_order(
+        nodes in nodes(), seed: u64, thread: bool,
+        sizes in prop::collection::vec(prop_oneof![0usize..64, 0usize..5000, 0usize..400_000], 1..12),
+    ) {
+        let ranks = nodes.len();
+        let config = quick().progress_thread(thread).p2p_ring_bytes(16 << 10);
+        on_nodes(&nodes, seed, config, |comm| {
+            let me = comm.rank();
+            comm.barrier().unwrap();
+            let data: Vec<Vec<Vec<u8>>> = (0..ranks)
+                .map(|to| sizes.iter().enumerate().map(|(n, &len)| payload(me, to, n, len)).collect())
+                .collect();
+            comm.scope(|scope| {
+                let mut requests = vec![];
+                for (to, data) in data.iter().enumerate() {
+                    for data in data {
+                        requests.push(scope.isend(to, 5, data).unwrap());
+                    }
+                }
+                for from in 0..ranks {
+                    for (n, &len) in sizes.iter().enumerate() {
+                        let mut buffer = vec![0; len + 3];
+                        let status = comm.recv(from, 5, &mut buffer).unwrap();
+                        assert_eq!((status.source, status.len), (from, len));
+                        assert!(buffer[..len] == payload(from, me, n, len), "message {n} of {len} bytes from {from}");
+                    }
+                }
+                requests.into_iter().try_for_each(|request| request.wait().map(|_| ()))
+            })
+            .unwrap();
+            comm.barrier().unwrap();
+        });
+    }
+}
+
+#[test]
+fn anyone_may_send_and_what_was_sent_survives_its_sender() {
+    on_nodes(&[0, 1, 1, 0], 3, quick(), |comm| {
+        if comm.rank() > 0 {
+            comm.send(0, 9, &vec![comm.rank() as u8; 30_000]).unwrap();
+            comm.send(0, 9, b"").unwrap();
+            return;
+        }
+        let mut from = vec![];
+        for _ in 1..4 {
+            let mut buffer = vec![0; 30_000];
+            let status = comm.recv(Source::Any, 9, &mut buffer).unwrap();
+            assert_eq!(buffer, vec![status.source as u8; 30_000]);
+            assert_eq!(comm.recv(status.source, 9, &mut buffer).unwrap().len, 0);
+            from.push(status.source);
+        }
+        from.sort();
+        assert_eq!(from, [1, 2, 3]);
+    });
+}
+
+#[test]
+fn an_abort_ends_the_waits_of_other_nodes() {
+    on_nodes(&[0, 1, 2], 4, quick(), |comm| match comm.rank() {
+        1 => comm.abort(),
+        _ => {
+            let error = comm.recv(Source::Any, 1, &mut []).unwrap_err();
+            assert!(matches!(error, Error::Aborted { by: 1, .. }), "{error}");
+        }
+    });
+}
+
+#[test]
+fn who_leaves_without_a_message_is_named_on_other_nodes() {
+    on_nodes(&[0, 1], 5, quick(), |comm| {
+        if comm.rank() == 0 {
+            let error = comm.recv(1, 1, &mut []).unwrap_err();
+            assert!(matches!(error, Error::PeerLeft { rank: 1, .. }), "{error}");
+        }
+    });
+}
+
+#[test]
+fn a_deadline_says_when_a_far_rank_was_last_heard_of() {
+    on_nodes(&[0, 1], 6, quick().timeout(Some(Duration::from_millis(300))), |comm| {
+        comm.barrier().unwrap();
+        if comm.rank() == 0 {
+            let error = comm.recv(1, 1, &mut []).unwrap_err().to_string();
+            assert!(error.contains("rank 1 is on another node (node 1), last heard of"), "{error}");
+        } else {
+            std::thread::sleep(Duration::from_millis(600));
+        }
+    });
+}

@@ -1,0 +1,113 @@
+//! The ranks of other nodes: what a communicator's outbox and heap are on the [plane](super::plane).
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::endpoint::{Access, Endpoint, Region, RemoteRegion};
+use super::plane::{Plane, Put, Update, Window};
+use super::progress::Mover;
+use super::{Fabric, decode, encode};
+use crate::bootstrap::Star;
+use crate::comm::layout::{CommLayout, HEAP_START};
+use crate::error::Result;
+
+/// The window of the landing zones: words of a rank's outbox.
+pub(crate) const OUTBOX: u16 = 0;
+/// The window of the symmetric heap.
+pub(crate) const HEAP: u16 = 1;
+
+pub(crate) struct Far {
+    pub(crate) plane: Arc<Plane>,
+    /// Puts of the payload rings leave from here: all of this rank's outbox.
+    outbox: Region,
+    /// By rank, what it lets this one reach.
+    reach: Vec<Option<Reach>>,
+    /// Moves things on while this rank computes.
+    pub(crate) mover: Mover,
+}
+
+/// What one rank lets another one reach.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Reach {
+    /// Where records land.
+    records: RemoteRegion,
+    /// Where payload of the ring from here to there lands.
+    payload: RemoteRegion,
+    heap: RemoteRegion,
+}
+
+impl Far {
+    /// Connects to the ranks of other nodes. Collective over all ranks.
+    pub(crate) fn connect(
+        star: &mut Star,
+        endpoint: Box<dyn Endpoint>,
+        fabric: &Fabric,
+        layout: &CommLayout,
+        mover: impl FnOnce(Arc<Plane>) -> Result<Mover>,
+        deadline: Instant,
+    ) -> Result<Far> {
+        let (rank, ranks) = (star.rank(), star.nodes().len());
+        let is_far: Vec<bool> = (0..ranks).map(|other| fabric.peer(other).near.is_none()).collect();
+        let plane = Arc::new(Plane::new(endpoint, rank, &is_far)?);
+        let addresses = star.exchange(&plane.address()?, &[], deadline)?;
+        plane.connect(&addresses.into_iter().map(|(address, _)| address).collect::<Vec<_>>())?;
+
+        let outbox = plane.register(&fabric.outbox, 0..fabric.outbox.len(), Access::Local)?;
+        let heap = plane.register(&fabric.heap, 0..fabric.heap.len(), Access::Remote)?.remote;
+        let mut offers = Vec::with_capacity(ranks);
+        let (mut words, mut heaps) = (vec![None; ranks], vec![None; ranks]);
+        for other in 0..ranks {
+            let landing = &fabric.peer(other).outbox;
+            let Some(records) = plane.landing_of(other) else {
+                offers.push(None);
+                continue;
+            };
+            let payload = layout.payload(rank);
+            let payload = plane.register(landing, payload..payload + layout.ring_bytes, Access::Remote)?.remote;
+            offers.push(Some(Reach { records, payload, heap }));
+            let range = layout.words();
+            words[other] = Some(Window { memory: landing.clone(), base: 0, range });
+            let range = HEAP_START..fabric.heap.len();
+            heaps[other] = Some(Window { memory: fabric.heap.clone(), base: 0, range });
+        }
+        plane.add_window(words);
+        plane.add_window(heaps);
+        let mut reach = Vec::with_capacity(ranks);
+        for (other, (blob, _)) in star.exchange(&encode(&offers)?, &[], deadline)?.into_iter().enumerate() {
+            let theirs: Vec<Option<Reach>> = decode(&blob)?;
+            let to_us = theirs.get(rank).copied().flatten();
+            if let Some(reach) = to_us.filter(|_| is_far[other]) {
+                plane.set_records(other, reach.records);
+            }
+            reach.push(to_us);
+        }
+        // Nothing is sent before everybody knows its windows: this is the last round.
+        star.exchange(&[], &[], deadline)?;
+        let mover = mover(plane.clone())?;
+        Ok(Far { plane, outbox, reach, mover })
+    }
+
+    /// Tells `to` that a word of this rank's outbox has changed.
+    pub(crate) fn tell(&self, to: usize, offset: usize, value: u64) {
+        self.plane.send(to, [], &[Update::Word64 { window: OUTBOX, offset, value }]);
+    }
+
+    /// As [`tell`](Self::tell), for a word of four bytes.
+    pub(crate) fn tell32(&self, to: usize, offset: usize, value: u32) {
+        self.plane.send(to, [], &[Update::Word32 { window: OUTBOX, offset, value }]);
+    }
+
+    /// Puts payload of the ring to `to` (its offset in this rank's outbox and in that ring, and its bytes), then a line.
+    pub(crate) fn message(&self, to: usize, payload: Option<(usize, usize, usize)>, offset: usize, words: [u64; 8]) {
+        let Some(reach) = &self.reach[to] else { return };
+        let put = payload.map(|(at, in_ring, bytes)| Put {
+            from: self.outbox,
+            range: at..at + bytes,
+            into: reach.payload,
+            offset: in_ring,
+        });
+        self.plane.send(to, put, &[Update::Line { window: OUTBOX, offset, words }]);
+    }
+}

@@ -1,0 +1,31 @@
+//! Nodes that only exist in the tests of one process: its ranks are threads, and far ones meet on a simulated network.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+use super::plane::simulated::{Simulated, network};
+use crate::bootstrap::UniqueId;
+
+/// Which rank is on which node.
+#[derive(Debug)]
+pub(crate) struct Pretence {
+    pub(crate) nodes: Vec<usize>,
+    depth: usize,
+    seed: u64,
+    networks: Mutex<HashMap<[u8; UniqueId::LEN], Vec<Option<Simulated>>>>,
+}
+
+impl Pretence {
+    pub(crate) fn new(nodes: Vec<usize>, depth: usize, seed: u64) -> Self {
+        Pretence { nodes, depth, seed, networks: Mutex::default() }
+    }
+
+    /// The place of `rank` in the communicator of that id.
+    pub(crate) fn endpoint(&self, id: &UniqueId, rank: usize, ranks: usize) -> Simulated {
+        let mut networks = self.networks.lock().unwrap();
+        let network = networks.entry(*id.as_bytes()).or_insert_with(|| {
+            network(ranks, self.depth, self.seed).into_iter().map(Some).collect()
+        });
+        network[rank].take().expect("each rank joins once")
+    }
+}

@@ -1,0 +1,115 @@
+//! A thread that moves the plane on while the rank computes or sleeps.
+//!
+//! Whoever waits moves things on itself, and better: it sees what it waits for the moment that it comes. So the thread keeps away
+//! while somebody does ([`Mover::attend`]), and takes over when the last one goes to sleep.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::plane::Plane;
+use crate::error::{Error, Result};
+
+/// How long the thread keeps away before it looks whether anybody attends.
+const AWAY: Duration = Duration::from_millis(1);
+/// The longest sleep where the card wakes the thread; a bound for what a provider might not tell.
+const ASLEEP_MS: u8 = 20;
+/// Looks where it does not, or where something waits for room.
+const BETWEEN_LOOKS: Duration = Duration::from_micros(50);
+
+struct Shared {
+    /// Threads of the rank that move things on themselves.
+    attending: AtomicUsize,
+    stop: AtomicBool,
+    wake: EventFd,
+}
+
+/// The thread, or the lack of one.
+pub(crate) struct Mover {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Mover {
+    /// Starts the thread; `heard` is told each rank that has changed words here.
+    pub(crate) fn start(plane: Arc<Plane>, heard: impl Fn(usize) + Send + 'static) -> Result<Self> {
+        let mut mover = Mover::none()?;
+        let shared = mover.shared.clone();
+        let thread = std::thread::Builder::new().name("xccl-progress".to_owned());
+        let thread = thread.spawn(move || shared.run(&plane, heard)).map_err(|e| Error::os("pthread_create", e))?;
+        mover.thread = Some(thread);
+        Ok(mover)
+    }
+
+    /// No thread: only who waits moves things on.
+    pub(crate) fn none() -> Result<Self> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let wake = wake.map_err(|e| Error::os("eventfd", e))?;
+        let shared = Shared { attending: AtomicUsize::new(0), stop: AtomicBool::new(false), wake };
+        Ok(Mover { shared: Arc::new(shared), thread: None })
+    }
+
+    /// Whether there is a thread that wakes sleepers.
+    pub(crate) fn is_running(&self) -> bool {
+        self.thread.is_some()
+    }
+
+    /// The caller moves things on from now on, until it says that it does not.
+    pub(crate) fn attend(&self) {
+        self.shared.attending.fetch_add(1, Relaxed);
+    }
+
+    /// The caller goes to sleep, or has what it wanted.
+    pub(crate) fn leave(&self, to_sleep: bool) {
+        let was = self.shared.attending.fetch_sub(1, Release);
+        if let Some(thread) = &self.thread
+            && was == 1
+            && to_sleep
+        {
+            thread.thread().unpark();
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self, plane: &Plane, heard: impl Fn(usize)) {
+        while !self.stop.load(Acquire) {
+            if self.attending.load(Acquire) > 0 {
+                std::thread::park_timeout(AWAY);
+                continue;
+            }
+            if plane.progress(&heard) {
+                continue;
+            }
+            match plane.wake_fd().filter(|_| plane.may_sleep()) {
+                Some(fd) => {
+                    let mut fds = [fd, self.wake.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+                    // An error of poll would come again: it only must not become a busy loop.
+                    if poll(&mut fds, ASLEEP_MS).is_err() {
+                        std::thread::sleep(BETWEEN_LOOKS);
+                    }
+                }
+                None => std::thread::park_timeout(BETWEEN_LOOKS),
+            }
+        }
+    }
+}
+
+impl Drop for Mover {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Release);
+        let _ = self.shared.wake.write(1);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // It has nothing to report.
+            let _ = thread.join();
+        }
+    }
+}
