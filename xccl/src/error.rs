@@ -219,6 +219,35 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// The network library is missing or too old.
+    #[error(
+        "libfabric, which connects nodes, cannot be used: {why}; install it (Debian's package is libfabric1), name its directory in LD_LIBRARY_PATH, or keep all ranks on one node; XCCL_FABRIC names the provider of it that is used"
+    )]
+    FabricLibrary {
+        /// What was wrong.
+        why: String,
+    },
+
+    /// No network provider will do, or not the one that was asked for.
+    #[error("XCCL_FABRIC = {wanted:?} finds no network provider that can be used: {why}")]
+    FabricProvider {
+        /// The provider that was asked for, or "auto".
+        wanted: String,
+        /// What it lacks, and which ones would do.
+        why: String,
+    },
+
+    /// A call of the network library failed.
+    #[error("{call} failed on the network provider {provider}: {why}")]
+    Fabric {
+        /// The provider.
+        provider: String,
+        /// The call.
+        call: &'static str,
+        /// The reason, as libfabric tells it.
+        why: String,
+    },
+
     /// A message is longer than the buffer it was to be received in. It is still there: receive it with a larger one.
     #[error(
         "the message of {len} bytes from rank {from} (tag {tag}) does not fit the buffer of {capacity} bytes: it was kept, receive it with a larger buffer"

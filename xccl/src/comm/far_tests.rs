@@ -9,17 +9,18 @@ use super::*;
 use crate::Source;
 use crate::fabric::pretence::Pretence;
 
-/// Runs `body` on every rank, each on a thread of its own; `nodes` says where the ranks are.
+/// Runs `body` on every rank, each on a thread of its own; `nodes` says where the ranks are. Without a seed the network is the
+/// real one, on loopback.
 pub(crate) fn on_nodes<T: Send>(
     nodes: &[usize],
-    seed: u64,
+    seed: impl Into<Option<u64>>,
     config: Config,
     body: impl Fn(Communicator) -> T + Sync,
 ) -> Vec<T> {
     let id = UniqueId::new().unwrap();
-    let depth = 1 + (seed % 40) as usize;
+    let simulated = seed.into().map(|seed| (1 + (seed % 40) as usize, seed));
     let mut config = config;
-    config.pretence = Some(Arc::new(Pretence::new(nodes.to_vec(), depth, seed)));
+    config.pretence = Some(Arc::new(Pretence::new(nodes.to_vec(), simulated)));
     std::thread::scope(|s| {
         let rank = |rank| {
             let (config, id, body) = (config.clone(), &id, &body);
@@ -43,6 +44,34 @@ fn payload(from: usize, to: usize, n: usize, len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 31 + from * 7 + to * 3 + n) as u8).collect()
 }
 
+/// Every rank sends messages of `sizes` to every rank, and checks what comes.
+fn all_to_all(comm: &Communicator, sizes: &[usize]) {
+    let (me, ranks) = (comm.rank(), comm.world_size());
+    comm.barrier().unwrap();
+    let data: Vec<Vec<Vec<u8>>> = (0..ranks)
+        .map(|to| sizes.iter().enumerate().map(|(n, &len)| payload(me, to, n, len)).collect())
+        .collect();
+    comm.scope(|scope| {
+        let mut requests = vec![];
+        for (to, data) in data.iter().enumerate() {
+            for data in data {
+                requests.push(scope.isend(to, 5, data).unwrap());
+            }
+        }
+        for from in 0..ranks {
+            for (n, &len) in sizes.iter().enumerate() {
+                let mut buffer = vec![0; len + 3];
+                let status = comm.recv(from, 5, &mut buffer).unwrap();
+                assert_eq!((status.source, status.len), (from, len));
+                assert!(buffer[..len] == payload(from, me, n, len), "message {n} of {len} bytes from {from}");
+            }
+        }
+        requests.into_iter().try_for_each(|request| request.wait().map(|_| ()))
+    })
+    .unwrap();
+    comm.barrier().unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
@@ -51,33 +80,16 @@ proptest! {
         nodes in nodes(), seed: u64, thread: bool,
         sizes in prop::collection::vec(prop_oneof![0usize..64, 0usize..5000, 0usize..400_000], 1..12),
     ) {
-        let ranks = nodes.len();
         let config = quick().progress_thread(thread).p2p_ring_bytes(16 << 10);
-        on_nodes(&nodes, seed, config, |comm| {
-            let me = comm.rank();
-            comm.barrier().unwrap();
-            let data: Vec<Vec<Vec<u8>>> = (0..ranks)
-                .map(|to| sizes.iter().enumerate().map(|(n, &len)| payload(me, to, n, len)).collect())
-                .collect();
-            comm.scope(|scope| {
-                let mut requests = vec![];
-                for (to, data) in data.iter().enumerate() {
-                    for data in data {
-                        requests.push(scope.isend(to, 5, data).unwrap());
-                    }
-                }
-                for from in 0..ranks {
-                    for (n, &len) in sizes.iter().enumerate() {
-                        let mut buffer = vec![0; len + 3];
-                        let status = comm.recv(from, 5, &mut buffer).unwrap();
-                        assert_eq!((status.source, status.len), (from, len));
-                        assert!(buffer[..len] == payload(from, me, n, len), "message {n} of {len} bytes from {from}");
-                    }
-                }
-                requests.into_iter().try_for_each(|request| request.wait().map(|_| ()))
-            })
-            .unwrap();
-            comm.barrier().unwrap();
+        on_nodes(&nodes, seed, config, |comm| all_to_all(&comm, &sizes));
+    }
+}
+
+#[test]
+fn messages_of_all_sizes_arrive_in_order_over_the_real_network() {
+    for thread in [true, false] {
+        on_nodes(&[0, 1, 0, 1], None, quick().progress_thread(thread), |comm| {
+            all_to_all(&comm, &[0, 1, 40, 41, 5000, 70_000, 1 << 20, 3, 200_000]);
         });
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Mutex;
 
+use super::endpoint::Endpoint;
 use super::plane::simulated::{Simulated, network};
 use crate::bootstrap::UniqueId;
 
@@ -10,22 +11,23 @@ use crate::bootstrap::UniqueId;
 #[derive(Debug)]
 pub(crate) struct Pretence {
     pub(crate) nodes: Vec<usize>,
-    depth: usize,
-    seed: u64,
+    /// How deep the network's queues are, and its seed; none for the real one.
+    simulated: Option<(usize, u64)>,
     networks: Mutex<HashMap<[u8; UniqueId::LEN], Vec<Option<Simulated>>>>,
 }
 
 impl Pretence {
-    pub(crate) fn new(nodes: Vec<usize>, depth: usize, seed: u64) -> Self {
-        Pretence { nodes, depth, seed, networks: Mutex::default() }
+    pub(crate) fn new(nodes: Vec<usize>, simulated: Option<(usize, u64)>) -> Self {
+        Pretence { nodes, simulated, networks: Mutex::default() }
     }
 
-    /// The place of `rank` in the communicator of that id.
-    pub(crate) fn endpoint(&self, id: &UniqueId, rank: usize, ranks: usize) -> Simulated {
+    /// The place of `rank` in the communicator of that id, if the network is simulated.
+    pub(crate) fn endpoint(&self, id: &UniqueId, rank: usize, ranks: usize) -> Option<Box<dyn Endpoint>> {
+        let (depth, seed) = self.simulated?;
         let mut networks = self.networks.lock().unwrap();
         let network = networks.entry(*id.as_bytes()).or_insert_with(|| {
-            network(ranks, self.depth, self.seed).into_iter().map(Some).collect()
+            network(ranks, depth, seed).into_iter().map(Some).collect()
         });
-        network[rank].take().expect("each rank joins once")
+        Some(Box::new(network[rank].take().expect("each rank joins once")))
     }
 }

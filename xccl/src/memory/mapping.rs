@@ -45,6 +45,11 @@ impl Mapping {
         self.raw.len()
     }
 
+    /// Whether this process may write it.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// The address of `bytes` bytes at `offset`.
     ///
     /// # Panics

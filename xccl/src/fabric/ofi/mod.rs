@@ -1,0 +1,42 @@
+//! The plane between nodes, by libfabric: an [`Endpoint`] on any of its providers with reliable datagrams and remote writes.
+//!
+//! `library` loads it, `abi` says what its structures look like, `providers` chooses one, `endpoint` is the place on the network.
+//!
+//! *Environment.* Providers read their own `FI_…` variables when the library is first used; `fi_info -e` lists them. A process
+//! that forks while an endpoint is open must not use it in the child; for `verbs` and `efa` set `RDMAV_FORK_SAFE=1` too, or the
+//! parent's registered pages may move away from under the network card.
+
+mod abi;
+mod endpoint;
+mod library;
+mod providers;
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+
+use super::endpoint::Endpoint;
+use crate::error::Result;
+
+/// What an endpoint is opened with.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Options {
+    /// The provider, by name; none: the best there is.
+    pub(crate) provider: Option<String>,
+    /// The address of this machine that other ranks reach, for providers whose addresses are those of IP; none: the
+    /// provider's first.
+    pub(crate) source: Option<IpAddr>,
+    /// The number of ranks.
+    pub(crate) ranks: usize,
+}
+
+/// Opens this rank's place on the network.
+///
+/// Dropping it gives up what has not left yet: the last puts of a rank are known to have arrived only when their targets say so.
+///
+/// # Errors
+/// [`Error::FabricLibrary`](crate::Error::FabricLibrary) without libfabric 1.17,
+/// [`Error::FabricProvider`](crate::Error::FabricProvider) when no provider will do, or not the one that is named.
+pub(crate) fn open(options: &Options) -> Result<Box<dyn Endpoint>> {
+    Ok(Box::new(endpoint::OfiEndpoint::open(options)?))
+}
