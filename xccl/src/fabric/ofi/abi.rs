@@ -351,3 +351,126 @@ pub(super) struct FidEp {
     msg: Unused,
     pub(super) rma: *const OpsRma,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::mem::offset_of;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    const HEADERS: &str =
+        "#include <stdio.h>\n#include <stddef.h>\n#include <rdma/fi_cm.h>\n#include <rdma/fi_rma.h>\n";
+
+    /// C's expression, and what it should be.
+    type Claim = (String, u64);
+
+    fn size_of_field<T, F>(_: fn(&T) -> &F) -> u64 {
+        size_of::<F>() as u64
+    }
+
+    /// Where the fields lie and how large they are; with `whole`, that there is nothing behind them.
+    macro_rules! layout {
+        ($claims:ident, whole $c:literal $rust:ident { $($field:ident),* }) => {
+            $claims.push((format!("sizeof(struct {})", $c), size_of::<$rust>() as u64));
+            layout!($claims, $c $rust { $($field),* });
+        };
+        ($claims:ident, $c:literal $rust:ident { $($field:ident),* }) => { $(
+            let field = stringify!($field).trim_end_matches('_');
+            $claims.push((format!("offsetof(struct {}, {field})", $c), offset_of!($rust, $field) as u64));
+            $claims.push((format!("sizeof(((struct {} *)0)->{field})", $c), size_of_field(|s: &$rust| &s.$field)));
+        )* };
+    }
+
+    macro_rules! constants {
+        ($claims:ident, $($name:ident),*) => { $($claims.push((format!("FI_{}", stringify!($name)), $name as u64));)* };
+    }
+
+    fn claims() -> Vec<Claim> {
+        let mut claims = vec![("FI_VERSION(1, 17)".to_owned(), VERSION.into())];
+        constants!(claims, RMA, READ, WRITE, RECV, TRANSMIT, REMOTE_READ, REMOTE_WRITE, REMOTE_CQ_DATA, COMPLETION);
+        constants!(claims, SELECTIVE_COMPLETION, MR_LOCAL, MR_VIRT_ADDR, MR_ALLOCATED, MR_PROV_KEY, MR_ENDPOINT);
+        constants!(claims, SOCKADDR_IN, SOCKADDR_IN6, AV_TABLE, PROGRESS_MANUAL, THREAD_DOMAIN, RM_ENABLED, EP_RDM);
+        constants!(claims, GETWAIT, ENABLE, WAIT_NONE, WAIT_FD, CQ_FORMAT_DATA, KEY_NOTAVAIL, EAGAIN, ENODATA, EAVAIL);
+        constants!(claims, ENOKEY);
+        // What libfabric allocates: it may grow behind the fields that are named here.
+        layout!(claims, "fi_tx_attr" TxAttr {
+            caps, mode, op_flags, msg_order, comp_order, inject_size, size, iov_limit, rma_iov_limit, tclass
+        });
+        layout!(claims, "fi_ep_attr" EpAttr {
+            type_, protocol, protocol_version, max_msg_size, msg_prefix_size, max_order_raw_size, max_order_war_size,
+            max_order_waw_size, mem_tag_format, tx_ctx_cnt, rx_ctx_cnt, auth_key_size, auth_key
+        });
+        layout!(claims, "fi_domain_attr" DomainAttr {
+            domain, name, threading, control_progress, data_progress, resource_mgmt, av_type, mr_mode, mr_key_size,
+            cq_data_size, cq_cnt, ep_cnt, tx_ctx_cnt, rx_ctx_cnt, max_ep_tx_ctx, max_ep_rx_ctx, max_ep_stx_ctx,
+            max_ep_srx_ctx, cntr_cnt, mr_iov_limit, caps, mode, auth_key, auth_key_size, max_err_data, mr_cnt, tclass
+        });
+        layout!(claims, "fi_fabric_attr" FabricAttr { fabric, name, prov_name, prov_version, api_version });
+        layout!(claims, "fi_info" Info {
+            next, caps, mode, addr_format, src_addrlen, dest_addrlen, src_addr, dest_addr, handle, tx_attr, rx_attr,
+            ep_attr, domain_attr, fabric_attr, nic
+        });
+        layout!(claims, "fid" Fid { fclass, context, ops });
+        layout!(claims, "fid_fabric" FidFabric { fid, ops, api_version });
+        layout!(claims, "fid_domain" FidDomain { fid, ops, mr });
+        layout!(claims, "fid_mr" FidMr { fid, mem_desc, key });
+        layout!(claims, "fid_av" FidAv { fid, ops });
+        layout!(claims, "fid_cq" FidCq { fid, ops });
+        layout!(claims, "fid_ep" FidEp { fid, ops, cm, msg, rma });
+        layout!(claims, "fi_ops" Ops { size, close, bind, control });
+        layout!(claims, "fi_ops_fabric" OpsFabric { size, domain, passive_ep, eq_open, wait_open, trywait });
+        layout!(claims, "fi_ops_domain" OpsDomain { size, av_open, cq_open, endpoint });
+        layout!(claims, "fi_ops_mr" OpsMr { size, reg });
+        layout!(claims, "fi_ops_av" OpsAv { size, insert });
+        layout!(claims, "fi_ops_cq" OpsCq { size, read, readfrom, readerr, sread, sreadfrom, signal, strerror });
+        layout!(claims, "fi_ops_cm" OpsCm { size, setname, getname });
+        layout!(claims, "fi_ops_rma" OpsRma {
+            size, read, readv, readmsg, write, writev, writemsg, inject, writedata
+        });
+        layout!(claims, "fi_cq_err_entry" CqErrEntry {
+            op_context, flags, len, buf, data, tag, olen, err, prov_errno, err_data, err_data_size
+        });
+        // What is allocated here: it is as large as libfabric takes it to be.
+        layout!(claims, whole "fi_av_attr" AvAttr { type_, rx_ctx_bits, count, ep_per_node, name, map_addr, flags });
+        layout!(claims, whole "fi_cq_attr" CqAttr {
+            size, flags, format, wait_obj, signaling_vector, wait_cond, wait_set
+        });
+        layout!(claims, whole "fi_cq_data_entry" CqDataEntry { op_context, flags, len, buf, data });
+        layout!(claims, whole "fi_rma_iov" RmaIov { addr, len, key });
+        layout!(claims, whole "fi_msg_rma" MsgRma {
+            msg_iov, desc, iov_count, addr, rma_iov, rma_iov_count, context, data
+        });
+        claims
+    }
+
+    /// Compiles `source`; what the compiler says if it cannot.
+    fn compile(source: &str, to: &std::path::Path) -> Result<(), String> {
+        let mut cc = Command::new("cc");
+        cc.args(["-x", "c", "-", "-o"]).arg(to).stdin(Stdio::piped()).stderr(Stdio::piped());
+        let mut cc = cc.spawn().map_err(|err| format!("cc: {err}"))?;
+        cc.stdin.take().unwrap().write_all(source.as_bytes()).unwrap();
+        let ended = cc.wait_with_output().unwrap();
+        if ended.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&ended.stderr).into_owned()) }
+    }
+
+    #[test]
+    fn layouts_and_numbers_are_those_of_the_installed_headers() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("claims");
+        if let Err(why) = compile(&format!("{HEADERS}int main(void) {{ return 0; }}"), &program) {
+            eprintln!("skipped: without a C compiler or libfabric's headers (libfabric-dev): {why}");
+            return;
+        }
+        let claims = claims();
+        let prints: String =
+            claims.iter().map(|(c, _)| format!("printf(\"%llu\\n\", (unsigned long long)({c}));\n")).collect();
+        compile(&format!("{HEADERS}int main(void) {{\n{prints}return 0; }}"), &program).unwrap();
+        let said = String::from_utf8(Command::new(&program).output().unwrap().stdout).unwrap();
+        let said: Vec<u64> = said.lines().map(|line| line.parse().unwrap()).collect();
+        assert_eq!(said.len(), claims.len());
+        let wrong: Vec<_> = claims.iter().zip(&said).filter(|((_, rust), c)| rust != *c).collect();
+        assert!(wrong.is_empty(), "(C expression, here), there: {wrong:#?}");
+    }
+}
