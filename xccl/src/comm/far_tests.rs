@@ -48,9 +48,8 @@ fn payload(from: usize, to: usize, n: usize, len: usize) -> Vec<u8> {
 fn all_to_all(comm: &Communicator, sizes: &[usize]) {
     let (me, ranks) = (comm.rank(), comm.world_size());
     comm.barrier().unwrap();
-    let data: Vec<Vec<Vec<u8>>> = (0..ranks)
-        .map(|to| sizes.iter().enumerate().map(|(n, &len)| payload(me, to, n, len)).collect())
-        .collect();
+    let data: Vec<Vec<Vec<u8>>> =
+        (0..ranks).map(|to| sizes.iter().enumerate().map(|(n, &len)| payload(me, to, n, len)).collect()).collect();
     comm.scope(|scope| {
         let mut requests = vec![];
         for (to, data) in data.iter().enumerate() {

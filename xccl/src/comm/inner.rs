@@ -179,7 +179,8 @@ impl CommInner {
             };
             fabric.far = Some(Far::connect(&mut star, endpoint, &fabric, &layout, mover, deadline)?);
         }
-        let liveness = Liveness::watch(pids.iter().zip(&nodes).map(|(&pid, &node)| (node == nodes[rank]).then_some(pid)));
+        let liveness =
+            Liveness::watch(pids.iter().zip(&nodes).map(|(&pid, &node)| (node == nodes[rank]).then_some(pid)));
 
         let alone = CoreSharing::of(&cores);
         let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
@@ -407,8 +408,12 @@ impl CommInner {
         let describe = |rank: usize| match self.fabric.far_to(rank) {
             None => progress::describe(&self.fabric.peer(rank).outbox, self.layout.progress, rank),
             Some(far) => match far.plane.last_heard(rank) {
-                Some(ago) => format!("rank {rank} is on another node (node {}), last heard of {ago:?} ago", self.nodes[rank]),
-                None => format!("rank {rank} is on another node (node {}), and has not been heard of", self.nodes[rank]),
+                Some(ago) => {
+                    format!("rank {rank} is on another node (node {}), last heard of {ago:?} ago", self.nodes[rank])
+                }
+                None => {
+                    format!("rank {rank} is on another node (node {}), and has not been heard of", self.nodes[rank])
+                }
             },
         };
         let waited_for = match what.peer {

@@ -16,6 +16,7 @@ use crate::error::Result;
 /// The window of the landing zones: words of a rank's outbox.
 pub(crate) const OUTBOX: u16 = 0;
 /// The window of the symmetric heap.
+#[allow(dead_code)]
 pub(crate) const HEAP: u16 = 1;
 
 pub(crate) struct Far {

@@ -25,9 +25,9 @@ impl Pretence {
     pub(crate) fn endpoint(&self, id: &UniqueId, rank: usize, ranks: usize) -> Option<Box<dyn Endpoint>> {
         let (depth, seed) = self.simulated?;
         let mut networks = self.networks.lock().unwrap();
-        let network = networks.entry(*id.as_bytes()).or_insert_with(|| {
-            network(ranks, depth, seed).into_iter().map(Some).collect()
-        });
+        let network = networks
+            .entry(*id.as_bytes())
+            .or_insert_with(|| network(ranks, depth, seed).into_iter().map(Some).collect());
         Some(Box::new(network[rank].take().expect("each rank joins once")))
     }
 }

@@ -491,7 +491,8 @@ fn copy_out(comm: &CommInner, message: &Message, buffer: &mut [u8]) -> Result<()
     let peer = comm.fabric.peer(source);
     // Only a broken peer describes a payload that cannot be reached from here.
     let near = || {
-        let corrupt = Error::Corrupt { rank: source, what: "the kind of a message from another node", value: 0, limit: 0 };
+        let corrupt =
+            Error::Corrupt { rank: source, what: "the kind of a message from another node", value: 0, limit: 0 };
         peer.near.as_ref().ok_or(corrupt)
     };
     let (rendezvous, copied) = match &message.held {

@@ -16,7 +16,8 @@ impl Liveness {
     /// death then ends in a deadline. Nor is a rank of another node, which has `None`.
     pub(crate) fn watch(pids: impl Iterator<Item = Option<u32>>) -> Self {
         let own = std::process::id();
-        let others = pids.enumerate().filter_map(|(rank, pid)| Some((rank, pid.filter(|&pid| pid != own && pid != 0)?)));
+        let others =
+            pids.enumerate().filter_map(|(rank, pid)| Some((rank, pid.filter(|&pid| pid != own && pid != 0)?)));
         let pidfds = others.filter_map(|(rank, pid)| Some((rank, pidfd_open(pid)?))).collect();
         Liveness { pidfds }
     }

@@ -33,8 +33,8 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
-use record::{Record, WORDS};
 pub(crate) use record::{Change, Update};
+use record::{Record, WORDS};
 
 use super::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
 use crate::comm::inner::lock;
@@ -648,7 +648,8 @@ impl State {
                     return Ok(sent);
                 }
                 peer.puts.pop_front();
-                (peer.moved.puts, peer.moved.bytes, sent) = (peer.moved.puts + 1, peer.moved.bytes + bytes as u64, true);
+                (peer.moved.puts, peer.moved.bytes, sent) =
+                    (peer.moved.puts + 1, peer.moved.bytes + bytes as u64, true);
             }
             let slot = (number % RECORDS) as usize * RECORD_BYTES;
             let at = to * RING + slot;

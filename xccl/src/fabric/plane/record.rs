@@ -192,8 +192,12 @@ mod tests {
             any::<(u16, usize, u32)>().prop_map(|(window, offset, value)| Update::Word32 { window, offset, value }),
             any::<(u16, usize, [u64; 8])>().prop_map(|(window, offset, words)| Update::Line { window, offset, words }),
             any::<(u16, usize, u64)>().prop_map(|(window, offset, value)| Update::Add { window, offset, value }),
-            (any::<(u16, usize, u64)>(), change)
-                .prop_map(|((window, offset, token), change)| Update::Fetch { window, offset, change, token }),
+            (any::<(u16, usize, u64)>(), change).prop_map(|((window, offset, token), change)| Update::Fetch {
+                window,
+                offset,
+                change,
+                token
+            }),
             any::<(u64, u64)>().prop_map(|(token, value)| Update::Answer { token, value }),
         ]
     }

@@ -72,8 +72,9 @@ impl Network {
     /// Lets some of the transfers that `rank` has a part in arrive, in any order.
     fn move_on(&mut self, rank: usize) {
         for _ in 0..self.random.random_range(0..4) {
-            let its: Vec<_> =
-                (0..self.under_way.len()).filter(|&i| [self.under_way[i].by, self.under_way[i].to].contains(&rank)).collect();
+            let its: Vec<_> = (0..self.under_way.len())
+                .filter(|&i| [self.under_way[i].by, self.under_way[i].to].contains(&rank))
+                .collect();
             if its.is_empty() {
                 return;
             }
@@ -162,7 +163,8 @@ impl Drop for Simulated {
     fn drop(&mut self) {
         let mut network = self.network.lock().unwrap();
         network.gone[self.rank] = true;
-        let (to_it, others) = std::mem::take(&mut network.under_way).into_iter().partition(|t: &Transfer| t.to == self.rank);
+        let (to_it, others) =
+            std::mem::take(&mut network.under_way).into_iter().partition(|t: &Transfer| t.to == self.rank);
         network.under_way = others;
         for Transfer { by, to, .. } in to_it {
             network.events[by].push(Event::Failed { to: Some(to), why: "it has gone".to_owned() });

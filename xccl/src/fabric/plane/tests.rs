@@ -183,11 +183,8 @@ fn a_line_a_word_of_four_bytes_a_swap_and_a_get() {
     nodes[0].plane.send(1, [], &[line, Update::Word32 { window: 0, offset: 4, value: 9 }]);
     let old = nodes[0].plane.fetch(1, 0, 64, Change::CompareSwap(1, 77));
     nodes[1].landing[0].0.write(100, b"over there");
-    let got = nodes[0]
-        .plane
-        .get(1, (nodes[1].landing[0].1.remote, 100), (nodes[0].source.1, 200..210))
-        .unwrap()
-        .unwrap();
+    let got =
+        nodes[0].plane.get(1, (nodes[1].landing[0].1.remote, 100), (nodes[0].source.1, 200..210)).unwrap().unwrap();
     let (mut first, mut second) = (None, None);
     until(&nodes, || {
         first = first.or_else(|| nodes[0].plane.answer(old));
@@ -230,7 +227,10 @@ fn a_word_outside_its_window_is_refused_and_changes_nothing() {
         let nodes = nodes(2, 4, 4);
         nodes[0].plane.send(1, [], &[Update::Word64 { window, offset, value: u64::MAX }]);
         until(&nodes, || nodes[1].plane.trouble(|_| true).is_some());
-        assert!(matches!(nodes[1].plane.trouble(|_| true), Some(Trouble::Corrupt { rank: 0, .. })), "{window} {offset}");
+        assert!(
+            matches!(nodes[1].plane.trouble(|_| true), Some(Trouble::Corrupt { rank: 0, .. })),
+            "{window} {offset}"
+        );
         let mut words = [0u64; 512];
         nodes[1].words.read_into(0, &mut words);
         assert_eq!(words, [0; 512]);
