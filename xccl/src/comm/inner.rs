@@ -47,6 +47,8 @@ const NO_DEADLINE: Duration = Duration::from_secs(365 * 24 * 3600);
 pub(crate) struct Counters {
     pub(crate) exchanges: AtomicU64,
     pub(crate) tokens: AtomicU64,
+    pub(crate) far_rows: AtomicU64,
+    pub(crate) far_sums: AtomicU64,
     pub(crate) waits: AtomicU64,
     pub(crate) waits_yielded: AtomicU64,
     pub(crate) waits_slept: AtomicU64,
@@ -235,6 +237,11 @@ impl CommInner {
     /// The connections that were used to join: for one set-up at a time.
     pub(crate) fn star(&self) -> MutexGuard<'_, Star> {
         lock(&self.star)
+    }
+
+    /// Whether `rank` is on this node.
+    pub(crate) fn is_near(&self, rank: usize) -> bool {
+        self.nodes[rank] == self.nodes[self.rank]
     }
 
     pub(crate) fn check_rank(&self, rank: usize) -> Result<()> {

@@ -65,6 +65,16 @@ pub struct Statistics {
     pub exchanges: u64,
     /// Tokens dispatched.
     pub tokens: u64,
+    /// Token rows put to other nodes: one per token and node that has experts of it.
+    pub far_rows: u64,
+    /// Sums put back to other nodes: one per token of theirs with experts here that this rank answers for.
+    pub far_sums: u64,
+    /// Data puts to other nodes, of any kind.
+    pub far_puts: u64,
+    /// Bytes of those puts.
+    pub far_bytes: u64,
+    /// Records put to other nodes: short messages, words, and what comes after data. Of up to 256 bytes.
+    pub far_records: u64,
     /// Waits that were not satisfied at once.
     pub waits: u64,
     /// Waits among them that went on to give the core away (`sched_yield`) before they ended.
@@ -169,6 +179,7 @@ impl Communicator {
     pub fn statistics(&self) -> Statistics {
         let c = &self.inner.counters;
         let (sent, received, rendezvous) = self.inner.p2p.traffic();
+        let far = self.inner.fabric.far.as_ref().map_or_else(Default::default, |far| far.plane.moved());
         Statistics {
             messages_sent: sent.messages,
             bytes_sent: sent.bytes,
@@ -177,6 +188,11 @@ impl Communicator {
             rendezvous,
             exchanges: c.exchanges.load(Relaxed),
             tokens: c.tokens.load(Relaxed),
+            far_rows: c.far_rows.load(Relaxed),
+            far_sums: c.far_sums.load(Relaxed),
+            far_puts: far.puts,
+            far_bytes: far.bytes,
+            far_records: far.records,
             waits: c.waits.load(Relaxed),
             waits_yielded: c.waits_yielded.load(Relaxed),
             waits_slept: c.waits_slept.load(Relaxed),

@@ -19,7 +19,7 @@ pub(crate) mod pretence;
 pub(crate) mod progress;
 pub(crate) mod shm;
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -30,9 +30,10 @@ use serde::{Deserialize, Serialize};
 use crate::bootstrap::{Star, UniqueId};
 use crate::comm::Config;
 use crate::error::{Error, Result};
+use crate::memory::MemoryFlavour;
 use crate::memory::machine;
 use crate::memory::mapping::Mapping;
-use crate::memory::segment::{OwnSegment, Writers, map_peer};
+use crate::memory::segment::{OwnSegment, Writers, check_segment, map_peer};
 
 /// This rank's segment and those of the ranks of its node, mapped.
 pub(crate) struct Segments {
@@ -66,31 +67,89 @@ pub(crate) fn exchange_segments(
     let mut peers = Vec::with_capacity(parts.len());
     let is_near = |rank: usize| star.nodes()[rank] == star.nodes()[star.rank()];
     for (rank, (blob, fds)) in parts.into_iter().enumerate() {
-        let announced = decode::<Announcement>(&blob)?.map_err(|why| Error::Bootstrap {
-            during: "creating shared memory",
-            source: std::io::Error::other(format!("rank {rank}: {why}")),
-        })?;
-        if announced != bytes as u64 {
-            return Err(Error::Mismatch {
-                rank,
-                what: "segment size".to_owned(),
-                theirs: announced.to_string(),
-                ours: bytes.to_string(),
-            });
-        }
-        if !is_near(rank) {
-            peers.push(None);
-            continue;
-        }
-        let fd = fds.into_iter().next().ok_or(Error::Corrupt {
-            rank,
-            what: "its segment's descriptors",
-            value: 0,
-            limit: 1,
-        })?;
-        peers.push(Some(map_peer(fd, rank, config.memory, writers, bytes)?));
+        announced(rank, &blob, bytes)?;
+        peers.push(match is_near(rank) {
+            false => None,
+            true => Some(map_peer(&checked_fd(fds, rank, config.memory, bytes)?, writers, bytes)?),
+        });
     }
     Ok(Segments { own: created.mapping, peers })
+}
+
+/// Where what far ranks put for this node lands: this rank's segment, and those of the other ranks of the node.
+pub(crate) struct LandingSegments {
+    pub(crate) own: Arc<Mapping>,
+    pub(crate) peers: Landings,
+}
+
+/// By rank, its segment and the segment's bytes.
+pub(crate) struct Landings(Vec<Option<(OwnedFd, usize)>>);
+
+impl Landings {
+    /// Maps a part of a near rank's landing segment.
+    pub(crate) fn map(&self, rank: usize, offset: usize, bytes: usize) -> Result<Mapping> {
+        match &self.0[rank] {
+            Some((fd, all)) if offset + bytes <= *all => Mapping::read_only_part(fd, offset, bytes),
+            _ => Err(Error::Corrupt {
+                rank,
+                what: "its landing segment's bytes",
+                value: 0,
+                limit: (offset + bytes) as u64,
+            }),
+        }
+    }
+}
+
+/// Creates a segment of `bytes_of` its rank on every rank, for far ranks to put into and near ones to read. Collective, as
+/// [`exchange_segments`].
+///
+/// It is always a memfd: most of it is never touched, which a reservation in `/dev/shm` would have to pay for.
+pub(crate) fn exchange_landings(
+    star: &mut Star,
+    bytes_of: impl Fn(usize) -> usize,
+    deadline: Instant,
+) -> Result<LandingSegments> {
+    let (flavour, me) = (MemoryFlavour::Memfd, star.rank());
+    let bytes_of = |rank| bytes_of(rank).max(1).next_multiple_of(4096);
+    let created = OwnSegment::create(flavour, Writers::Owner, bytes_of(me), false);
+    let announcement: Announcement = created.as_ref().map(|_| bytes_of(me) as u64).map_err(|err| err.to_string());
+    let fds: Vec<_> = created.iter().map(|segment| segment.for_peers.as_fd()).collect();
+    let parts = star.exchange(&encode(&announcement)?, &fds, deadline);
+    let (created, parts) = (created?, parts?);
+    let mut peers = Vec::with_capacity(parts.len());
+    for (rank, (blob, fds)) in parts.into_iter().enumerate() {
+        announced(rank, &blob, bytes_of(rank))?;
+        peers.push(match star.nodes()[rank] == star.nodes()[me] {
+            false => None,
+            true => Some((checked_fd(fds, rank, flavour, bytes_of(rank))?, bytes_of(rank))),
+        });
+    }
+    Ok(LandingSegments { own: Arc::new(created.mapping), peers: Landings(peers) })
+}
+
+/// Checks what a rank has announced.
+fn announced(rank: usize, blob: &[u8], bytes: usize) -> Result<()> {
+    let announced = decode::<Announcement>(blob)?.map_err(|why| Error::Bootstrap {
+        during: "creating shared memory",
+        source: std::io::Error::other(format!("rank {rank}: {why}")),
+    })?;
+    if announced == bytes as u64 {
+        return Ok(());
+    }
+    Err(Error::Mismatch {
+        rank,
+        what: "segment size".to_owned(),
+        theirs: announced.to_string(),
+        ours: bytes.to_string(),
+    })
+}
+
+/// The one descriptor that came with an announcement, of a segment that is as large as was said and cannot shrink.
+fn checked_fd(fds: Vec<OwnedFd>, rank: usize, flavour: MemoryFlavour, bytes: usize) -> Result<OwnedFd> {
+    let missing = Error::Corrupt { rank, what: "its segment's descriptors", value: 0, limit: 1 };
+    let fd = fds.into_iter().next().ok_or(missing)?;
+    check_segment(&fd, rank, flavour, bytes)?;
+    Ok(fd)
 }
 
 /// Opens this rank's place on the network.

@@ -25,11 +25,10 @@ pub(crate) struct Area {
 ///
 /// # Panics
 /// When the ranges are not ascending and disjoint, or leave the segment: they are the crate's own.
-pub(crate) fn split<const N: usize>(mapping: Mapping, ranges: [Range<usize>; N]) -> (Words, [Area; N]) {
+pub(crate) fn split<const N: usize>(mapping: Arc<Mapping>, ranges: [Range<usize>; N]) -> (Words, [Area; N]) {
     let ascending = ranges.windows(2).all(|pair| pair[0].end <= pair[1].start);
     let ends = ranges.last().map_or(0, |last| last.end);
     assert!(ascending && ranges.iter().all(|r| r.start <= r.end) && ends <= mapping.len(), "areas {ranges:?}");
-    let mapping = Arc::new(mapping);
     let bytes = ranges.first().map_or(mapping.len(), |first| first.start);
     let words = Words { mapping: mapping.clone(), bytes };
     (words, ranges.map(|range| Area { mapping: mapping.clone(), range }))
@@ -96,8 +95,8 @@ mod tests {
     use super::*;
     use crate::memory::segment::{MemoryFlavour, OwnSegment, Writers};
 
-    fn segment() -> Mapping {
-        OwnSegment::create(MemoryFlavour::Memfd, Writers::Owner, 4096, false).unwrap().mapping
+    fn segment() -> Arc<Mapping> {
+        Arc::new(OwnSegment::create(MemoryFlavour::Memfd, Writers::Owner, 4096, false).unwrap().mapping)
     }
 
     #[test]

@@ -99,14 +99,20 @@ impl<T> Part<'_, T> {
 }
 
 impl Area {
-    /// The area's first `rows` rows of `stride` bytes, divided among threads.
+    /// `rows` rows of `stride` bytes from `offset` on, divided among threads.
     ///
     /// # Panics
     /// As [`slice_mut`](Self::slice_mut), and when `stride` is no multiple of an element.
-    pub(crate) fn divide<'a, T: Pod>(&'a mut self, rows: usize, stride: usize, owners: Owners<'a>) -> Divided<'a, T> {
+    pub(crate) fn divide<'a, T: Pod>(
+        &'a mut self,
+        offset: usize,
+        rows: usize,
+        stride: usize,
+        owners: Owners<'a>,
+    ) -> Divided<'a, T> {
         assert!(stride.is_multiple_of(size_of::<T>()), "rows of {stride} bytes");
         let stride = stride / size_of::<T>();
-        Divided::new(self.slice_mut(0, rows * stride), stride, owners)
+        Divided::new(self.slice_mut(offset, rows * stride), stride, owners)
     }
 }
 

@@ -28,6 +28,12 @@ impl Mapping {
         Ok(Mapping { raw, writable: false })
     }
 
+    /// Maps `bytes` of a segment from `offset` on, a multiple of the page, for reading.
+    pub(crate) fn read_only_part(fd: &impl AsRawFd, offset: usize, bytes: usize) -> Result<Self> {
+        let raw = MmapOptions::new().offset(offset as u64).len(bytes).map_raw_read_only(fd.as_raw_fd());
+        Ok(Mapping { raw: raw.map_err(|e| Error::os("mmap", e))?, writable: false })
+    }
+
     /// Memory of this process alone, zeroed.
     pub(crate) fn anonymous(bytes: usize) -> Result<Self> {
         let raw = MmapOptions::new().len(bytes.max(1)).map_anon().map_err(|e| Error::os("mmap", e))?.into();

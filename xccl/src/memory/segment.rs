@@ -1,7 +1,6 @@
 //! Creating a segment, handing it to peers, and taking one from a peer.
 
 use std::ffi::CString;
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -129,21 +128,14 @@ fn sweep_names_of_the_dead() {
     }
 }
 
-/// Maps a segment of rank `rank`, after checking that it is as large as that rank says and cannot shrink.
-pub(crate) fn map_peer(
-    fd: OwnedFd,
-    rank: usize,
-    flavour: MemoryFlavour,
-    writers: Writers,
-    bytes: usize,
-) -> Result<Mapping> {
-    let file = File::from(fd);
-    let size = file.metadata().map_err(|e| Error::os("fstat", e))?.len();
+/// Checks that a segment of rank `rank` is as large as that rank says and cannot shrink.
+pub(crate) fn check_segment(fd: &OwnedFd, rank: usize, flavour: MemoryFlavour, bytes: usize) -> Result<()> {
+    let size = nix::sys::stat::fstat(fd).map_err(|e| Error::os("fstat", e))?.st_size as u64;
     if size < bytes as u64 {
         return Err(Error::Corrupt { rank, what: "a segment's size", value: size, limit: bytes as u64 });
     }
     if flavour == MemoryFlavour::Memfd {
-        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|e| Error::os("fcntl(F_GET_SEALS)", e))?;
+        let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|e| Error::os("fcntl(F_GET_SEALS)", e))?;
         if seals & libc::F_SEAL_SHRINK == 0 {
             return Err(Error::Corrupt {
                 rank,
@@ -153,15 +145,20 @@ pub(crate) fn map_peer(
             });
         }
     }
+    Ok(())
+}
+
+/// Maps a segment of another rank, which was checked.
+pub(crate) fn map_peer(fd: &OwnedFd, writers: Writers, bytes: usize) -> Result<Mapping> {
     match writers {
-        Writers::Owner => Mapping::read_only(&file, bytes),
-        Writers::Anyone => Mapping::writable(&file, bytes),
+        Writers::Owner => Mapping::read_only(fd, bytes),
+        Writers::Anyone => Mapping::writable(fd, bytes),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::OpenOptions;
+    use std::fs::{File, OpenOptions};
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 
@@ -213,7 +210,7 @@ mod tests {
         }
         own.mapping.write(0, b"own");
         let mut seen = [0; 3];
-        map_peer(own.for_peers, 0, MemoryFlavour::Memfd, Writers::Owner, BYTES).unwrap().read(0, &mut seen);
+        map_peer(&own.for_peers, Writers::Owner, BYTES).unwrap().read(0, &mut seen);
         assert_eq!(&seen, b"own");
     }
 
@@ -255,7 +252,7 @@ mod tests {
     fn a_store_through_a_peers_mapping_is_a_fault() {
         for flavour in [MemoryFlavour::Memfd, MemoryFlavour::Posix] {
             let own = segment(flavour, Writers::Owner);
-            let peers = map_peer(own.for_peers, 0, flavour, Writers::Owner, BYTES).unwrap();
+            let peers = map_peer(&own.for_peers, Writers::Owner, BYTES).unwrap();
             let at = peers.at(0, 1).cast_mut();
             // SAFETY: the child only limits itself, stores and ends: no lock, no allocation.
             match unsafe { fork() }.unwrap() {
@@ -278,12 +275,12 @@ mod tests {
     #[test]
     fn a_segment_that_is_smaller_than_its_owner_says_or_may_shrink_is_refused() {
         let own = segment(MemoryFlavour::Memfd, Writers::Owner);
-        let mapped = map_peer(own.for_peers, 3, MemoryFlavour::Memfd, Writers::Owner, 2 * BYTES).map(|_| ());
-        assert!(matches!(mapped, Err(Error::Corrupt { rank: 3, value: 8192, limit: 16384, .. })), "{mapped:?}");
+        let checked = check_segment(&own.for_peers, 3, MemoryFlavour::Memfd, 2 * BYTES);
+        assert!(matches!(checked, Err(Error::Corrupt { rank: 3, value: 8192, limit: 16384, .. })), "{checked:?}");
         let loose = memfd_create(c"xccl", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
         nix::unistd::ftruncate(&loose, BYTES as i64).unwrap();
-        let mapped = map_peer(loose, 3, MemoryFlavour::Memfd, Writers::Owner, BYTES).map(|_| ());
-        assert!(matches!(mapped, Err(Error::Corrupt { rank: 3, what: "a segment's seals", .. })), "{mapped:?}");
+        let checked = check_segment(&loose, 3, MemoryFlavour::Memfd, BYTES);
+        assert!(matches!(checked, Err(Error::Corrupt { rank: 3, what: "a segment's seals", .. })), "{checked:?}");
     }
 
     #[test]

@@ -643,7 +643,7 @@ impl<'m> ExpertBatch<'m> {
         }
         let lanes = self.moe.lanes();
         let cut = lanes.cut(rows, rows * stride);
-        let to = self.received_mut().outputs.divide::<E>(rows, stride, Owners::Blocks(cut.each));
+        let to = self.received_mut().outputs.divide::<E>(0, rows, stride, Owners::Blocks(cut.each));
         lanes.share(cut, &|piece| {
             let mut to = to.part(piece);
             for row in cut.range(piece) {

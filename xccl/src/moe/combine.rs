@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
+use super::between::Between;
 use super::config::MAX_TOPK;
 use super::epilogue::{Epilogue, Steps};
 use super::kernels::Sum;
@@ -22,55 +23,77 @@ use crate::sync::progress::{Operation, Waiting};
 pub(super) struct FirstRows {
     /// By expert; with [`Reduction::PerRank`] by rank.
     first: Vec<u32>,
-    /// Sums taken before each piece, `[piece, rank]`.
+    /// Sums taken before each piece, `[piece, rank or other node]`.
     taken: Vec<u32>,
     /// What one peer says, before it is put in its places.
     copied: Vec<u32>,
-    world_size: usize,
 }
 
 impl FirstRows {
     pub(super) fn new(experts: usize, world_size: usize) -> Self {
-        FirstRows { first: vec![0; experts.max(world_size)], taken: vec![], copied: vec![0; experts], world_size }
+        FirstRows { first: vec![0; experts.max(world_size)], taken: vec![], copied: vec![0; experts] }
     }
 
-    /// Notes where in each rank's sums the pieces begin, each of `choices` choices: those of a token stand together.
-    fn count_sums(&mut self, placement: &Placement, all: &[Choice], topk: usize, choices: usize, pieces: usize) {
+    /// Notes where in the sums of each rank or node the pieces begin, each of `choices` choices: those of a token stand
+    /// together.
+    fn count_sums(&mut self, senders: Senders<'_>, all: &[Choice], topk: usize, choices: usize, pieces: usize) {
+        let width = senders.width();
         self.taken.clear();
-        self.taken.resize(pieces * self.world_size, 0);
+        self.taken.resize(pieces * width, 0);
         for (i, piece) in all.chunks(choices.max(1)).take(pieces - 1).enumerate() {
-            let (before, after) = self.taken[i * self.world_size..].split_at_mut(self.world_size);
-            let after = &mut after[..self.world_size];
+            let (before, after) = self.taken[i * width..].split_at_mut(width);
+            let after = &mut after[..width];
             after.copy_from_slice(before);
             for choices in piece.chunks_exact(topk) {
-                Ranks::of(choices, placement).get().iter().for_each(|&rank| after[rank as usize] += 1);
+                senders.of(choices).get().iter().for_each(|&sender| after[sender as usize] += 1);
             }
         }
     }
 }
 
-/// The ranks that hold experts of one token, ascending.
-struct Ranks {
-    ranks: [u32; MAX_TOPK],
-    n: usize,
+/// Who sends sums: with [`Reduction::PerRank`] the ranks of this node, and in any case the other nodes. Those are numbered after
+/// the ranks.
+#[derive(Clone, Copy)]
+struct Senders<'a> {
+    placement: &'a Placement,
+    between: Option<&'a Between>,
+    /// Whether ranks do.
+    ranks: bool,
+    world_size: usize,
 }
 
-impl Ranks {
-    fn of(choices: &[Choice], placement: &Placement) -> Self {
-        let (mut ranks, mut n) = ([0; MAX_TOPK], 0);
+impl Senders<'_> {
+    fn width(&self) -> usize {
+        self.world_size + self.between.map_or(0, Between::others)
+    }
+
+    /// Who sends sums for one token, ascending.
+    fn of(&self, choices: &[Choice]) -> SenderSet {
+        let (mut senders, mut n) = ([0; MAX_TOPK], 0);
         for choice in choices.iter().filter(|c| c.expert != NONE) {
-            let rank = placement.rank[choice.expert as usize];
-            if !ranks[..n].contains(&rank) {
-                ranks[n] = rank;
+            let sender = match self.between.and_then(|between| between.node_of(choice.expert)) {
+                Some(node) => (self.world_size + node) as u32,
+                None if self.ranks => self.placement.rank[choice.expert as usize],
+                None => continue,
+            };
+            if !senders[..n].contains(&sender) {
+                senders[n] = sender;
                 n += 1;
             }
         }
-        ranks[..n].sort_unstable();
-        Ranks { ranks, n }
+        senders[..n].sort_unstable();
+        SenderSet { senders, n }
     }
+}
 
+struct SenderSet {
+    senders: [u32; MAX_TOPK],
+    n: usize,
+}
+
+impl SenderSet {
     fn get(&self) -> &[u32] {
-        &self.ranks[..self.n]
+        &self.senders[..self.n]
     }
 }
 
@@ -109,16 +132,26 @@ impl Moe {
         let cut = lanes.cut(tokens, flight.choices.len() * self.layout.stride);
         let owners = Owners::Blocks(cut.each);
         let steps = epilogue.check(tokens, hidden, owners)?;
-        self.await_outputs(flight, &mut seen.epochs[slot])?;
+        let mut call = Call::default();
+        // Ranks of other nodes may be waiting for it.
+        self.do_duty::<E>(epoch, &mut call)?;
+        self.await_outputs(flight, &mut seen.epochs[slot], &mut call)?;
+        let between = self.between().map(|(_, between)| between.borrow());
+        if let Some(between) = &between {
+            between.await_sums(&self.comm, &mut call, epoch)?;
+        }
         self.take_first_rows(flight, first_rows);
-        if self.config.reduction == Reduction::PerRank {
-            first_rows.count_sums(&self.placement, &flight.choices, topk, cut.each * topk, cut.pieces);
+        let per_rank = self.config.reduction == Reduction::PerRank;
+        let world_size = self.comm.world_size;
+        let senders = Senders { placement: &self.placement, between: between.as_deref(), ranks: per_rank, world_size };
+        let sums = per_rank || between.is_some();
+        if sums {
+            first_rows.count_sums(senders, &flight.choices, topk, cut.each * topk, cut.pieces);
         }
         let combine = Combine {
             outboxes: self.outboxes(),
-            placement: &self.placement,
+            senders,
             epoch,
-            reduction: self.config.reduction,
             topk,
             choices: &flight.choices,
             first: &first_rows.first,
@@ -126,28 +159,24 @@ impl Moe {
             steps,
             out: Divided::new(out, hidden, owners),
         };
-        let taken = Divided::new(&mut first_rows.taken, self.comm.world_size, Owners::Blocks(1));
+        let taken = Divided::new(&mut first_rows.taken, senders.width(), Owners::Blocks(1));
         lanes.share(cut, &|piece| {
             let mut part = taken.part(piece);
-            let taken = match combine.reduction {
-                Reduction::PerExpert => &mut [][..],
-                Reduction::PerRank => part.row_mut(piece),
-            };
+            let taken = if sums { part.row_mut(piece) } else { &mut [] };
             combine.tokens(piece, cut.range(piece), taken)
         })?;
         self.comm.counters.exchanges.fetch_add(1, Relaxed);
         Ok(())
     }
 
-    /// Waits for every rank that had entries of this one.
-    fn await_outputs(&self, flight: &mut Flight, seen: &mut [u64]) -> Result<()> {
+    /// Waits for every rank of this node that had entries of this one.
+    fn await_outputs(&self, flight: &mut Flight, seen: &mut [u64], call: &mut Call) -> Result<()> {
         let (epoch, slot) = (flight.epoch, self.layout.slot(flight.epoch));
-        let mut call = Call::default();
         for peer in self.ranks_of(&mut flight.lists) {
             let outbox = &self.peers[peer];
             let word = outbox.word64(slot.combined);
             let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
-            self.comm.wait_in(&mut call, what, || epoch::reached(word, epoch).then_some(()))?;
+            self.comm.wait_in(call, what, || epoch::reached(word, epoch).then_some(()))?;
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
                 return Err(Error::PeerAbandoned { rank: peer, epoch });
             }
@@ -174,10 +203,11 @@ impl Moe {
         }
     }
 
-    /// The ranks that have entries in this rank's lists.
+    /// The ranks of this node that have entries in this rank's lists.
     fn ranks_of<'l>(&'l self, lists: &'l mut Lists) -> impl Iterator<Item = usize> + 'l {
         let starts = lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
         let parts = self.placement.starts.windows(2).enumerate();
+        let parts = parts.filter(|(rank, _)| self.comm.is_near(*rank));
         parts.filter(move |(_, part)| starts[part[0]] < starts[part[1]]).map(|(rank, _)| rank)
     }
 
@@ -190,9 +220,8 @@ impl Moe {
 /// A combine whose outputs are all there, for any thread.
 struct Combine<'a, E> {
     outboxes: Outboxes<'a>,
-    placement: &'a Placement,
+    senders: Senders<'a>,
     epoch: u64,
-    reduction: Reduction,
     topk: usize,
     choices: &'a [Choice],
     /// As in [`FirstRows`].
@@ -204,7 +233,7 @@ struct Combine<'a, E> {
 }
 
 impl<E: Element> Combine<'_, E> {
-    /// Sums a piece's tokens; `taken` says by rank how many sums the earlier ones have taken.
+    /// Sums a piece's tokens; `taken` says by sender how many sums the earlier ones have taken.
     fn tokens<'t>(&'t self, piece: usize, tokens: std::ops::Range<usize>, taken: &mut [u32]) -> Result<()> {
         let &Combine { topk, ref steps, streaming, .. } = self;
         let hidden = self.outboxes.hidden;
@@ -212,9 +241,11 @@ impl<E: Element> Combine<'_, E> {
         let mut normed = steps.norm.as_ref().map(|norm| (norm, norm.out.part(piece)));
         let gather = |token: usize, terms: &mut Terms<'t, E>| {
             let choices = &self.choices[token * topk..(token + 1) * topk];
-            match self.reduction {
-                Reduction::PerExpert => self.experts(choices, terms)?,
-                Reduction::PerRank => self.ranks(choices, taken, terms)?,
+            if !self.senders.ranks {
+                self.experts(choices, terms)?;
+            }
+            if !taken.is_empty() {
+                self.sums(choices, taken, terms)?;
             }
             let residual = steps.residual.map(|rows| &rows[token * hidden..(token + 1) * hidden]);
             for row in [steps.bias, residual].into_iter().flatten() {
@@ -235,10 +266,11 @@ impl<E: Element> Combine<'_, E> {
         Ok(())
     }
 
-    /// One row per expert, in the order in which the token names them.
+    /// One row per expert of this node, in the order in which the token names them.
     fn experts<'t>(&'t self, choices: &[Choice], terms: &mut Terms<'t, E>) -> Result<()> {
-        for choice in choices.iter().filter(|c| c.expert != NONE) {
-            let rank = self.placement.rank[choice.expert as usize] as usize;
+        let is_near = |expert| self.senders.between.is_none_or(|between| between.node_of(expert).is_none());
+        for choice in choices.iter().filter(|c| c.expert != NONE && is_near(c.expert)) {
+            let rank = self.senders.placement.rank[choice.expert as usize] as usize;
             let row = self.first[choice.expert as usize] as usize + choice.index as usize;
             let layout = self.outboxes.layout;
             let area = (layout.slot(self.epoch).outputs.start, layout.output_rows);
@@ -247,13 +279,19 @@ impl<E: Element> Combine<'_, E> {
         Ok(())
     }
 
-    /// One row per rank, ascending. Each rank's sums are those of the tokens that have entries there, in order.
-    fn ranks<'t>(&'t self, choices: &[Choice], taken: &mut [u32], terms: &mut Terms<'t, E>) -> Result<()> {
-        for &rank in Ranks::of(choices, self.placement).get() {
-            let taken = &mut taken[rank as usize];
-            let row = self.first[rank as usize] as usize + *taken as usize;
-            *taken += 1;
-            let layout = self.outboxes.layout;
+    /// One row per sender, ascending. Each one's sums are those of the tokens that have entries there, in order.
+    fn sums<'t>(&'t self, choices: &[Choice], taken: &mut [u32], terms: &mut Terms<'t, E>) -> Result<()> {
+        let layout = self.outboxes.layout;
+        for &sender in self.senders.of(choices).get() {
+            let taken = &mut taken[sender as usize];
+            let before = std::mem::replace(taken, *taken + 1) as usize;
+            if let Some(node) = (sender as usize).checked_sub(self.senders.world_size)
+                && let Some(between) = self.senders.between
+            {
+                terms.push(between.sum(self.epoch, node, before, layout.stride, self.outboxes.hidden), 1.0);
+                continue;
+            }
+            let (rank, row) = (sender, self.first[sender as usize] as usize + before);
             let area = (layout.slot(self.epoch).sums.start, layout.sum_rows);
             terms.push(self.outboxes.output(rank as usize, area, row)?, 1.0);
         }

@@ -130,7 +130,7 @@ impl Moe {
         let Some(smooth) = &self.config.smooth else {
             let lanes = self.lanes();
             let cut = lanes.cut(count, count * token.stride);
-            let rows = rows.divide::<u8>(count, token.stride, Owners::Blocks(cut.each));
+            let rows = rows.divide::<u8>(0, count, token.stride, Owners::Blocks(cut.each));
             return lanes.share(cut, &|piece| {
                 let (mut rows, range) = (rows.part(piece), cut.range(piece));
                 let tokens = tokens[range.start * hidden..range.end * hidden].chunks_exact(hidden);

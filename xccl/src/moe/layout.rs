@@ -1,6 +1,7 @@
 //! What lies where in a MoE handle's outbox.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
@@ -129,7 +130,7 @@ impl MoeLayout {
     }
 
     /// Takes this rank's outbox apart: the words, and each slot's areas.
-    pub(super) fn split(&self, own: Mapping) -> (Words, [[Area; AREAS]; SLOTS]) {
+    pub(super) fn split(&self, own: Arc<Mapping>) -> (Words, [[Area; AREAS]; SLOTS]) {
         let [first, second] = self.slots.each_ref().map(SlotLayout::areas);
         let [a, b, c, d, e, f] = first;
         let [g, h, i, j, k, l] = second;

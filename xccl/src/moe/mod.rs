@@ -18,10 +18,13 @@
 
 mod arrivals;
 mod batch;
+mod between;
 mod combine;
 mod config;
 mod encoding;
 mod epilogue;
+#[cfg(test)]
+mod far_tests;
 mod joined;
 mod kernels;
 mod lanes;
@@ -42,6 +45,7 @@ use std::time::Instant;
 
 pub use arrivals::Arrivals;
 pub use batch::{BatchRow, ExpertBatch, TokenSum, WireRow};
+use between::Between;
 use combine::FirstRows;
 pub use config::{MoeConfig, Reduction};
 pub use encoding::WireRows;
@@ -164,6 +168,8 @@ pub struct Moe {
     state: RefCell<State>,
     lanes: RefCell<LaneSet>,
     ways: RefCell<Ways>,
+    /// What there is of other nodes.
+    between: Option<RefCell<Between>>,
 }
 
 /// A dispatch that was sent: what [`Moe::dispatch_recv`] and [`Moe::combine_recv`] need to know of it.
@@ -303,11 +309,24 @@ impl Moe {
                     return Err(Error::Mismatch { rank, what: "the MoE configuration".to_owned(), theirs, ours: mine });
                 }
             }
-            let enough = fabric::check_memory("the MoE handle", layout.bytes, comm.world_size);
-            fabric::exchange_segments(&mut star, &comm.config, enough, Writers::Owner, layout.bytes, deadline)?
+            let ranks_here = comm.nodes.iter().filter(|&&node| node == comm.nodes[comm.rank]).count();
+            let enough = fabric::check_memory("the MoE handle", layout.bytes, ranks_here);
+            let outboxes =
+                fabric::exchange_segments(&mut star, &comm.config, enough, Writers::Owner, layout.bytes, deadline)?;
+            let own = Arc::new(outboxes.own);
+            let (between, mirrors) = match &comm.fabric.far {
+                None => (None, vec![]),
+                Some(far) => {
+                    let shape = (&config, &layout, &placement);
+                    let (between, mirrors) = Between::new(&comm, far, &mut star, shape, &own, deadline)?;
+                    (Some(RefCell::new(between)), mirrors)
+                }
+            };
+            let mirrors = mirrors.into_iter().chain(std::iter::repeat_with(|| None));
+            (own, between, outboxes.peers.into_iter().zip(mirrors).filter_map(|(near, far)| near.or(far)).collect())
         };
-        let peers: Vec<Mapping> = outboxes.peers.into_iter().flatten().collect();
-        let (own, areas) = layout.split(outboxes.own);
+        let (own, between, peers): (Arc<Mapping>, _, Vec<Mapping>) = outboxes;
+        let (own, areas) = layout.split(own);
         let local = placement.local(comm.rank).len();
         let flights = areas.map(|areas: [Area; AREAS]| {
             let (received, SendAreas { starts, entries, rows }) = Received::new(comm.world_size, local, areas);
@@ -327,7 +346,7 @@ impl Moe {
         let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: 0 };
         let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
         let (lanes, ways) = (RefCell::default(), RefCell::default());
-        Ok(Moe { comm, config, layout, placement, kernels, own, peers, state, lanes, ways })
+        Ok(Moe { comm, config, layout, placement, kernels, own, peers, state, lanes, ways, between })
     }
 
     /// The configuration.
@@ -408,7 +427,7 @@ impl Moe {
     fn copy_tokens<E: Element>(&self, tokens: &[E], count: usize, rows: &mut Area) -> Result<()> {
         let (hidden, stride, lanes) = (self.config.hidden, self.layout.stride, self.lanes());
         let cut = lanes.cut(count, count * stride);
-        let rows = rows.divide::<E>(count, stride, Owners::Blocks(cut.each));
+        let rows = rows.divide::<E>(0, count, stride, Owners::Blocks(cut.each));
         let bytes = count * stride;
         let may_stream = bytes >= kernels::STREAMING_OUTBOX_BYTES;
         let streaming = may_stream && self.ways.borrow().past_caches();
@@ -511,10 +530,17 @@ impl Moe {
         let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > seen.all) else { return Ok(epoch) };
         let mut call = Call::default();
         for (peer, seen) in seen.epochs[slot].iter_mut().enumerate().filter(|(_, seen)| **seen < previous) {
+            if !self.comm.is_near(peer) {
+                continue;
+            }
             let word = self.peers[peer].word64(self.layout.slot(previous).combined);
             let what = Waiting { operation: Operation::DispatchSend, epoch, peer: Some(peer) };
             self.comm.wait_in(&mut call, what, || epoch::reached(word, previous).then_some(()))?;
             *seen = previous;
+        }
+        if let Some((_, between)) = self.between() {
+            self.make_up(previous);
+            between.borrow().await_returned(&self.comm, &mut call, previous, Operation::DispatchSend)?;
         }
         seen.all = previous;
         Ok(epoch)
@@ -531,6 +557,14 @@ impl Moe {
         std::mem::forget(refusal);
         epoch::publish(self.own.word64(self.layout.dispatched), epoch);
         self.comm.notify_all();
+        if let Some((far, between)) = self.between() {
+            let mut state = self.state.borrow_mut();
+            let Flight { tokens, choices, lists, .. } = state.flight(epoch);
+            let starts = lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
+            let shape = (&self.config, &self.layout, &self.placement);
+            let rows = between.borrow_mut().dispatch(far, shape, epoch, *tokens, choices, starts);
+            self.comm.counters.far_rows.fetch_add(rows, Relaxed);
+        }
         Ok(Exchange { moe: self, epoch })
     }
 
@@ -538,6 +572,9 @@ impl Moe {
     fn refuse(&self, epoch: u64) {
         self.own.word64(self.layout.refused).store(epoch, Release);
         self.comm.notify_all();
+        if let Some((far, between)) = self.between() {
+            between.borrow().tell(far, self.layout.refused, epoch);
+        }
     }
 
     fn fill<I: ExpertId>(
@@ -732,5 +769,6 @@ impl Drop for Exchange<'_> {
         if abandons {
             self.moe.abandon(self.epoch);
         }
+        self.moe.shirk(self.epoch);
     }
 }

@@ -302,7 +302,7 @@ impl ByToken {
     ) -> Result<()> {
         // The bytes that are read: what is shared is the time they take.
         let cut = lanes.cut(self.tokens.len(), self.entries.len() * stride);
-        let sums = sums.divide::<E>(self.tokens.len(), stride, Owners::Blocks(cut.each));
+        let sums = sums.divide::<E>(0, self.tokens.len(), stride, Owners::Blocks(cut.each));
         lanes.share(cut, &|piece| {
             let mut sums = sums.part(piece);
             let gather = |i: usize, terms: &mut Terms<'o, E>| {
@@ -354,6 +354,8 @@ impl ByToken {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::dtype::DType;
     use crate::memory::area;
@@ -366,7 +368,7 @@ mod tests {
         let config = MoeConfig::new(4, 8, 1, world * local, DType::F32);
         let layout = MoeLayout::new(&config, &Placement::new(&config, world), world);
         let mapping = OwnSegment::create(MemoryFlavour::Memfd, Writers::Owner, layout.bytes, false).unwrap().mapping;
-        Received::new(world, local, area::split(mapping, layout.slot(0).areas()).1).0
+        Received::new(world, local, area::split(Arc::new(mapping), layout.slot(0).areas()).1).0
     }
 
     proptest! {
