@@ -135,6 +135,10 @@ typedef enum {
    * No launcher's environment says which rank this process is.
    */
   xcclNotLaunched = 15,
+  /**
+   * The network between nodes: its library is missing, no provider of it will do, or one has failed.
+   */
+  xcclNetworkError = 16,
 } xcclResult_t;
 
 /**

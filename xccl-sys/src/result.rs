@@ -37,11 +37,13 @@ pub enum xcclResult_t {
     xcclJoinFailed = 14,
     /// No launcher's environment says which rank this process is.
     xcclNotLaunched = 15,
+    /// The network between nodes: its library is missing, no provider of it will do, or one has failed.
+    xcclNetworkError = 16,
 }
 
 use xcclResult_t::*;
 
-const TEXTS: [(xcclResult_t, &CStr); 14] = [
+const TEXTS: [(xcclResult_t, &CStr); 15] = [
     (xcclSuccess, c"success"),
     (xcclSystemError, c"a system call failed"),
     (xcclInternalError, c"internal error"),
@@ -56,6 +58,7 @@ const TEXTS: [(xcclResult_t, &CStr); 14] = [
     (xcclLimitExceeded, c"a configured limit was exceeded"),
     (xcclJoinFailed, c"the ranks could not come together"),
     (xcclNotLaunched, c"not started by a launcher"),
+    (xcclNetworkError, c"the network between nodes failed"),
 ];
 
 /// A short text for a result, for example "invalid argument". It lives for ever; "unknown result" for other numbers.
@@ -91,6 +94,7 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         Error::Timeout { .. } => xcclTimeout,
         Error::NotEnoughMemory { .. } | Error::HeapExhausted { .. } => xcclOutOfMemory,
         Error::Os { .. } => xcclSystemError,
+        Error::FabricLibrary { .. } | Error::FabricProvider { .. } | Error::Fabric { .. } => xcclNetworkError,
         Error::Truncated { .. } => xcclTruncated,
         Error::UnexpectedFull { .. } | Error::CapacityExceeded { .. } | Error::TooManyExpertRows { .. } => {
             xcclLimitExceeded

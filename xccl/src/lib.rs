@@ -42,6 +42,7 @@ pub use crate::{
     comm::{Communicator, Config, HeapBuffer, MemoryPlan, Origin, Setting, Statistics},
     dtype::{DType, Element, ExpertId},
     error::{Error, Result},
+    fabric::NetworkProvider,
     kernels::Kernels,
     memory::MemoryFlavour,
     moe::{

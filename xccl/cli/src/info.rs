@@ -34,6 +34,7 @@ impl InfoArgs {
         let cma = if alone.cma_readable_by(0)? { "permitted" } else { "not permitted (large messages are pipelined)" };
         println!("plane                    shared memory (load and store)");
         println!("process_vm_readv         {cma}");
+        print_network(&config);
         print_calibration(&config)?;
         println!("huge pages               {}", huge_pages());
         println!("waiting of {:<14}{}", format!("{ranks} ranks"), Communicator::core_sharing_of(ranks));
@@ -55,6 +56,20 @@ impl InfoArgs {
             println!("  {:<22} {:>12}  ({})  {}", s.variable, s.value, s.origin, s.meaning);
         }
         Ok(())
+    }
+}
+
+/// What can carry rows between nodes.
+fn print_network(config: &Config) {
+    let providers = match Communicator::network_providers(config) {
+        Ok(providers) => providers,
+        Err(why) => return println!("between nodes            nothing: {why}"),
+    };
+    let chosen = providers.iter().find(|p| p.chosen);
+    println!("between nodes            {}", chosen.map_or("no provider will do", |p| &p.name));
+    for p in &providers {
+        // Devices matter where something is going to use them.
+        println!("  {:<22} {}", p.name, p.passed_over.clone().unwrap_or_else(|| p.devices.join(", ")));
     }
 }
 

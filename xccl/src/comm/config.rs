@@ -54,8 +54,9 @@ const CMA: usize = 6;
 const UNEXPECTED: usize = 7;
 const KERNELS: usize = 8;
 const PROGRESS_THREAD: usize = 9;
+const FABRIC: usize = 10;
 
-const OPTIONS: [(&str, &str); 10] = [
+const OPTIONS: [(&str, &str); 11] = [
     ("XCCL_TIMEOUT", "deadline of every blocking call, in seconds, or \"infinite\""),
     ("XCCL_MEMORY", "where shared segments come from: memfd or posix (/dev/shm)"),
     ("XCCL_HUGE_PAGES", "ask for huge pages: auto or never"),
@@ -74,6 +75,10 @@ const OPTIONS: [(&str, &str); 10] = [
     (
         "XCCL_PROGRESS_THREAD",
         "where ranks are on several nodes, a thread per rank moves their traffic on while it computes: auto or never",
+    ),
+    (
+        "XCCL_FABRIC",
+        "libfabric's provider between nodes: auto (hardware before tcp), or its name, such as tcp or verbs",
     ),
 ];
 
@@ -97,6 +102,8 @@ pub struct Config {
     pub(crate) unexpected_bytes: usize,
     pub(crate) kernels: Kernels,
     pub(crate) progress_thread: bool,
+    /// The provider between nodes; none: the best there is.
+    pub(crate) fabric: Option<String>,
     origins: [Origin; OPTIONS.len()],
     /// Nodes and a network that only the tests of this process see.
     #[cfg(test)]
@@ -116,6 +123,7 @@ impl Default for Config {
             unexpected_bytes: 256 << 20,
             kernels: Kernels::Auto,
             progress_thread: true,
+            fabric: None,
             origins: [Origin::Default; OPTIONS.len()],
             #[cfg(test)]
             pretence: None,
@@ -177,6 +185,15 @@ impl Config {
             CMA => self.cma = auto(value)?,
             UNEXPECTED => self.unexpected_bytes = bytes(0, 1 << 40)?,
             PROGRESS_THREAD => self.progress_thread = auto(value)?,
+            FABRIC => {
+                // Which providers there are is seen only where there are several nodes.
+                let name = |value: &str| !value.is_empty() && value.chars().all(|c| c.is_ascii_graphic());
+                self.fabric = match value {
+                    "auto" => None,
+                    _ if name(value) => Some(value.to_owned()),
+                    _ => return Err(wrong("auto, or the name of a provider as `xccl info` lists them")),
+                };
+            }
             _ => {
                 self.kernels = value.parse().map_err(|_| wrong("auto, scalar, avx2, avx512, avx512bf16 or neon"))?;
                 self.kernels.resolve(name)?;
@@ -265,6 +282,13 @@ impl Config {
         self.by_code(PROGRESS_THREAD)
     }
 
+    /// The network provider of libfabric between nodes, such as `tcp` or `verbs`; `None` for the best there is, hardware before
+    /// TCP. Default: `None`. [`Communicator::network_providers`](crate::Communicator::network_providers) lists them.
+    pub fn fabric(mut self, provider: Option<&str>) -> Self {
+        self.fabric = provider.map(str::to_owned);
+        self.by_code(FABRIC)
+    }
+
     /// Every option with its value and where that comes from.
     pub fn settings(&self) -> Vec<Setting> {
         let auto = |yes: bool| if yes { "auto" } else { "never" }.to_owned();
@@ -282,6 +306,7 @@ impl Config {
             self.unexpected_bytes.to_string(),
             self.kernels.to_string(),
             auto(self.progress_thread),
+            self.fabric.clone().unwrap_or_else(|| "auto".to_owned()),
         ];
         let with_values = OPTIONS.iter().zip(values).zip(self.origins);
         with_values
@@ -291,7 +316,7 @@ impl Config {
 
     /// What all ranks must agree on: the options that shape shared memory or the protocol.
     pub(crate) fn description(&self) -> Vec<(String, String)> {
-        let shared = [MEMORY, HEAP, P2P_RING, CMA].map(|option| OPTIONS[option].0);
+        let shared = [MEMORY, HEAP, P2P_RING, CMA, FABRIC].map(|option| OPTIONS[option].0);
         let settings = self.settings().into_iter().filter(|s| shared.contains(&s.variable));
         settings.map(|s| (s.variable.to_owned(), s.value)).collect()
     }
@@ -339,6 +364,8 @@ mod tests {
             ("XCCL_HEAP", "99999999999999999999G"),
             ("XCCL_P2P_RING", "16"),
             ("XCCL_CMA", "yes"),
+            ("XCCL_FABRIC", ""),
+            ("XCCL_FABRIC", "tcp over there"),
             ("XCCL_KERNELS", "sse9"),
             // No processor has both.
             ("XCCL_KERNELS", if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" }),

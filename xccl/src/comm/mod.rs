@@ -20,7 +20,7 @@ use inner::CommInner;
 
 use crate::bootstrap::{Launch, UniqueId};
 use crate::error::{Error, Result};
-use crate::fabric;
+use crate::fabric::{self, NetworkProvider, ofi};
 use crate::memory::machine;
 use crate::p2p::Calibration;
 use crate::sync::CoreSharing;
@@ -237,6 +237,22 @@ impl Communicator {
     /// Memory that a communicator of `world_size` ranks takes on each of them. Pages count once they are touched.
     pub fn memory_plan(world_size: usize, config: &Config) -> MemoryPlan {
         MemoryPlan { outbox_bytes: layout::CommLayout::new(world_size, config).bytes, heap_bytes: config.heap_bytes }
+    }
+
+    /// The network providers of this machine's libfabric, the one that `config` chooses first. Loads the library; blocks while it
+    /// looks for devices, a second at most.
+    ///
+    /// ```
+    /// match xccl::Communicator::network_providers(&xccl::Config::default()) {
+    ///     Ok(providers) => assert!(providers.iter().filter(|p| p.chosen).count() <= 1),
+    ///     Err(err) => assert!(err.to_string().contains("libfabric1")), // not installed
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::FabricLibrary`] where libfabric 1.17 or later is not installed.
+    pub fn network_providers(config: &Config) -> Result<Vec<NetworkProvider>> {
+        ofi::providers(config.fabric.as_deref())
     }
 
     /// Allocates on this rank's symmetric heap: sends from there are copied once, by the receiver. Zeroed only when

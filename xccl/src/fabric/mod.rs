@@ -8,8 +8,6 @@
 pub(crate) mod cma;
 pub(crate) mod endpoint;
 pub(crate) mod far;
-// `xccl info` will list providers.
-#[allow(dead_code)]
 pub(crate) mod ofi;
 // One-sided memory will use the rest of it.
 #[allow(dead_code)]
@@ -25,6 +23,7 @@ use std::time::Instant;
 
 use endpoint::Endpoint;
 use far::Far;
+pub use ofi::NetworkProvider;
 use serde::{Deserialize, Serialize};
 
 use crate::bootstrap::{Star, UniqueId};

@@ -15,6 +15,9 @@ mod tests;
 
 use std::net::IpAddr;
 
+pub use providers::NetworkProvider;
+pub(crate) use providers::providers;
+
 use super::endpoint::Endpoint;
 use crate::error::Result;
 

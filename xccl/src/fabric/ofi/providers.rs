@@ -56,7 +56,7 @@ pub(crate) fn providers(wanted: Option<&str>) -> Result<Vec<NetworkProvider>> {
         } else if let Some(wanted) = wanted {
             Some(format!("XCCL_FABRIC asks for {wanted}"))
         } else if !PREFERRED.contains(&name) {
-            Some("is used only where XCCL_FABRIC names it".to_owned())
+            Some("used only where XCCL_FABRIC names it".to_owned())
         } else {
             best.as_ref().map(|best| format!("{best} is preferred"))
         }
