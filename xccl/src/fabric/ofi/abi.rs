@@ -48,6 +48,8 @@ pub(super) const CQ_FORMAT_DATA: c_int = 3;
 pub(super) const KEY_NOTAVAIL: u64 = u64::MAX;
 
 pub(super) const EAGAIN: i64 = 11;
+/// As the entries of completion queues have it.
+pub(super) const ECANCELED: c_int = 125;
 pub(super) const ENODATA: i64 = 61;
 pub(super) const EAVAIL: i64 = 259;
 pub(super) const ENOKEY: i64 = 266;
@@ -393,7 +395,7 @@ mod tests {
         constants!(claims, SELECTIVE_COMPLETION, MR_LOCAL, MR_VIRT_ADDR, MR_ALLOCATED, MR_PROV_KEY, MR_ENDPOINT);
         constants!(claims, SOCKADDR_IN, SOCKADDR_IN6, AV_TABLE, PROGRESS_MANUAL, THREAD_DOMAIN, RM_ENABLED, EP_RDM);
         constants!(claims, GETWAIT, ENABLE, WAIT_NONE, WAIT_FD, CQ_FORMAT_DATA, KEY_NOTAVAIL, EAGAIN, ENODATA, EAVAIL);
-        constants!(claims, ENOKEY);
+        constants!(claims, ECANCELED, ENOKEY);
         // What libfabric allocates: it may grow behind the fields that are named here.
         layout!(claims, "fi_tx_attr" TxAttr {
             caps, mode, op_flags, msg_order, comp_order, inject_size, size, iov_limit, rma_iov_limit, tclass

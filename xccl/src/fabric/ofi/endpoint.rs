@@ -6,14 +6,17 @@ use std::fs::File;
 use std::io::Read;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::library::{Infos, Library, string};
+use super::probe::Probe;
 use super::{Options, abi, providers};
 use crate::error::{Error, Result};
 use crate::fabric::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
@@ -28,6 +31,9 @@ const QUEUE: usize = 4096;
 
 /// How often a key that is taken is replaced by another one.
 const KEY_TRIES: usize = 8;
+
+/// How long a rank takes nothing before its port is asked whether anybody is there, and between two such questions.
+const DOUBT: Duration = Duration::from_millis(200);
 
 /// An open object of libfabric, closed when dropped.
 struct Handle<T: Object> {
@@ -123,6 +129,24 @@ impl Context {
     }
 }
 
+/// Another rank.
+///
+/// `ofi_rxm` makes connections when they are needed, and again when they break or are refused: until then it says that the queue
+/// is full. So a rank that is gone would keep the others waiting for room. Where it takes nothing for a while, its port is asked:
+/// when it refuses, nobody is there any more.
+struct Peer {
+    /// Its number in the address vector.
+    number: u64,
+    /// Its port, where it has one that can be asked.
+    port: Option<SocketAddr>,
+    /// Since when it takes nothing.
+    held_up: Option<Instant>,
+    probe: Option<Probe>,
+    /// Why it cannot be reached any more. A rank that an operation has failed for stays lost: the provider would connect again,
+    /// but what was on its way is not sent again, and a later put could be counted in its place.
+    lost: Option<String>,
+}
+
 /// What other ranks are told of an endpoint.
 #[derive(Serialize, Deserialize)]
 struct Address {
@@ -147,10 +171,12 @@ pub(super) struct OfiEndpoint {
     provider: String,
     mr_mode: c_int,
     wake_fd: Option<RawFd>,
-    /// By rank, its number in `av`.
-    peers: Vec<Option<u64>>,
-    /// By slot.
-    gets: Vec<Get>,
+    /// By rank; none for those that are not needed.
+    peers: Vec<Option<Peer>>,
+    /// How many of them are held up.
+    held_up: usize,
+    /// By slot; none for those that are free.
+    gets: Vec<Option<Get>>,
     free_slots: Vec<usize>,
     /// Operations that could not even be started.
     failed: VecDeque<Event>,
@@ -216,6 +242,7 @@ impl OfiEndpoint {
             mr_mode,
             wake_fd,
             peers: Vec::new(),
+            held_up: 0,
             gets: Vec::new(),
             free_slots: Vec::new(),
             failed: VecDeque::new(),
@@ -233,6 +260,17 @@ impl OfiEndpoint {
     fn info(&self) -> &abi::Info {
         // SAFETY: `info` has one entry, with all its parts.
         unsafe { &*self.info.as_ptr() }
+    }
+
+    /// Refuses what the provider does not carry in one piece.
+    fn check_length(&self, bytes: usize) -> Result<()> {
+        // SAFETY: entries of `fi_getinfo` have all their parts.
+        let limit = unsafe { (*self.info().ep_attr).max_msg_size };
+        if bytes > limit {
+            let why = format!("{bytes} bytes are more than it carries at once ({limit}): send them in parts");
+            return Err(self.wrong("fi_writedata", why));
+        }
+        Ok(())
     }
 
     fn needs(&self, mode: c_int) -> bool {
@@ -260,11 +298,8 @@ impl OfiEndpoint {
             return Err(differs("network provider (XCCL_FABRIC)", theirs.provider, self.provider.clone()));
         }
         let format = self.info().addr_format;
-        let ip = |bytes: &[u8]| providers::ip_in(format, bytes);
-        if theirs.format != format
-            || theirs.bytes.len() != own.len()
-            || ip(&theirs.bytes).is_some() != ip(own).is_some()
-        {
+        let is_ip = |bytes: &[u8]| providers::socket_address(format, bytes).is_some();
+        if theirs.format != format || theirs.bytes.len() != own.len() || is_ip(&theirs.bytes) != is_ip(own) {
             let shown = |format: u32, bytes: &[u8]| format!("{} bytes of format {format}", bytes.len());
             return Err(differs("form of network address", shown(theirs.format, &theirs.bytes), shown(format, own)));
         }
@@ -281,23 +316,81 @@ impl OfiEndpoint {
         (registered.memory.at(registered.range.start + part.start, part.len()), desc)
     }
 
-    /// The number in `av` of a rank.
-    fn peer(&self, rank: usize) -> u64 {
-        let Some(number) = self.peers.get(rank).copied().flatten() else {
-            panic!("rank {rank} was not connected");
-        };
-        number
+    fn peer(&mut self, rank: usize) -> &mut Peer {
+        let peer = self.peers.get_mut(rank).and_then(Option::as_mut);
+        peer.unwrap_or_else(|| panic!("rank {rank} was not connected"))
+    }
+
+    /// Whether an operation for this rank has failed, or would: it is reported as failed at once.
+    fn is_lost(&mut self, rank: usize) -> bool {
+        let Some(why) = self.peer(rank).lost.clone() else { return false };
+        self.failed.push_back(Event::Failed { to: Some(rank), why });
+        true
+    }
+
+    /// Says that an operation for `rank` has failed, and that all others will.
+    fn lose(&mut self, rank: usize, why: String) -> Event {
+        if let Some(peer) = self.peers.get_mut(rank).and_then(Option::as_mut) {
+            peer.probe = None;
+            self.held_up -= usize::from(peer.held_up.take().is_some());
+            peer.lost.get_or_insert_with(|| why.clone());
+        }
+        Event::Failed { to: Some(rank), why }
     }
 
     /// What the return value of an operation means. An operation that cannot even start has failed like one that fails later.
     fn posted(&mut self, rank: usize, call: &'static str, code: i64) -> Posted {
         match code {
-            0.. => Posted::Yes,
-            code if code == -abi::EAGAIN => Posted::Full,
+            0.. => {
+                let peer = self.peer(rank);
+                if peer.held_up.take().is_some() {
+                    peer.probe = None;
+                    self.held_up -= 1;
+                }
+                Posted::Yes
+            }
+            code if code == -abi::EAGAIN => {
+                let peer = self.peer(rank);
+                if peer.port.is_some() && peer.held_up.is_none() {
+                    peer.held_up = Some(Instant::now());
+                    self.held_up += 1;
+                }
+                Posted::Full
+            }
             code => {
                 let why = self.library.error(&self.provider, call, code).to_string();
-                self.failed.push_back(Event::Failed { to: Some(rank), why });
+                let event = self.lose(rank, why);
+                self.failed.push_back(event);
                 Posted::Yes
+            }
+        }
+    }
+
+    /// Finds out of ranks that take nothing whether they are there.
+    fn doubt(&mut self, events: &mut Vec<Event>) {
+        let now = Instant::now();
+        for rank in 0..self.peers.len() {
+            let Some(peer) = &mut self.peers[rank] else { continue };
+            let (Some(since), Some(port)) = (peer.held_up, peer.port) else { continue };
+            let outcome = match &peer.probe {
+                Some(probe) => probe.end(),
+                None if now - since < DOUBT => continue,
+                None => match Probe::begin(port) {
+                    Ok(probe) => {
+                        peer.probe = Some(probe);
+                        continue;
+                    }
+                    Err(err) => Some(Err(err)),
+                },
+            };
+            match outcome {
+                None => {}
+                // It is only slow.
+                Some(Ok(())) => (peer.probe, peer.held_up) = (None, Some(now)),
+                Some(Err(err)) => {
+                    let event = self.lose(rank, format!("nobody is at {port} any more: {err}"));
+                    events.push(event);
+                }
             }
         }
     }
@@ -360,17 +453,24 @@ impl OfiEndpoint {
             self.check("fi_cq_readerr", code)?;
             // SAFETY: zeros are a whole entry, and so is what the call has written.
             let entry = unsafe { room.assume_init() }.entry;
+            let why = self.reason(&entry);
             let to = match Context::unpack(entry.op_context) {
                 Some(Context::Put { to }) => Some(to),
-                Some(Context::Get { slot }) => Some(self.end_get(slot).of),
+                Some(Context::Get { slot }) => self.end_get(slot).map(|get| get.of),
                 None => None,
             };
-            events.push(Event::Failed { to, why: self.reason(&entry) });
+            events.push(match to {
+                Some(rank) => self.lose(rank, why),
+                None => Event::Failed { to, why },
+            });
         }
     }
 
     /// The texts for an error: libfabric's, and the provider's own.
     fn reason(&self, entry: &abi::CqErrEntry) -> String {
+        if entry.err == abi::ECANCELED {
+            return format!("the connection has ended ({})", self.provider);
+        }
         // SAFETY: an open queue; the provider's number and data are the entry's own; no buffer is given.
         let text = unsafe {
             ((*(*self.cq.as_ptr()).ops).strerror)(
@@ -385,21 +485,19 @@ impl OfiEndpoint {
     }
 
     fn begin_get(&mut self, get: Get) -> usize {
-        match self.free_slots.pop() {
-            Some(slot) => {
-                self.gets[slot] = get;
-                slot
-            }
-            None => {
-                self.gets.push(get);
-                self.gets.len() - 1
-            }
-        }
+        let slot = self.free_slots.pop().unwrap_or_else(|| {
+            self.gets.push(None);
+            self.gets.len() - 1
+        });
+        self.gets[slot] = Some(get);
+        slot
     }
 
-    fn end_get(&mut self, slot: usize) -> Get {
+    /// The get that a slot held; none if it has ended before, as after an error that is reported twice.
+    fn end_get(&mut self, slot: usize) -> Option<Get> {
+        let get = self.gets.get_mut(slot)?.take()?;
         self.free_slots.push(slot);
-        self.gets[slot]
+        Some(get)
     }
 }
 
@@ -474,7 +572,9 @@ impl Endpoint for OfiEndpoint {
             if inserted != 1 {
                 return Err(self.wrong("fi_av_insert", format!("rank {rank}'s address is none for this provider")));
             }
-            self.peers.push(Some(number));
+            let port = providers::socket_address(self.info().addr_format, &address);
+            let port = port.filter(|_| providers::speaks_tcp(&self.provider));
+            self.peers.push(Some(Peer { number, port, held_up: None, probe: None, lost: None }));
         }
         Ok(())
     }
@@ -526,6 +626,11 @@ impl Endpoint for OfiEndpoint {
         let (address, desc) = self.local(from.0, &from.1);
         let bytes = from.1.len();
         let remote = reach(into.0, into.1, bytes);
+        self.check_length(bytes)?;
+        if self.is_lost(to) {
+            return Ok(Posted::Yes);
+        }
+        let number = self.peer(to).number;
         // SAFETY: an open endpoint; the bytes stay mapped as long as it lives (`Registered`).
         let code = unsafe {
             ((*(*self.ep.as_ptr()).rma).writedata)(
@@ -534,7 +639,7 @@ impl Endpoint for OfiEndpoint {
                 bytes,
                 desc,
                 immediate.into(),
-                self.peer(to),
+                number,
                 remote,
                 into.0.key,
                 Context::Put { to }.pack(),
@@ -555,7 +660,11 @@ impl Endpoint for OfiEndpoint {
         let bytes = into.1.len();
         let local = libc::iovec { iov_base: address.cast_mut().cast(), iov_len: bytes };
         let remote = abi::RmaIov { addr: reach(from.0, from.1, bytes), len: bytes, key: from.0.key };
-        let number = self.peer(of);
+        self.check_length(bytes)?;
+        if self.is_lost(of) {
+            return Ok(Posted::Yes);
+        }
+        let number = self.peer(of).number;
         let slot = self.begin_get(Get { of, token });
         let message = abi::MsgRma {
             msg_iov: &local,
@@ -597,7 +706,7 @@ impl Endpoint for OfiEndpoint {
                 if entry.flags & abi::REMOTE_CQ_DATA != 0 {
                     events.push(Event::Arrived { immediate: entry.data as u32 });
                 } else if let Some(Context::Get { slot }) = Context::unpack(entry.op_context) {
-                    events.push(Event::Got { token: self.end_get(slot).token });
+                    events.extend(self.end_get(slot).map(|get| Event::Got { token: get.token }));
                 }
             }
             if count < BATCH {
@@ -605,6 +714,9 @@ impl Endpoint for OfiEndpoint {
             }
         }
         events.extend(self.failed.drain(..));
+        if self.held_up > 0 {
+            self.doubt(events);
+        }
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! The plane between nodes, by libfabric: an [`Endpoint`] on any of its providers with reliable datagrams and remote writes.
 //!
-//! `library` loads it, `abi` says what its structures look like, `providers` chooses one, `endpoint` is the place on the network.
+//! `library` loads it, `abi` says what its structures look like, `providers` chooses one, `endpoint` is the place on the network,
+//! `probe` finds out whether anybody is still there.
 //!
 //! *Environment.* Providers read their own `FI_…` variables when the library is first used; `fi_info -e` lists them. A process
 //! that forks while an endpoint is open must not use it in the child; for `verbs` and `efa` set `RDMAV_FORK_SAFE=1` too, or the
@@ -9,6 +10,7 @@
 mod abi;
 mod endpoint;
 mod library;
+mod probe;
 mod providers;
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,7 @@
 //! Which providers there are, and which one is used.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6};
 
 use super::abi;
 use super::library::{Infos, Library, string};
@@ -193,21 +193,30 @@ fn ip_of(info: &abi::Info) -> Option<IpAddr> {
     }
     // SAFETY: `src_addr` has `src_addrlen` bytes.
     let address = unsafe { std::slice::from_raw_parts(info.src_addr.cast::<u8>(), info.src_addrlen) };
-    ip_in(info.addr_format, address)
+    socket_address(info.addr_format, address).map(|address| address.ip())
 }
 
-/// The IP address in a `sockaddr_in` or `sockaddr_in6`; `None` for other formats, and for bytes that are neither.
-pub(super) fn ip_in(format: u32, address: &[u8]) -> Option<IpAddr> {
-    let family = libc::c_int::from(u16::from_ne_bytes([*address.first()?, *address.get(1)?]));
+/// What a `sockaddr_in` or `sockaddr_in6` says; `None` for other formats, and for bytes that are neither.
+pub(super) fn socket_address(format: u32, bytes: &[u8]) -> Option<SocketAddr> {
+    let field = |at: usize| [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
+    let family = libc::c_int::from(u16::from_ne_bytes([*bytes.first()?, *bytes.get(1)?]));
     match (format, family) {
-        (abi::SOCKADDR_IN, libc::AF_INET) if address.len() == size_of::<libc::sockaddr_in>() => {
-            Some(Ipv4Addr::new(address[4], address[5], address[6], address[7]).into())
+        (abi::SOCKADDR_IN, libc::AF_INET) if bytes.len() == size_of::<libc::sockaddr_in>() => {
+            let port = u16::from_be_bytes([bytes[2], bytes[3]]);
+            Some(SocketAddr::new(Ipv4Addr::from(field(4)).into(), port))
         }
-        (abi::SOCKADDR_IN6, libc::AF_INET6) if address.len() == size_of::<libc::sockaddr_in6>() => {
+        (abi::SOCKADDR_IN6, libc::AF_INET6) if bytes.len() == size_of::<libc::sockaddr_in6>() => {
+            let port = u16::from_be_bytes([bytes[2], bytes[3]]);
             let mut ip = [0; 16];
-            ip.copy_from_slice(&address[8..24]);
-            Some(Ipv6Addr::from(ip).into())
+            ip.copy_from_slice(&bytes[8..24]);
+            let (flow, scope) = (u32::from_be_bytes(field(4)), u32::from_ne_bytes(field(24)));
+            Some(SocketAddrV6::new(ip.into(), port, flow, scope).into())
         }
         _ => None,
     }
+}
+
+/// Whether a provider speaks TCP, so that anybody may ask its port whether it is there.
+pub(super) fn speaks_tcp(provider: &str) -> bool {
+    matches!(provider.split(';').next(), Some("tcp" | "net"))
 }
