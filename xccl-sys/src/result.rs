@@ -84,6 +84,8 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         | Error::DuplicateRank { .. }
         | Error::Mismatch { .. }
         | Error::RootUnreachable { .. }
+        | Error::HostUnreachable { .. }
+        | Error::CannotListen { .. }
         | Error::Refused { .. }
         | Error::Bootstrap { .. } => xcclJoinFailed,
         Error::PeerDied { .. } | Error::PeerLeft { .. } | Error::PeerAbandoned { .. } | Error::Withdrawn { .. } => {

@@ -52,8 +52,8 @@ pub enum Error {
 
     /// Some ranks did not join the communicator in time.
     #[error(
-        "rank(s) {ranks:?} of {world_size} did not join within {waited:?}: check that they were started, on this machine, \
-         with the same job id, and that none of them failed"
+        "rank(s) {ranks:?} of {world_size} did not join within {waited:?}{turned_away}: check that they were started, with \
+         the same job id (on this machine, unless rank 0 has an address), and that none of them failed"
     )]
     MissingRanks {
         /// The ranks that are missing.
@@ -62,6 +62,8 @@ pub enum Error {
         world_size: usize,
         /// How long the others waited.
         waited: Duration,
+        /// Who came meanwhile and was refused, and why; empty where nobody was.
+        turned_away: String,
     },
 
     /// Two processes claim the same rank.
@@ -97,6 +99,29 @@ pub enum Error {
     RootUnreachable {
         /// How long was tried.
         waited: Duration,
+    },
+
+    /// Rank 0's address, where the ranks of several hosts meet, cannot be reached.
+    #[error(
+        "rank 0 could not be reached at {tried} within {waited:?} ({last}): check that rank 0 was started, that this is an \
+         address of its host (XCCL_MASTER_ADDR, XCCL_MASTER_PORT), that its job id is the same, and that no firewall is between"
+    )]
+    HostUnreachable {
+        /// The addresses that were tried.
+        tried: String,
+        /// How long was tried.
+        waited: Duration,
+        /// What the last attempt ended with.
+        last: String,
+    },
+
+    /// Rank 0 cannot wait for the other ranks at the address that it was given.
+    #[error("rank 0 cannot wait for the others at {address}: {source}; {}", after_refusal_to_listen(.source))]
+    CannotListen {
+        /// The address.
+        address: String,
+        /// The reason.
+        source: io::Error,
     },
 
     /// A process is not allowed to join the job.
@@ -446,6 +471,18 @@ fn after_timeout(during: &Operation) -> &'static str {
         Operation::Send => "a request can be waited for again, a blocking send has given its message up",
         Operation::CombineRecv => "the exchange is given up",
         _ => "nothing was lost, the call may be repeated",
+    }
+}
+
+/// What to do where an address cannot be listened at.
+fn after_refusal_to_listen(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => "choose another XCCL_MASTER_PORT, or make the id with another address",
+        io::ErrorKind::AddrNotAvailable => {
+            "that is no address of this host: XCCL_MASTER_ADDR, or the id's address, must be one of the host that rank 0 runs on"
+        }
+        io::ErrorKind::PermissionDenied => "choose a port from 1024 on",
+        _ => "check XCCL_MASTER_ADDR, or the id's address",
     }
 }
 

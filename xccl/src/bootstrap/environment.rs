@@ -3,6 +3,7 @@
 use std::fmt;
 use std::os::unix::process::parent_id;
 
+use super::rendezvous::Place;
 use crate::error::{Error, Result};
 
 /// What the launcher told this process about its place in the job.
@@ -27,6 +28,14 @@ pub struct Launch {
     /// A text that all ranks of the job share and no other job has. [`UniqueId::from_job`](crate::UniqueId::from_job)
     /// derives the secret from it.
     pub job: String,
+    /// The host (a name or an address) and the port at which rank 0 waits for the others; nothing where all ranks live on
+    /// one machine, and need none.
+    ///
+    /// Ranks live on several machines where their number on this one (or Slurm) says so, or `XCCL_NODE_ID` is set. The place
+    /// then comes from `XCCL_MASTER_ADDR` and `XCCL_MASTER_PORT`. What is not set is taken from `MASTER_ADDR`, and from the
+    /// port *after* `MASTER_PORT`: that one belongs to PyTorch's own rendezvous. Where the launcher does not tell,
+    /// `XCCL_MASTER_ADDR` decides.
+    pub rendezvous: Option<(String, u16)>,
     /// The variable by which the launcher was recognised.
     pub origin: &'static str,
 }
@@ -39,6 +48,7 @@ impl fmt::Debug for Launch {
             .field("world_size", &self.world_size)
             .field("local_rank", &self.local_rank)
             .field("local_world_size", &self.local_world_size)
+            .field("rendezvous", &self.rendezvous)
             .field("origin", &self.origin)
             .finish_non_exhaustive()
     }
@@ -51,7 +61,10 @@ struct Launcher {
     world_size: &'static [&'static str],
     local_rank: &'static str,
     local_world_size: Option<&'static str>,
-    job: fn(&Lookup) -> Result<String>,
+    /// The first that is set counts.
+    nodes: &'static [&'static str],
+    /// Told whether the ranks live on several machines.
+    job: fn(&Lookup, bool) -> Result<String>,
 }
 
 /// In order of precedence: what was set for us, then what is nearest to the process. torchrun goes before mpirun and srun
@@ -62,13 +75,15 @@ const LAUNCHERS: [Launcher; 5] = [
         world_size: &["XCCL_WORLD_SIZE"],
         local_rank: "XCCL_LOCAL_RANK",
         local_world_size: Some("XCCL_LOCAL_WORLD_SIZE"),
-        job: |lookup| lookup.required(JOB, "a text that all ranks of this job share, and no other job has"),
+        nodes: &[],
+        job: |lookup, _| lookup.required(JOB, "a text that all ranks of this job share, and no other job has"),
     },
     Launcher {
         rank: "RANK",
         world_size: &["WORLD_SIZE"],
         local_rank: "LOCAL_RANK",
         local_world_size: Some("LOCAL_WORLD_SIZE"),
+        nodes: &[],
         job: torchrun_job,
     },
     Launcher {
@@ -76,6 +91,7 @@ const LAUNCHERS: [Launcher; 5] = [
         world_size: &["OMPI_COMM_WORLD_SIZE"],
         local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
         local_world_size: Some("OMPI_COMM_WORLD_LOCAL_SIZE"),
+        nodes: &[],
         job: open_mpi_job,
     },
     Launcher {
@@ -83,6 +99,7 @@ const LAUNCHERS: [Launcher; 5] = [
         world_size: &["PMI_SIZE"],
         local_rank: "MPI_LOCALRANKID",
         local_world_size: Some("MPI_LOCALNRANKS"),
+        nodes: &[],
         job: hydra_job,
     },
     Launcher {
@@ -91,18 +108,26 @@ const LAUNCHERS: [Launcher; 5] = [
         world_size: &["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"],
         local_rank: "SLURM_LOCALID",
         local_world_size: None,
+        nodes: &["SLURM_STEP_NUM_NODES", "SLURM_NNODES"],
         job: slurm_job,
     },
 ];
 
 const JOB: &str = "XCCL_JOB";
 const SLURM_STEP: &str = "SLURM_STEP_ID";
+const MASTER_ADDR: &str = "XCCL_MASTER_ADDR";
+const MASTER_PORT: &str = "XCCL_MASTER_PORT";
 
 impl Launch {
     /// Reads this process's environment: `XCCL_RANK` and its kin, then torchrun's, Open MPI's, MPICH's (Hydra's) and
     /// Slurm's variables. `XCCL_JOB` alone replaces the job's text of any other launcher.
     pub fn from_env() -> Result<Self> {
         Self::from_lookup(&|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
+    }
+
+    /// Where rank 0 waits, if not on this machine alone.
+    pub(crate) fn place(&self) -> Option<Place> {
+        self.rendezvous.as_ref().map(|(host, port)| Place::new(host, *port))
     }
 
     /// Does as [`from_env`](Self::from_env) with variables from elsewhere.
@@ -143,16 +168,58 @@ impl Launcher {
             }
             None => None,
         };
+        let several = self.spans_machines(lookup, world_size, local_world_size)?;
         let job = match lookup.get(JOB) {
             Some(_) => lookup.required(JOB, "a text that all ranks of this job share")?,
-            None => (self.job)(lookup)?,
+            None => (self.job)(lookup, several == Some(true))?,
         };
-        Ok(Launch { rank, world_size, local_rank, local_world_size, job, origin: self.rank })
+        let rendezvous = self.rendezvous(lookup, several)?;
+        Ok(Launch { rank, world_size, local_rank, local_world_size, job, rendezvous, origin: self.rank })
+    }
+
+    /// Whether the ranks live on several machines, if the launcher tells.
+    fn spans_machines(
+        &self,
+        lookup: &Lookup,
+        world_size: usize,
+        local_world_size: Option<usize>,
+    ) -> Result<Option<bool>> {
+        if let Some(local) = local_world_size {
+            return Ok(Some(local < world_size));
+        }
+        let Some(name) = self.nodes.iter().find(|name| lookup.get(name).is_some()) else { return Ok(None) };
+        Ok(Some(lookup.number(name, 1, usize::MAX, || "the number of nodes, at least 1".to_string())? > 1))
+    }
+
+    fn rendezvous(&self, lookup: &Lookup, several: Option<bool>) -> Result<Option<(String, u16)>> {
+        let pretends = lookup.get("XCCL_NODE_ID").is_some();
+        let host = match lookup.get(MASTER_ADDR) {
+            _ if several == Some(false) && !pretends => None,
+            None if several == Some(true) || pretends => lookup.get("MASTER_ADDR"),
+            host => host,
+        };
+        let Some(host) = host else {
+            if several == Some(true) && !pretends {
+                let expected = "the address of rank 0's host, since fewer ranks live on this machine than there are";
+                lookup.required(MASTER_ADDR, expected)?;
+            }
+            return Ok(None);
+        };
+        if host.trim().is_empty() {
+            let expected = "the name or address of rank 0's host".to_string();
+            return Err(Error::Config { option: MASTER_ADDR, value: host, expected });
+        }
+        let port = if lookup.get(MASTER_PORT).is_none() && lookup.get("MASTER_PORT").is_some() {
+            lookup.port("MASTER_PORT", u16::MAX - 1)? + 1
+        } else {
+            lookup.port(MASTER_PORT, u16::MAX)?
+        };
+        Ok(Some((host.trim().to_string(), port)))
     }
 }
 
 /// torchrun's rendezvous has an address of its own, and every restart of the workers a new count.
-fn torchrun_job(lookup: &Lookup) -> Result<String> {
+fn torchrun_job(lookup: &Lookup, _: bool) -> Result<String> {
     let port =
         lookup.required("MASTER_PORT", "the port of torchrun's rendezvous (or set XCCL_JOB), because RANK is set")?;
     Ok(lookup.joined(
@@ -162,7 +229,7 @@ fn torchrun_job(lookup: &Lookup) -> Result<String> {
 }
 
 /// The job's id, under the name that this version of Open MPI has for it, and the random key that 4.x makes for each job.
-fn open_mpi_job(lookup: &Lookup) -> Result<String> {
+fn open_mpi_job(lookup: &Lookup, _: bool) -> Result<String> {
     let ids = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_ess_jobid"];
     if ids.iter().all(|name| lookup.get(name).is_none()) {
         lookup.required(ids[0], "the id of Open MPI's job (or set XCCL_JOB), because OMPI_COMM_WORLD_RANK is set")?;
@@ -173,13 +240,18 @@ fn open_mpi_job(lookup: &Lookup) -> Result<String> {
 /// Hydra gives a job no name of its own. Its port is one where it uses one; otherwise ranks talk to it over an inherited
 /// descriptor (PMI_FD) whose number means nothing to the others. What the ranks of one machine share, and two jobs do
 /// not, is their parent: the proxy which starts them, and lives as long as they do. A shell between the proxy and the
-/// program breaks this unless it replaces itself (`exec`); then XCCL_JOB must be given.
-fn hydra_job(lookup: &Lookup) -> Result<String> {
+/// program breaks this unless it replaces itself (`exec`); then XCCL_JOB must be given. So it must on several machines, each
+/// of which has a proxy of its own.
+fn hydra_job(lookup: &Lookup, several: bool) -> Result<String> {
+    if several {
+        let expected = "a text that all ranks of this job share, since Hydra gives those of several machines none";
+        return lookup.required(JOB, expected);
+    }
     Ok(lookup.joined(&format!("hydra parent={}", parent_id()), &["PMI_PORT"]))
 }
 
 /// A step's id is unique within its job, and the job's within its cluster.
-fn slurm_job(lookup: &Lookup) -> Result<String> {
+fn slurm_job(lookup: &Lookup, _: bool) -> Result<String> {
     let job =
         lookup.required("SLURM_JOB_ID", "the id of Slurm's job (or set XCCL_JOB), because SLURM_STEP_ID is set")?;
     Ok(lookup.joined(&format!("slurm job={job}"), &[SLURM_STEP, "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT"]))
@@ -209,6 +281,11 @@ impl Lookup<'_> {
             Ok(number) if (min..=max).contains(&number) => Ok(number),
             _ => Err(Error::Config { option: name, value: text, expected: expected() }),
         }
+    }
+
+    fn port(&self, name: &'static str, most: u16) -> Result<u16> {
+        let expected = || format!("a port that is free on rank 0's host, 1 to {most}");
+        Ok(self.number(name, 1, most.into(), expected)? as u16)
     }
 
     /// `start`, followed by the variables that are set.

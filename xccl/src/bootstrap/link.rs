@@ -1,36 +1,21 @@
-//! One connection: a Unix socket that keeps the borders of messages, and carries descriptors.
+//! One connection between a rank and rank 0, over a Unix socket or over TCP.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
-    connect, getsockopt, listen, recvmsg, sendmsg, socket, sockopt,
-};
 
 use super::message::{MAX_DESCRIPTORS, MAX_MESSAGE};
+use super::{tcp, unix};
 use crate::error::{Error, Result};
-use crate::memory::fd::own;
 
 /// How soon to try again where the kernel has nothing that could be polled for.
 const RETRY: Duration = Duration::from_millis(1);
 /// How many may wait to be accepted; the kernel lowers it to `net.core.somaxconn`.
-const BACKLOG: i32 = 4096;
-
-/// A connected socket. No call blocks unless its name says so.
-#[derive(Debug)]
-pub(super) struct Link(OwnedFd);
-
-/// The process at the other end, as the kernel tells it.
-pub(super) struct Peer {
-    pub uid: u32,
-    /// `None` where the process lies outside this pid namespace.
-    pub pid: Option<u32>,
-}
+pub(super) const BACKLOG: i32 = 4096;
 
 /// What became of an attempt to send.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,16 +33,18 @@ pub(super) enum Received {
     Message(usize, Vec<OwnedFd>),
     Nothing,
     Closed,
-    /// Something too long to be one of ours.
-    TooLong,
+    /// Something too long to be one of ours, or not encrypted with the connection's keys.
+    Foreign,
     /// This process has no room for the message's descriptors, or there were too many.
     DescriptorsLost,
+    /// The other end was turned away, for that reason, before it could say anything.
+    TurnedAway(&'static str),
 }
 
 /// Where messages are received: large enough for any, and allocated once.
 pub(super) struct Inbox {
-    bytes: Box<[u8]>,
-    control: Vec<u8>,
+    pub(super) bytes: Box<[u8]>,
+    pub(super) control: Vec<u8>,
 }
 
 impl Inbox {
@@ -69,112 +56,95 @@ impl Inbox {
     pub(super) fn message(&self, len: usize) -> &[u8] {
         &self.bytes[..len]
     }
+}
 
-    /// Closes what the kernel installed of a message whose descriptors it could not all install.
-    ///
-    /// nix hands out no descriptors of such a message, and they would stay open for ever. The header is read by its
-    /// position: a length that counts itself, level and type (two `int`), and then the descriptors.
-    fn close_leftovers(&self) {
-        const LEVEL: usize = size_of::<usize>();
-        const START: usize = LEVEL + 2 * size_of::<i32>();
-        let int = |at: usize| self.control.get(at..at + 4).and_then(|b| b.try_into().ok()).map(i32::from_ne_bytes);
-        let len = self.control.get(..LEVEL).and_then(|b| b.try_into().ok()).map_or(0, usize::from_ne_bytes);
-        if int(LEVEL) == Some(libc::SOL_SOCKET) && int(LEVEL + 4) == Some(libc::SCM_RIGHTS) {
-            for at in (START..len.min(self.control.len())).step_by(size_of::<RawFd>()) {
-                drop(int(at).map(own));
-            }
-        }
-    }
+/// A connection. No call blocks unless its name says so.
+pub(super) enum Link {
+    Unix(unix::Link),
+    Tcp(Box<tcp::Link>),
 }
 
 impl Link {
-    /// Connects to the socket of that abstract name; `None` where nobody listens, or too many wait already.
-    pub(super) fn connect(name: &str) -> Result<Option<Link>> {
-        let (fd, address) = new_socket(name)?;
-        loop {
-            match connect(fd.as_raw_fd(), &address) {
-                Ok(()) => return Ok(Some(Link(fd))),
-                Err(Errno::ECONNREFUSED | Errno::EAGAIN) => return Ok(None),
-                Err(Errno::EINTR) => {}
-                Err(e) => return Err(Error::os("connect", e)),
-            }
+    /// The process at the other end, where the kernel knows it: of this machine, that is.
+    pub(super) fn peer(&self) -> Result<Option<unix::Peer>> {
+        match self {
+            Link::Unix(link) => link.peer().map(Some),
+            Link::Tcp(_) => Ok(None),
         }
     }
 
-    pub(super) fn peer(&self) -> Result<Peer> {
-        let cred =
-            getsockopt(&self.0, sockopt::PeerCredentials).map_err(|e| Error::os("getsockopt(SO_PEERCRED)", e))?;
-        Ok(Peer { uid: cred.uid(), pid: u32::try_from(cred.pid()).ok().filter(|&pid| pid > 0) })
+    /// From where the other end connects, for people to read.
+    pub(super) fn origin(&self) -> String {
+        match self {
+            Link::Unix(_) => "this machine".to_string(),
+            Link::Tcp(link) => link.origin(),
+        }
     }
 
-    pub(super) fn try_send(&self, bytes: &[u8], fds: &[BorrowedFd]) -> Result<Sent> {
-        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let control = if raw.is_empty() { &[] } else { &rights[..] };
-        loop {
-            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-            match sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None) {
-                Ok(_) => return Ok(Sent::Done),
-                // ETOOMANYREFS: the descriptors that this user has on their way reach the limit; receivers take them off.
-                Err(Errno::EAGAIN | Errno::ETOOMANYREFS | Errno::ENOBUFS) => return Ok(Sent::Full),
-                Err(Errno::EPIPE | Errno::ECONNRESET) => return Ok(Sent::Closed),
-                Err(Errno::EINTR) => {}
-                Err(e) => return Err(Error::os("sendmsg", e)),
-            }
+    /// This end's address.
+    pub(super) fn local_address(&self) -> Option<SocketAddr> {
+        match self {
+            Link::Unix(_) => None,
+            Link::Tcp(link) => link.local_address(),
+        }
+    }
+
+    /// Whether bytes have been received that were not asked for yet.
+    pub(super) fn has_unread(&self) -> bool {
+        match self {
+            Link::Unix(_) => false,
+            Link::Tcp(link) => link.has_unread(),
+        }
+    }
+
+    pub(super) fn carries_descriptors(&self) -> bool {
+        matches!(self, Link::Unix(_))
+    }
+
+    /// Sends a message, or gives it to be sent with the next ones. `fds` must be empty where no descriptors can be carried.
+    pub(super) fn try_send(&mut self, bytes: &[u8], fds: &[BorrowedFd]) -> Result<Sent> {
+        match self {
+            Link::Unix(link) => link.try_send(bytes, fds),
+            Link::Tcp(link) => link.try_send(bytes),
+        }
+    }
+
+    /// Sends what [`try_send`](Self::try_send) was given and has not sent.
+    fn flush(&mut self) -> Result<Sent> {
+        match self {
+            Link::Unix(_) => Ok(Sent::Done),
+            Link::Tcp(link) => link.flush(),
         }
     }
 
     /// Sends, waiting for room until `until`. [`Sent::Full`] says that there was none.
-    pub(super) fn blocking_send(&self, bytes: &[u8], fds: &[BorrowedFd], until: Instant) -> Result<Sent> {
+    pub(super) fn blocking_send(&mut self, bytes: &[u8], fds: &[BorrowedFd], until: Instant) -> Result<Sent> {
+        let mut taken = false;
         loop {
-            match self.try_send(bytes, fds)? {
+            let sent = if taken { self.flush()? } else { self.try_send(bytes, fds)? };
+            let sent = match sent {
+                Sent::Done if !taken => {
+                    taken = true;
+                    self.flush()?
+                }
+                sent => sent,
+            };
+            match sent {
                 Sent::Full if Instant::now() < until => wait_for_room(&mut [self.poll_fd(PollFlags::POLLOUT)], until)?,
                 other => return Ok(other),
             }
         }
     }
 
-    pub(super) fn try_receive(&self, inbox: &mut Inbox) -> Result<Received> {
-        let mut was_reset = false;
-        inbox.control.fill(0);
-        loop {
-            let mut slices = [IoSliceMut::new(&mut inbox.bytes)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-            let message = match recvmsg::<()>(self.0.as_raw_fd(), &mut slices, Some(&mut inbox.control), flags) {
-                Ok(message) => message,
-                Err(Errno::EAGAIN) => return Ok(Received::Nothing),
-                Err(Errno::EINTR) => continue,
-                // The other end closed without reading all we sent. The kernel says so once, and after that hands out
-                // what the other end had sent: its verdict, most likely.
-                Err(Errno::ECONNRESET) if !was_reset => {
-                    was_reset = true;
-                    continue;
-                }
-                Err(Errno::ECONNRESET) => return Ok(Received::Closed),
-                Err(e) => return Err(Error::os("recvmsg", e)),
-            };
-            let (len, flags) = (message.bytes, message.flags);
-            let Ok(control) = message.cmsgs() else {
-                inbox.close_leftovers();
-                return Ok(Received::DescriptorsLost);
-            };
-            let mut fds = Vec::new();
-            for item in control {
-                if let ControlMessageOwned::ScmRights(raw) = item {
-                    fds.extend(raw.into_iter().map(own));
-                }
-            }
-            return Ok(match len {
-                // No message of ours is empty.
-                0 => Received::Closed,
-                _ if flags.contains(MsgFlags::MSG_TRUNC) => Received::TooLong,
-                len => Received::Message(len, fds),
-            });
+    pub(super) fn try_receive(&mut self, inbox: &mut Inbox) -> Result<Received> {
+        match self {
+            Link::Unix(link) => link.try_receive(inbox),
+            Link::Tcp(link) => link.try_receive(inbox),
         }
     }
 
     /// Receives, waiting until `until`. [`Received::Nothing`] says that nothing came.
-    pub(super) fn blocking_receive(&self, inbox: &mut Inbox, until: Instant) -> Result<Received> {
+    pub(super) fn blocking_receive(&mut self, inbox: &mut Inbox, until: Instant) -> Result<Received> {
         loop {
             match self.try_receive(inbox)? {
                 Received::Nothing if Instant::now() < until => {
@@ -186,49 +156,56 @@ impl Link {
     }
 
     pub(super) fn poll_fd(&self, events: PollFlags) -> PollFd<'_> {
-        PollFd::new(self.0.as_fd(), events)
+        PollFd::new(self.as_fd(), events)
+    }
+
+    /// To be polled for the end of the connection alone.
+    pub(super) fn poll_for_hang_up(&self) -> PollFd<'_> {
+        self.poll_fd(match self {
+            Link::Unix(_) => PollFlags::empty(),
+            // Of TCP, the kernel reports this end only if asked.
+            Link::Tcp(_) => PollFlags::from_bits_retain(libc::POLLRDHUP),
+        })
     }
 }
 
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Link::Unix(link) => link.as_fd(),
+            Link::Tcp(link) => link.as_fd(),
+        }
+    }
+}
+
+/// Whether a wait has found that the other end is gone.
+pub(super) fn has_hung_up(fd: &PollFd) -> bool {
+    // nix knows no POLLRDHUP, and says nothing of flags that have it.
+    fd.revents().is_none_or(|r| r.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
+}
+
 /// The socket on which rank 0 waits for the others.
-pub(super) struct Listener(OwnedFd);
+pub(super) enum Listener {
+    Unix(unix::Listener),
+    Tcp(tcp::Listener, tcp::Keys),
+}
 
 impl Listener {
-    /// Takes the name; `None` where another process has it.
-    pub(super) fn bind(name: &str) -> Result<Option<Listener>> {
-        let (fd, address) = new_socket(name)?;
-        match bind(fd.as_raw_fd(), &address) {
-            Ok(()) => {}
-            Err(Errno::EADDRINUSE) => return Ok(None),
-            Err(e) => return Err(Error::os("bind", e)),
-        }
-        let backlog = Backlog::new(BACKLOG).map_err(|e| Error::os("listen", e))?;
-        listen(&fd, backlog).map_err(|e| Error::os("listen", e))?;
-        Ok(Some(Listener(fd)))
-    }
-
     /// The next connection; `None` where nobody waits.
     pub(super) fn accept(&self) -> Result<Option<Link>> {
-        loop {
-            match accept4(self.0.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) {
-                Ok(raw) => return Ok(Some(Link(own(raw)))),
-                Err(Errno::EAGAIN) => return Ok(None),
-                Err(Errno::EINTR | Errno::ECONNABORTED) => {}
-                Err(e) => return Err(Error::os("accept4", e)),
-            }
+        match self {
+            Listener::Unix(listener) => Ok(listener.accept()?.map(Link::Unix)),
+            Listener::Tcp(listener, keys) => Ok(listener.accept(keys)?.map(|link| Link::Tcp(Box::new(link)))),
         }
     }
 
     pub(super) fn poll_fd(&self) -> PollFd<'_> {
-        PollFd::new(self.0.as_fd(), PollFlags::POLLIN)
+        let fd = match self {
+            Listener::Unix(listener) => listener.as_fd(),
+            Listener::Tcp(listener, _) => listener.as_fd(),
+        };
+        PollFd::new(fd, PollFlags::POLLIN)
     }
-}
-
-fn new_socket(name: &str) -> Result<(OwnedFd, UnixAddr)> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(|e| Error::os("socket", e))?;
-    let address = UnixAddr::new_abstract(name.as_bytes()).map_err(|e| Error::os("socket address", e))?;
-    Ok((fd, address))
 }
 
 /// Waits until one of the sockets is ready or `until` has come.
@@ -250,75 +227,4 @@ pub(super) fn wait_for_room(fds: &mut [PollFd], until: Instant) -> Result<()> {
     wait_until(fds, until)?;
     std::thread::sleep(RETRY.min(until.saturating_duration_since(Instant::now())));
     Ok(())
-}
-
-#[cfg(test)]
-pub(super) mod tests {
-    use std::io::Write;
-
-    use nix::sys::memfd::{MFdFlags, memfd_create};
-    use nix::sys::socket::socketpair;
-
-    use super::*;
-
-    pub fn memfd(content: &str) -> OwnedFd {
-        let fd = memfd_create(c"bootstrap-test", MFdFlags::MFD_CLOEXEC).unwrap();
-        std::fs::File::from(fd.try_clone().unwrap()).write_all(content.as_bytes()).unwrap();
-        fd
-    }
-
-    /// Reads without moving the position, which all descriptors of one open file share.
-    pub fn content(fd: OwnedFd) -> String {
-        let file = std::fs::File::from(fd);
-        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
-        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
-        String::from_utf8(bytes).unwrap()
-    }
-
-    fn pair() -> (Link, Link) {
-        let (a, b) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        )
-        .unwrap();
-        (Link(a), Link(b))
-    }
-
-    #[test]
-    fn a_message_arrives_whole_with_its_descriptors() {
-        let ((a, b), mut inbox) = (pair(), Inbox::new());
-        assert!(matches!(b.try_receive(&mut inbox).unwrap(), Received::Nothing));
-        let file = memfd("hello");
-        assert_eq!(a.try_send(b"bytes", &[file.as_fd()]).unwrap(), Sent::Done);
-        let Received::Message(len, mut fds) = b.try_receive(&mut inbox).unwrap() else { panic!("no message") };
-        assert_eq!(inbox.message(len), b"bytes");
-        assert_eq!((content(fds.remove(0)).as_str(), fds.len()), ("hello", 0));
-    }
-
-    #[test]
-    fn what_is_too_long_or_carries_too_many_descriptors_is_told_and_closed() {
-        let ((a, b), mut inbox) = (pair(), Inbox::new());
-        a.try_send(&vec![1; MAX_MESSAGE + 1], &[]).unwrap();
-        assert!(matches!(b.try_receive(&mut inbox).unwrap(), Received::TooLong));
-
-        let (end, other_end) = pair();
-        a.try_send(b"x", &[end.0.as_fd(); MAX_DESCRIPTORS + 5]).unwrap();
-        assert!(matches!(b.try_receive(&mut inbox).unwrap(), Received::DescriptorsLost));
-        // Had the received copies of `end` stayed open, its other end would not see it closed.
-        drop(end);
-        assert!(matches!(other_end.try_receive(&mut inbox).unwrap(), Received::Closed));
-    }
-
-    #[test]
-    fn the_last_words_of_a_closed_end_are_heard() {
-        let ((a, b), mut inbox) = (pair(), Inbox::new());
-        a.try_send(b"never read", &[]).unwrap();
-        b.try_send(b"verdict", &[]).unwrap();
-        drop(b);
-        assert!(matches!(a.try_receive(&mut inbox).unwrap(), Received::Message(7, _)));
-        assert!(matches!(a.try_receive(&mut inbox).unwrap(), Received::Closed));
-        assert_eq!(a.try_send(b"late", &[]).unwrap(), Sent::Closed);
-    }
 }

@@ -1,7 +1,8 @@
-//! What travels over the bootstrap's connections: one message per datagram, a four-byte mark and then postcard.
+//! What travels over the bootstrap's connections: messages of a four-byte mark and then postcard.
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -21,7 +22,7 @@ pub(super) const MAX_MESSAGE: usize = MAX_BLOB + 1024;
 pub(super) const MAX_HELLO: usize = 16 * 1024;
 
 /// Starts every message. The digit changes with the messages below.
-const MARK: [u8; 4] = *b"xcb1";
+const MARK: [u8; 4] = *b"xcb2";
 
 /// A field of the configuration that must be equal on all ranks: its name and its value.
 pub(super) type Field = (String, String);
@@ -32,8 +33,10 @@ pub(super) struct Hello {
     pub secret: [u8; 32],
     pub rank: usize,
     pub world_size: usize,
-    /// Used where the kernel does not tell (another pid namespace).
+    /// Used where the kernel does not tell (another pid namespace, another host).
     pub pid: u32,
+    /// Equal on ranks of one node.
+    pub node: [u8; 32],
     /// How much longer the rank is going to wait. Rank 0 waits no longer than the least patient rank, so that each is
     /// still there to hear the verdict.
     pub patience: Duration,
@@ -51,20 +54,23 @@ impl fmt::Debug for Hello {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum ToRoot<'a> {
     Hello(Hello),
-    /// The rank's part of exchange number `round`; `fds` descriptors travel with it.
+    /// The rank's part of exchange number `round`; `fds` descriptors travel with it, or, where this connection cannot carry
+    /// them, over the node's own.
     Part {
         round: u64,
         fds: usize,
         #[serde(borrow)]
         blob: &'a [u8],
     },
+    /// The rank leaves the communicator, as it may.
+    Goodbye,
 }
 
 /// From rank 0 to a rank.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum FromRoot<'a> {
-    /// Everybody has joined; the process ids in rank order.
-    Welcome { pids: Vec<u32> },
+    /// Everybody has joined; the process and the node of each rank, and rank 0's own address.
+    Welcome { pids: Vec<u32>, nodes: Vec<usize>, address: Option<SocketAddr> },
     /// Another rank's part of exchange number `round`.
     Part {
         round: u64,
@@ -75,6 +81,10 @@ pub(super) enum FromRoot<'a> {
     },
     /// The set-up has failed.
     Verdict(Verdict),
+    /// A rank is gone without having left.
+    Lost { rank: usize },
+    /// Rank 0 leaves the communicator, as it may.
+    Goodbye,
 }
 
 /// Why the set-up failed, in a form that rank 0 can tell the others.
@@ -84,7 +94,7 @@ pub(super) enum Verdict {
     Mismatch { rank: usize, what: String, theirs: String, ours: String },
     InvalidRank { rank: usize, world_size: usize },
     DuplicateRank { rank: usize, first_pid: u32, second_pid: u32 },
-    MissingRanks { ranks: Vec<usize>, world_size: usize, waited: Duration },
+    MissingRanks { ranks: Vec<usize>, world_size: usize, waited: Duration, turned_away: String },
     PeerDied { rank: usize },
     Timeout { peer: Option<usize>, waited: Duration, waited_for: String },
     Failed { why: String },
@@ -99,7 +109,9 @@ impl From<Verdict> for Error {
             Verdict::DuplicateRank { rank, first_pid, second_pid } => {
                 Error::DuplicateRank { rank, first_pid, second_pid }
             }
-            Verdict::MissingRanks { ranks, world_size, waited } => Error::MissingRanks { ranks, world_size, waited },
+            Verdict::MissingRanks { ranks, world_size, waited, turned_away } => {
+                Error::MissingRanks { ranks, world_size, waited, turned_away }
+            }
             Verdict::PeerDied { rank } => Error::PeerDied { rank, during: Operation::Init, epoch: 0 },
             Verdict::Timeout { peer, waited, waited_for } => {
                 Error::Timeout { during: Operation::Init, epoch: 0, peer, waited, waited_for }
@@ -122,9 +134,12 @@ impl From<&Error> for Verdict {
             Error::DuplicateRank { rank, first_pid, second_pid } => {
                 Verdict::DuplicateRank { rank: *rank, first_pid: *first_pid, second_pid: *second_pid }
             }
-            Error::MissingRanks { ranks, world_size, waited } => {
-                Verdict::MissingRanks { ranks: ranks.clone(), world_size: *world_size, waited: *waited }
-            }
+            Error::MissingRanks { ranks, world_size, waited, turned_away } => Verdict::MissingRanks {
+                ranks: ranks.clone(),
+                world_size: *world_size,
+                waited: *waited,
+                turned_away: turned_away.clone(),
+            },
             Error::PeerDied { rank, .. } => Verdict::PeerDied { rank: *rank },
             Error::Timeout { peer, waited, waited_for, .. } => {
                 Verdict::Timeout { peer: *peer, waited: *waited, waited_for: waited_for.clone() }
@@ -175,6 +190,7 @@ mod tests {
             rank: 3,
             world_size: 8,
             pid: 4711,
+            node: [9; 32],
             patience: Duration::from_millis(1500),
             description: vec![("heap".to_string(), "1048576".to_string())],
         }
@@ -187,7 +203,12 @@ mod tests {
             Verdict::Mismatch { rank: 1, what: text(), theirs: text(), ours: text() },
             Verdict::InvalidRank { rank: 9, world_size: 8 },
             Verdict::DuplicateRank { rank: 2, first_pid: 10, second_pid: 11 },
-            Verdict::MissingRanks { ranks: vec![1, 5], world_size: 8, waited: Duration::from_secs(3) },
+            Verdict::MissingRanks {
+                ranks: vec![1, 5],
+                world_size: 8,
+                waited: Duration::from_secs(3),
+                turned_away: text(),
+            },
             Verdict::PeerDied { rank: 4 },
             Verdict::Timeout { peer: Some(1), waited: Duration::from_secs(1), waited_for: text() },
             Verdict::Failed { why: text() },
@@ -210,9 +231,12 @@ mod tests {
         let fds = MAX_DESCRIPTORS;
         encode(&ToRoot::Part { round: u64::MAX, fds, blob: &blob }).unwrap();
         encode(&FromRoot::Part { round: u64::MAX, rank: usize::MAX, fds, blob: &blob }).unwrap();
-        encode(&FromRoot::Welcome { pids: vec![u32::MAX; MAX_WORLD_SIZE] }).unwrap();
+        let nodes = vec![MAX_WORLD_SIZE; MAX_WORLD_SIZE];
+        let address = Some((std::net::Ipv6Addr::LOCALHOST, u16::MAX).into());
+        encode(&FromRoot::Welcome { pids: vec![u32::MAX; MAX_WORLD_SIZE], nodes, address }).unwrap();
         let ranks = (0..MAX_WORLD_SIZE).collect();
-        let verdict = Verdict::MissingRanks { ranks, world_size: MAX_WORLD_SIZE, waited: Duration::MAX };
+        let (waited, turned_away) = (Duration::MAX, "x".repeat(1024));
+        let verdict = Verdict::MissingRanks { ranks, world_size: MAX_WORLD_SIZE, waited, turned_away };
         encode(&FromRoot::Verdict(verdict)).unwrap();
     }
 

@@ -16,10 +16,19 @@ mod environment;
 mod gathering;
 mod link;
 mod message;
+mod node;
+mod rendezvous;
+mod reserved;
 mod star;
+mod tcp;
+#[cfg(test)]
+mod tests;
 mod unique_id;
+mod unix;
+mod watch;
 
 pub use environment::Launch;
 pub(crate) use message::MAX_WORLD_SIZE;
+pub(crate) use rendezvous::Rendezvous;
 pub(crate) use star::Star;
 pub use unique_id::UniqueId;

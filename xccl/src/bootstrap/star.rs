@@ -1,14 +1,20 @@
 //! Ranks joined through rank 0: one connection from it to each other rank, for the communicator's life.
 
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use super::UniqueId;
-use super::gathering::Gathering;
-use super::link::{Inbox, Link, Listener, Received, Sent, wait_until};
+use super::gathering::{Gathered, Gathering};
+use super::link::{Inbox, Link, Listener, Received, Sent, has_hung_up, wait_until};
 use super::message::{
     Field, FromRoot, Hello, MAX_BLOB, MAX_DESCRIPTORS, MAX_HELLO, MAX_WORLD_SIZE, ToRoot, Verdict, decode, encode,
 };
+use super::node::{self, NodeKey};
+use super::rendezvous::{Place, Rendezvous};
+use super::reserved::Reserved;
+use super::tcp::{self, Attempt};
+use super::watch::Watch;
+use super::{UniqueId, unix};
 use crate::error::{Error, Result};
 use crate::sync::Operation;
 
@@ -17,9 +23,22 @@ const FOR_THE_VERDICT: Duration = Duration::from_millis(500);
 /// Waits between two attempts to reach rank 0.
 const FIRST_RETRY: Duration = Duration::from_millis(1);
 const LAST_RETRY: Duration = Duration::from_millis(50);
+/// How long one attempt to reach rank 0 on another host may take.
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// How long the ranks of one node, all alive and at it, may take to meet.
+const FOR_THE_NODE: Duration = Duration::from_secs(10);
+/// The longest text in which a rank tells the others why it cannot go on.
+const REASON: usize = 4096;
 
 /// One rank's part of an exchange: its blob and its descriptors.
 pub(crate) type Part = (Vec<u8>, Vec<OwnedFd>);
+
+/// A part on its way: the number of descriptors that come with it, over whichever connection.
+struct Piece {
+    blob: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    announced: usize,
+}
 
 enum Role {
     Root {
@@ -37,12 +56,43 @@ pub(crate) struct Star {
     role: Role,
     inbox: Inbox,
     round: u64,
+    /// Where this rank's end of the connections is, if they go between hosts.
+    local: Option<SocketAddr>,
+    /// The ranks of this node, where there are others and the star's own connections carry no descriptors.
+    near: Option<Box<Near>>,
+    /// Looks out for ranks that vanish, where the ranks live on several nodes.
+    watch: Option<Watch>,
+    /// What rank 0 has said while nothing was being exchanged.
+    verdict: Option<Verdict>,
+}
+
+/// The ranks of one node, joined over a Unix socket besides.
+struct Near {
+    star: Star,
+    /// By rank of that star, the rank here.
+    members: Vec<usize>,
 }
 
 impl Star {
-    /// Joins the ranks that share `id`; returns when all `world_size` have. `description` is what they must agree on.
+    /// Joins the ranks that share the rendezvous; returns when all `world_size` have. `description` is what they must agree on.
     pub(crate) fn join(
-        id: &UniqueId,
+        rendezvous: &Rendezvous,
+        rank: usize,
+        world_size: usize,
+        description: &[Field],
+        deadline: Instant,
+    ) -> Result<Star> {
+        let node = match rendezvous.place {
+            Some(_) => NodeKey::of_this_process(),
+            None => NodeKey::pretended(),
+        };
+        Star::join_from(node?, rendezvous, rank, world_size, description, deadline)
+    }
+
+    /// As [`join`](Self::join), from that node.
+    pub(super) fn join_from(
+        node: NodeKey,
+        rendezvous: &Rendezvous,
         rank: usize,
         world_size: usize,
         description: &[Field],
@@ -54,34 +104,48 @@ impl Star {
         }
         let version = ("version".to_string(), env!("CARGO_PKG_VERSION").to_string());
         let hello = Hello {
-            secret: id.secret(),
+            secret: rendezvous.id.secret(),
             rank,
             world_size,
             pid: std::process::id(),
+            node: node.0,
             patience: deadline.saturating_duration_since(Instant::now()),
             description: std::iter::once(version).chain(description.iter().cloned()).collect(),
         };
-        if rank == 0 {
-            if world_size == 1 {
-                return Ok(Star::new(0, vec![hello.pid], Role::Root { links: vec![None] }));
+        match &rendezvous.place {
+            Some(place) if world_size > 1 => {
+                let mut star = Star::join_over_tcp(rendezvous, place, hello, deadline)?;
+                star.join_node(&rendezvous.id, node, deadline)?;
+                Ok(star)
             }
-            if let Some(listener) = Listener::bind(&id.socket_name())? {
-                let (links, pids) = Gathering::new(listener, hello, deadline).run()?;
-                return Ok(Star::new(0, pids, Role::Root { links }));
+            _ => Star::join_over_unix(&rendezvous.id.socket_name(), hello, deadline),
+        }
+    }
+
+    fn new(rank: usize, (pids, nodes): (Vec<u32>, Vec<usize>), role: Role, local: Option<SocketAddr>) -> Result<Star> {
+        let watch = if nodes.iter().all(|&node| node == 0) {
+            None
+        } else {
+            Some(match &role {
+                Role::Root { links } => Watch::over_members(links)?,
+                Role::Member(link) => Watch::over_root(link)?,
+            })
+        };
+        let (inbox, near, verdict) = (Inbox::new(), None, None);
+        Ok(Star { rank, pids, nodes, role, inbox, round: 0, local, near, watch, verdict })
+    }
+
+    fn join_over_unix(name: &str, hello: Hello, deadline: Instant) -> Result<Star> {
+        if hello.rank == 0 {
+            if hello.world_size == 1 {
+                return Star::new(0, (vec![hello.pid], vec![0]), Role::Root { links: vec![None] }, None);
+            }
+            if let Some(listener) = unix::Listener::bind(name)? {
+                return Star::gather(Listener::Unix(listener), hello, deadline);
             }
             // Somebody else is rank 0 already: say hello as rank 0 all the same, so that every rank learns of it.
         }
-        Star::join_as_member(id, &hello, deadline)
-    }
-
-    fn new(rank: usize, pids: Vec<u32>, role: Role) -> Star {
-        let nodes = vec![0; pids.len()];
-        Star { rank, pids, nodes, role, inbox: Inbox::new(), round: 0 }
-    }
-
-    fn join_as_member(id: &UniqueId, hello: &Hello, deadline: Instant) -> Result<Star> {
-        let started = Instant::now();
-        let link = reach_root(&id.socket_name(), started, deadline)?;
+        let link = reach_over_unix(name, deadline)?;
         // Whoever took the name must be this user before it hears the secret.
         let ours = nix::unistd::geteuid().as_raw();
         let peer = link.peer()?;
@@ -89,6 +153,32 @@ impl Star {
             let why = format!("the job's socket belongs to user {}, this process runs as user {ours}", peer.uid);
             return Err(Error::Refused { why });
         }
+        Star::join_as_member(Link::Unix(link), &hello, deadline)
+    }
+
+    fn join_over_tcp(rendezvous: &Rendezvous, place: &Place, hello: Hello, deadline: Instant) -> Result<Star> {
+        let keys = tcp::Keys::of(&rendezvous.id);
+        if hello.rank != 0 {
+            let link = reach_over_tcp(place, &keys, deadline)?;
+            return Star::join_as_member(Link::Tcp(Box::new(link)), &hello, deadline);
+        }
+        match rendezvous.listen(place, deadline) {
+            Ok(listener) => Star::gather(Listener::Tcp(listener, keys), hello, deadline),
+            // As over a Unix socket: if it is another rank 0 of this job that listens, every rank is to learn of it.
+            Err(taken) => match reach_over_tcp(place, &keys, Instant::now()) {
+                Ok(link) => Star::join_as_member(Link::Tcp(Box::new(link)), &hello, deadline),
+                Err(_) => Err(taken),
+            },
+        }
+    }
+
+    fn gather(listener: Listener, hello: Hello, deadline: Instant) -> Result<Star> {
+        let Gathered { links, pids, nodes, address } = Gathering::new(listener, hello, deadline).run()?;
+        Star::new(0, (pids, nodes), Role::Root { links }, address)
+    }
+
+    fn join_as_member(mut link: Link, hello: &Hello, deadline: Instant) -> Result<Star> {
+        let started = Instant::now();
         let bytes = encode(&ToRoot::Hello(hello.clone()))?;
         if bytes.len() > MAX_HELLO {
             let expected = format!("at most {MAX_HELLO} bytes in all");
@@ -100,26 +190,79 @@ impl Star {
         let until = deadline + FOR_THE_VERDICT;
         match link.blocking_receive(&mut inbox, until)? {
             Received::Message(len, _) => match decode(inbox.message(len)) {
-                Some(FromRoot::Welcome { pids }) if pids.len() == hello.world_size => {
-                    Ok(Star::new(hello.rank, pids, Role::Member(link)))
+                Some(FromRoot::Welcome { pids, nodes, address })
+                    if [pids.len(), nodes.len()] == [hello.world_size; 2] && node::is_numbering(&nodes) =>
+                {
+                    // What a rank of rank 0's own host sees of the connection may mean nothing to other hosts.
+                    let local = link.local_address().map(|own| {
+                        address.filter(|root| own.ip().is_loopback() && !root.ip().is_loopback()).unwrap_or(own)
+                    });
+                    Star::new(hello.rank, (pids, nodes), Role::Member(link), local)
                 }
                 Some(FromRoot::Verdict(verdict)) => Err(verdict.into()),
                 _ => Err(garbled("joining")),
             },
             Received::Nothing => Err(timed_out(0, started.elapsed(), "rank 0 has not said who joined")),
             Received::Closed => Err(died(0)),
-            Received::TooLong | Received::DescriptorsLost => Err(garbled("joining")),
+            _ => Err(garbled("joining")),
         }
+    }
+
+    /// Joins the ranks of this node over a Unix socket, which carries descriptors. Collective among all ranks.
+    fn join_node(&mut self, id: &UniqueId, node: NodeKey, deadline: Instant) -> Result<()> {
+        let here = self.nodes[self.rank];
+        let members: Vec<usize> = (0..self.nodes.len()).filter(|&rank| self.nodes[rank] == here).collect();
+        let joined = self.join_members(&members, id, node, deadline);
+        let reason = joined.as_ref().err().map(|error| error.to_string()).unwrap_or_default();
+        let parts = self.exchange(&reason.as_bytes()[..reason.len().min(REASON)], &[], deadline);
+        // Its own failure is what a rank reports first.
+        let (joined, parts) = (joined?, parts?);
+        if let Some((rank, (why, _))) = parts.iter().enumerate().find(|(_, (why, _))| !why.is_empty()) {
+            let source = std::io::Error::other(format!("rank {rank}: {}", String::from_utf8_lossy(why)));
+            return Err(Error::Bootstrap { during: "joining the ranks of one node", source });
+        }
+        if let Some(star) = joined {
+            // What the kernel says of a process counts more than what that process does.
+            members.iter().zip(star.pids()).for_each(|(&rank, &pid)| self.pids[rank] = pid);
+            self.near = Some(Box::new(Near { star, members }));
+        }
+        Ok(())
+    }
+
+    fn join_members(&self, members: &[usize], id: &UniqueId, node: NodeKey, deadline: Instant) -> Result<Option<Star>> {
+        let Some(rank) = members.iter().position(|&rank| rank == self.rank).filter(|_| members.len() > 1) else {
+            return Ok(None);
+        };
+        let (name, secret) = node.socket_of(id);
+        // Half of the time is left to tell the others.
+        let left = deadline.saturating_duration_since(Instant::now()) / 2;
+        let hello = Hello {
+            secret,
+            rank,
+            world_size: members.len(),
+            pid: std::process::id(),
+            node: node.0,
+            patience: left,
+            description: vec![],
+        };
+        let star = Star::join_over_unix(&name, hello, Instant::now() + left.min(FOR_THE_NODE));
+        star.map(Some).map_err(|error| {
+            let why = format!(
+                "ranks {members:?} seem to share a machine, and cannot meet there; where they do not, set XCCL_NODE_ID to \
+                 another text on each host ({error})"
+            );
+            Error::Bootstrap { during: "joining the ranks of one node", source: std::io::Error::other(why) }
+        })
+    }
+
+    /// The process of each rank, as rank 0 sees it.
+    pub(crate) fn pids(&self) -> &[u32] {
+        &self.pids
     }
 
     /// This rank.
     pub(crate) fn rank(&self) -> usize {
         self.rank
-    }
-
-    /// The node of each rank.
-    pub(crate) fn nodes(&self) -> &[usize] {
-        &self.nodes
     }
 
     /// Takes the ranks for those of several nodes.
@@ -128,51 +271,139 @@ impl Star {
         self.nodes = nodes.to_vec();
     }
 
-    /// The process of each rank, as rank 0 sees it.
-    pub(crate) fn pids(&self) -> &[u32] {
-        &self.pids
+    /// The node of each rank. Nodes are numbered in the order of their lowest ranks.
+    pub(crate) fn nodes(&self) -> &[usize] {
+        &self.nodes
     }
 
-    /// Gives every rank's blob and descriptors to every rank, in rank order. Collective.
+    /// This rank's own address as other hosts reach it, where the ranks have met over TCP.
+    #[allow(dead_code)]
+    pub(crate) fn local_address(&self) -> Option<IpAddr> {
+        self.local.map(|address| address.ip())
+    }
+
+    /// Makes an id for a communicator of some of these ranks, of which this one may become rank 0.
+    pub(crate) fn new_id(&self) -> Result<Reserved> {
+        Ok(Reserved(match self.local {
+            Some(mut address) if self.watch.is_some() => {
+                address.set_port(0);
+                UniqueId::new_at(address)?
+            }
+            _ => UniqueId::new()?,
+        }))
+    }
+
+    /// The rank that is known to be gone without having left, if any: where the ranks live on several nodes, which no process
+    /// sees all of. Rank 0 notices when a connection ends, and tells the others when it looks here; if rank 0 itself leaves
+    /// in order, nobody tells any more. Never blocks; a system call as long as nothing has happened.
+    #[allow(dead_code)]
+    pub(crate) fn lost(&mut self) -> Option<usize> {
+        let Star { role, inbox, watch, verdict, .. } = self;
+        let watch = watch.as_mut()?;
+        match role {
+            Role::Root { links } => {
+                if let Some(rank) = watch.look_at_members(links, inbox) {
+                    let bytes = encode(&FromRoot::Lost { rank }).ok()?;
+                    // One that cannot be told finds its connection closed.
+                    links.iter_mut().flatten().for_each(|link| _ = link.try_send(&bytes, &[]));
+                }
+            }
+            Role::Member(link) => watch.look_at_root(link, inbox, verdict),
+        }
+        watch.lost()
+    }
+
+    /// Gives every rank's blob to every rank, in rank order, and its descriptors to the ranks of its node. Collective.
     pub(crate) fn exchange(&mut self, blob: &[u8], fds: &[BorrowedFd<'_>], deadline: Instant) -> Result<Vec<Part>> {
         if blob.len() > MAX_BLOB || fds.len() > MAX_DESCRIPTORS {
             let value = format!("{} bytes and {} descriptors", blob.len(), fds.len());
             let expected = format!("at most {MAX_BLOB} bytes and {MAX_DESCRIPTORS} descriptors");
             return Err(Error::Config { option: "a part of the set-up", value, expected });
         }
+        if let Some(verdict) = self.verdict.take() {
+            return Err(verdict.into());
+        }
         self.round += 1;
-        let own = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<std::io::Result<Vec<_>>>();
-        let own: Part = (blob.to_vec(), own.map_err(|e| Error::os("dup", e))?);
-        let Star { rank, role, inbox, round, pids, .. } = self;
-        match role {
+        let copies = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<std::io::Result<Vec<_>>>();
+        let copies = copies.map_err(|e| Error::os("dup", e))?;
+        let own = Piece { blob: blob.to_vec(), fds: copies, announced: fds.len() };
+        let Star { rank, role, inbox, round, nodes, .. } = self;
+        let mut pieces = match role {
             Role::Root { links } => {
-                let parts = collect(links, own, *round, inbox, deadline).and_then(|parts| {
-                    spread(links, &parts, *round, deadline)?;
-                    Ok(parts)
+                let pieces = collect(links, own, *round, inbox, deadline).and_then(|mut pieces| {
+                    spread(links, nodes, &pieces, *round, deadline)?;
+                    let elsewhere = pieces.iter_mut().zip(&*nodes).filter(|(_, node)| **node != nodes[0]);
+                    elsewhere.for_each(|(piece, _)| piece.fds.clear());
+                    Ok(pieces)
                 });
-                if let Err(error) = &parts {
-                    tell_all(links.iter().flatten(), &error.into());
+                if let Err(error) = &pieces {
+                    tell_all(links.iter_mut().flatten(), &error.into());
                 }
-                parts
+                pieces
             }
-            Role::Member(link) => take_part(link, (*rank, pids.len()), own, *round, inbox, deadline),
+            Role::Member(link) => take_part(link, (*rank, nodes), own, *round, inbox, deadline),
+        }?;
+        self.exchange_descriptors(&mut pieces, fds, deadline)?;
+        Ok(pieces.into_iter().map(|piece| (piece.blob, piece.fds)).collect())
+    }
+
+    /// Where the descriptors did not come with the blobs: adds those of this node's ranks, if any has announced some.
+    fn exchange_descriptors(&mut self, pieces: &mut [Piece], fds: &[BorrowedFd], deadline: Instant) -> Result<()> {
+        let Some(near) = &mut self.near else { return Ok(()) };
+        if near.members.iter().all(|&rank| pieces[rank].announced == 0) {
+            return Ok(());
+        }
+        for (&rank, (_, fds)) in near.members.iter().zip(near.star.exchange(&[], fds, deadline)?) {
+            if fds.len() != pieces[rank].announced {
+                return Err(garbled("taking the descriptors of this node's ranks"));
+            }
+            pieces[rank].fds = fds;
+        }
+        Ok(())
+    }
+}
+
+/// Where ranks live on several nodes, an end of a connection means a rank's death, unless this came before.
+impl Drop for Star {
+    fn drop(&mut self) {
+        if self.watch.is_none() {
+            return;
+        }
+        match &mut self.role {
+            Role::Root { links } => {
+                let Ok(bytes) = encode(&FromRoot::Goodbye) else { return };
+                links.iter_mut().flatten().for_each(|link| _ = link.try_send(&bytes, &[]));
+            }
+            Role::Member(link) => _ = encode(&ToRoot::Goodbye).and_then(|bytes| link.try_send(&bytes, &[])),
         }
     }
 }
 
 /// Rank 0's first half: everybody's part.
-fn collect(links: &[Option<Link>], own: Part, round: u64, inbox: &mut Inbox, deadline: Instant) -> Result<Vec<Part>> {
+fn collect(
+    links: &mut [Option<Link>],
+    own: Piece,
+    round: u64,
+    inbox: &mut Inbox,
+    deadline: Instant,
+) -> Result<Vec<Piece>> {
     let started = Instant::now();
-    let mut parts: Vec<Option<Part>> = links.iter().map(|_| None).collect();
-    parts[0] = Some(own);
-    for (rank, link) in links.iter().enumerate().filter_map(|(r, l)| Some((r, l.as_ref()?))) {
+    let mut pieces: Vec<Option<Piece>> = links.iter().map(|_| None).collect();
+    pieces[0] = Some(own);
+    for rank in 1..links.len() {
         // A rank that dies while an earlier one is waited for is to be named, not the one that is only late.
-        parts[rank] = loop {
+        pieces[rank] = loop {
+            let Some(link) = &mut links[rank] else { break None };
             match link.try_receive(inbox)? {
                 Received::Message(len, fds) => match decode(inbox.message(len)) {
-                    Some(ToRoot::Part { round: r, fds: n, blob }) if r == round && n == fds.len() => {
-                        break Some((blob.to_vec(), fds));
+                    Some(ToRoot::Part { round: r, fds: n, blob })
+                        if r == round
+                            && n <= MAX_DESCRIPTORS
+                            && fds.len() == if link.carries_descriptors() { n } else { 0 } =>
+                    {
+                        break Some(Piece { blob: blob.to_vec(), fds, announced: n });
                     }
+                    Some(ToRoot::Goodbye) => return Err(died(rank)),
                     _ => return Err(garbled("collecting the ranks' parts")),
                 },
                 Received::Nothing if Instant::now() >= deadline => {
@@ -181,37 +412,41 @@ fn collect(links: &[Option<Link>], own: Part, round: u64, inbox: &mut Inbox, dea
                 }
                 Received::Nothing => await_any(links, rank, deadline)?,
                 Received::Closed => return Err(died(rank)),
-                Received::TooLong | Received::DescriptorsLost => return Err(garbled("collecting the ranks' parts")),
+                _ => return Err(garbled("collecting the ranks' parts")),
             }
         };
     }
-    Ok(parts.into_iter().flatten().collect())
+    Ok(pieces.into_iter().flatten().collect())
 }
 
 /// Waits until `rank` has sent something, looking out for hang-ups of any.
 fn await_any(links: &[Option<Link>], rank: usize, deadline: Instant) -> Result<()> {
     use nix::poll::PollFlags;
     let ranks: Vec<usize> = (0..links.len()).filter(|&r| links[r].is_some()).collect();
-    let events = |r: usize| if r == rank { PollFlags::POLLIN } else { PollFlags::empty() };
-    let mut fds: Vec<_> = links.iter().enumerate().filter_map(|(r, l)| Some(l.as_ref()?.poll_fd(events(r)))).collect();
+    let mut fds = vec![];
+    for &r in &ranks {
+        fds.extend(links[r].iter().map(|link| match r == rank {
+            true => link.poll_fd(PollFlags::POLLIN),
+            false => link.poll_for_hang_up(),
+        }));
+    }
     wait_until(&mut fds, deadline)?;
-    let hung_up =
-        |fd: &nix::poll::PollFd| fd.revents().is_some_and(|r| r.intersects(PollFlags::POLLHUP | PollFlags::POLLERR));
-    match ranks.iter().zip(&fds).find(|(r, fd)| **r != rank && hung_up(fd)) {
+    match ranks.iter().zip(&fds).find(|(r, fd)| **r != rank && has_hung_up(fd)) {
         Some((&dead, _)) => Err(died(dead)),
         None => Ok(()),
     }
 }
 
 /// Rank 0's second half: everybody's part to everybody else.
-fn spread(links: &[Option<Link>], parts: &[Part], round: u64, deadline: Instant) -> Result<()> {
+fn spread(links: &mut [Option<Link>], nodes: &[usize], pieces: &[Piece], round: u64, deadline: Instant) -> Result<()> {
     let started = Instant::now();
-    for (rank, (blob, fds)) in parts.iter().enumerate() {
-        let bytes = encode(&FromRoot::Part { round, rank, fds: fds.len(), blob })?;
+    for (rank, Piece { blob, fds, announced }) in pieces.iter().enumerate() {
+        let bytes = encode(&FromRoot::Part { round, rank, fds: *announced, blob })?;
         let fds: Vec<BorrowedFd> = fds.iter().map(|fd| fd.as_fd()).collect();
-        for (to, link) in links.iter().enumerate().filter(|&(to, _)| to != rank) {
+        for (to, link) in links.iter_mut().enumerate().filter(|&(to, _)| to != rank) {
             let Some(link) = link else { continue };
-            match link.blocking_send(&bytes, &fds, deadline)? {
+            let goes_along = link.carries_descriptors() && nodes[to] == nodes[rank];
+            match link.blocking_send(&bytes, if goes_along { &fds } else { &[] }, deadline)? {
                 Sent::Done => {}
                 Sent::Full => {
                     let why = format!("rank {to} does not take the others' parts of the set-up");
@@ -226,33 +461,39 @@ fn spread(links: &[Option<Link>], parts: &[Part], round: u64, deadline: Instant)
 
 /// What the other ranks do: send their part, take everybody else's.
 fn take_part(
-    link: &Link,
-    (own_rank, world_size): (usize, usize),
-    own: Part,
+    link: &mut Link,
+    (own_rank, nodes): (usize, &[usize]),
+    own: Piece,
     round: u64,
     inbox: &mut Inbox,
     deadline: Instant,
-) -> Result<Vec<Part>> {
+) -> Result<Vec<Piece>> {
     let started = Instant::now();
-    let bytes = encode(&ToRoot::Part { round, fds: own.1.len(), blob: &own.0 })?;
-    let fds: Vec<BorrowedFd> = own.1.iter().map(|fd| fd.as_fd()).collect();
-    link.blocking_send(&bytes, &fds, deadline)?;
+    let bytes = encode(&ToRoot::Part { round, fds: own.announced, blob: &own.blob })?;
+    let fds: Vec<BorrowedFd> = own.fds.iter().map(|fd| fd.as_fd()).collect();
+    link.blocking_send(&bytes, if link.carries_descriptors() { &fds } else { &[] }, deadline)?;
     let mut own = Some(own);
-    let mut parts = Vec::with_capacity(world_size);
-    while parts.len() < world_size {
-        if parts.len() == own_rank {
-            parts.extend(own.take());
+    let mut pieces = Vec::with_capacity(nodes.len());
+    while pieces.len() < nodes.len() {
+        if pieces.len() == own_rank {
+            pieces.extend(own.take());
             continue;
         }
         let until = deadline + FOR_THE_VERDICT;
         match link.blocking_receive(inbox, until)? {
             Received::Message(len, fds) => match decode(inbox.message(len)) {
                 Some(FromRoot::Part { round: r, rank, fds: n, blob })
-                    if r == round && rank == parts.len() && n == fds.len() =>
+                    if r == round
+                        && rank == pieces.len()
+                        && n <= MAX_DESCRIPTORS
+                        && fds.len()
+                            == if link.carries_descriptors() && nodes[rank] == nodes[own_rank] { n } else { 0 } =>
                 {
-                    parts.push((blob.to_vec(), fds));
+                    pieces.push(Piece { blob: blob.to_vec(), fds, announced: n });
                 }
                 Some(FromRoot::Verdict(verdict)) => return Err(verdict.into()),
+                Some(FromRoot::Lost { rank }) => return Err(died(rank)),
+                Some(FromRoot::Goodbye) => return Err(died(0)),
                 _ => return Err(garbled("taking the ranks' parts")),
             },
             Received::Nothing => {
@@ -263,16 +504,17 @@ fn take_part(
                 ));
             }
             Received::Closed => return Err(died(0)),
-            Received::TooLong | Received::DescriptorsLost => return Err(garbled("taking the ranks' parts")),
+            _ => return Err(garbled("taking the ranks' parts")),
         }
     }
-    Ok(parts)
+    Ok(pieces)
 }
 
-fn reach_root(name: &str, started: Instant, deadline: Instant) -> Result<Link> {
+fn reach_over_unix(name: &str, deadline: Instant) -> Result<unix::Link> {
+    let started = Instant::now();
     let mut pause = FIRST_RETRY;
     loop {
-        if let Some(link) = Link::connect(name)? {
+        if let Some(link) = unix::Link::connect(name)? {
             return Ok(link);
         }
         if Instant::now() >= deadline {
@@ -283,8 +525,36 @@ fn reach_root(name: &str, started: Instant, deadline: Instant) -> Result<Link> {
     }
 }
 
+/// Tries each address of the place, again and again: rank 0 may start later, and its name appear later.
+fn reach_over_tcp(place: &Place, keys: &tcp::Keys, deadline: Instant) -> Result<tcp::Link> {
+    let started = Instant::now();
+    let mut pause = FIRST_RETRY;
+    loop {
+        let (addresses, mut last) = match place.addresses() {
+            Ok(addresses) => (addresses, "the name has no address".to_string()),
+            Err(error) => (vec![], format!("the name is not known: {error}")),
+        };
+        for address in addresses {
+            let until = deadline.min(Instant::now() + ATTEMPT);
+            last = match tcp::Link::connect(address, keys, until)? {
+                Attempt::Connected(link) => return Ok(link),
+                Attempt::Failed(why) => why,
+                Attempt::WrongSecret => {
+                    let why = format!("rank 0, at {address}, has another secret than this rank");
+                    return Err(Error::Refused { why });
+                }
+            };
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::HostUnreachable { tried: place.to_string(), waited: started.elapsed(), last });
+        }
+        std::thread::sleep(pause.min(deadline.saturating_duration_since(Instant::now())));
+        pause = (pause * 2).min(LAST_RETRY);
+    }
+}
+
 /// Sends a verdict to whoever can still hear it.
-pub(super) fn tell_all<'a>(links: impl Iterator<Item = &'a Link>, verdict: &Verdict) {
+pub(super) fn tell_all<'a>(links: impl Iterator<Item = &'a mut Link>, verdict: &Verdict) {
     let Ok(bytes) = encode(&FromRoot::Verdict(verdict.clone())) else { return };
     for link in links {
         // One that cannot be told finds its connection closed.
@@ -312,7 +582,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::bootstrap::link::tests::{content, memfd};
+    use crate::bootstrap::unix::tests::{content, memfd};
 
     fn fields(heap: &str) -> Vec<Field> {
         vec![("XCCL_HEAP".to_string(), heap.to_string())]
@@ -327,7 +597,7 @@ mod tests {
         let deadline = Instant::now() + wait;
         let join = |&(rank, world, heap): &(usize, usize, &str)| {
             let (id, fields) = (*id, fields(heap));
-            thread::spawn(move || Star::join(&id, rank, world, &fields, deadline))
+            thread::spawn(move || Star::join(&Rendezvous::from(&id), rank, world, &fields, deadline))
         };
         let threads: Vec<_> = ranks.iter().map(join).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
@@ -338,7 +608,7 @@ mod tests {
         let threads: Vec<_> = (0..world_size)
             .map(|rank| {
                 thread::spawn(move || {
-                    let mut star = Star::join(&id, rank, world_size, &fields("1"), soon()).unwrap();
+                    let mut star = Star::join(&Rendezvous::from(&id), rank, world_size, &fields("1"), soon()).unwrap();
                     for round in 0..3 {
                         let file = memfd(&format!("file {rank} {round}"));
                         let blob = format!("blob {rank} {round}");
@@ -422,8 +692,9 @@ mod tests {
         let newer = thread::spawn(move || {
             let description = vec![("version".to_string(), "9.9.9".to_string()), fields("1").remove(0)];
             let patience = Duration::from_secs(20);
-            let hello = Hello { secret: id.secret(), rank: 2, world_size: 3, pid: 1, patience, description };
-            Star::join_as_member(&id, &hello, soon())
+            let (secret, node) = (id.secret(), [0; 32]);
+            let hello = Hello { secret, rank: 2, world_size: 3, pid: 1, node, patience, description };
+            Star::join_over_unix(&id.socket_name(), hello, soon())
         });
         let mut outcomes = join_all(&id, &[(0, 3, "1"), (1, 3, "1")], Duration::from_secs(5));
         outcomes.push(newer.join().unwrap());
@@ -439,15 +710,16 @@ mod tests {
         let id = UniqueId::new().unwrap();
         let name = id.socket_name();
         let stranger = thread::spawn(move || {
-            let link = reach_root(&name, Instant::now(), soon()).unwrap();
+            let mut link = Link::Unix(reach_over_unix(&name, soon()).unwrap());
             link.blocking_send(b"xcb1 what is this", &[], soon()).unwrap();
-            let silent = reach_root(&name, Instant::now(), soon()).unwrap();
-            let liar = reach_root(&name, Instant::now(), soon()).unwrap();
+            let silent = Link::Unix(reach_over_unix(&name, soon()).unwrap());
+            let mut liar = Link::Unix(reach_over_unix(&name, soon()).unwrap());
             let hello = Hello {
                 secret: [0; 32],
                 rank: 1,
                 world_size: 2,
                 pid: 1,
+                node: [0; 32],
                 patience: Duration::from_secs(1),
                 description: vec![],
             };
@@ -459,9 +731,9 @@ mod tests {
             assert!(matches!(decode(inbox.message(len)), Some(FromRoot::Verdict(Verdict::Refused { .. }))));
             (link, silent, liar)
         });
-        let root = { thread::spawn(move || Star::join(&id, 0, 2, &fields("1"), soon())) };
+        let root = { thread::spawn(move || Star::join(&Rendezvous::from(&id), 0, 2, &fields("1"), soon())) };
         let kept = stranger.join().unwrap();
-        Star::join(&id, 1, 2, &fields("1"), soon()).unwrap();
+        Star::join(&Rendezvous::from(&id), 1, 2, &fields("1"), soon()).unwrap();
         root.join().unwrap().unwrap();
         drop(kept);
     }

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use super::Config;
 use super::bells::Bells;
 use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC};
-use crate::bootstrap::{Star, UniqueId};
+use crate::bootstrap::{Rendezvous, Star};
 use crate::error::{Error, Result};
 use crate::fabric::far::Far;
 use crate::fabric::plane::Trouble;
@@ -99,7 +99,7 @@ impl CommInner {
     pub(crate) fn init(
         rank: usize,
         world_size: usize,
-        id: &UniqueId,
+        rendezvous: &Rendezvous,
         config: Config,
         part_of: Option<&CommInner>,
     ) -> Result<Self> {
@@ -110,7 +110,7 @@ impl CommInner {
         let deadline = Instant::now() + config.timeout.unwrap_or(NO_DEADLINE);
         let layout = CommLayout::new(world_size, &config);
         let heap_bytes = HEAP_START + config.heap_bytes.next_multiple_of(4096);
-        let mut star = Star::join(id, rank, world_size, &config.description(), deadline)?;
+        let mut star = Star::join(rendezvous, rank, world_size, &config.description(), deadline)?;
         #[cfg(test)]
         if let Some(pretence) = &config.pretence {
             star.pretend(&pretence.nodes);
@@ -124,7 +124,8 @@ impl CommInner {
         let pids = star.pids().to_vec();
         let mut fabric = Fabric::new(outboxes, heaps, &pids, |_| Ok(Arc::new(Mapping::anonymous(layout.bytes)?)))?;
 
-        let (config_hash, job) = (hash_of(format!("{:?}", config.description()).as_bytes()), hash_of(id.as_bytes()));
+        let (config_hash, job) =
+            (hash_of(format!("{:?}", config.description()).as_bytes()), hash_of(rendezvous.id().as_bytes()));
         let header = |rank: usize| Header {
             magic: MAGIC,
             abi_version: ABI_VERSION,
@@ -169,7 +170,7 @@ impl CommInner {
 
         let bells = Arc::new(Bells::new(&fabric, world_size, &layout));
         if ranks_here < world_size {
-            let endpoint = fabric::open_endpoint(&config, id, &star)?;
+            let endpoint = fabric::open_endpoint(&config, rendezvous.id(), &star)?;
             let progress_thread = config.progress_thread;
             let mover = |plane| {
                 let bells = bells.clone();

@@ -18,7 +18,7 @@ pub use config::{Config, Origin, Setting};
 pub use heap_buffer::HeapBuffer;
 use inner::CommInner;
 
-use crate::bootstrap::{Launch, UniqueId};
+use crate::bootstrap::{Launch, Rendezvous, UniqueId};
 use crate::error::{Error, Result};
 use crate::fabric::{self, NetworkProvider, ofi};
 use crate::memory::machine;
@@ -130,17 +130,23 @@ struct Split {
 }
 
 impl Communicator {
-    /// Joins the communicator of `world_size` ranks that share `id`. Blocks until all have joined, or the deadline.
+    /// Joins the communicator of `world_size` ranks that share `id`. Blocks until all have joined, or the deadline. Only an id
+    /// with an address ([`UniqueId::new_at`]) joins ranks of several hosts.
     ///
     /// # Errors
     /// [`Error::MissingRanks`], [`Error::DuplicateRank`], [`Error::Mismatch`] and the other errors of joining, on every
     /// rank that has joined; [`Error::NotEnoughMemory`] before anything is created.
     pub fn init(rank: usize, world_size: usize, id: &UniqueId, config: Config) -> Result<Self> {
-        Ok(Communicator { inner: Arc::new(CommInner::init(rank, world_size, id, config, None)?) })
+        Self::meet(rank, world_size, &Rendezvous::from(id), config)
+    }
+
+    fn meet(rank: usize, world_size: usize, rendezvous: &Rendezvous, config: Config) -> Result<Self> {
+        Ok(Communicator { inner: Arc::new(CommInner::init(rank, world_size, rendezvous, config, None)?) })
     }
 
     /// Joins the communicator of all ranks that a launcher (`xccl run`, torchrun, mpirun, srun) has started, configured by
-    /// the `XCCL_…` variables.
+    /// the `XCCL_…` variables. Where the launcher has started them on several hosts, they meet at rank 0's address, as
+    /// [`Launch::rendezvous`] tells it; calls of this function by the same processes meet there one after the other.
     ///
     /// # Errors
     /// [`Error::NotLaunched`] outside of a launcher, otherwise as [`init`](Self::init).
@@ -157,7 +163,7 @@ impl Communicator {
         static SEQUENCE: AtomicU64 = AtomicU64::new(0);
         let launch = Launch::from_env()?;
         let id = UniqueId::from_job(&launch.job, SEQUENCE.fetch_add(1, Relaxed));
-        Self::init(launch.rank, launch.world_size, &id, config)
+        Self::meet(launch.rank, launch.world_size, &Rendezvous::new(id, launch.place()), config)
     }
 
     /// This process's rank: 0 to `world_size - 1`.
@@ -270,7 +276,9 @@ impl Communicator {
     /// # Errors
     /// As [`init`](Self::init).
     pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Communicator>> {
-        let mine = fabric::encode(&Split { color, key, id: UniqueId::new()?.as_bytes().to_vec() })?;
+        // A port that was taken for it is given back in the end, unless this rank becomes rank 0.
+        let reserved = self.inner.star().new_id()?;
+        let mine = fabric::encode(&Split { color, key, id: reserved.0.as_bytes().to_vec() })?;
         let parts = self.inner.star().exchange(&mine, &[], self.inner.deadline())?;
         let mut members = vec![];
         for (rank, (blob, _)) in parts.iter().enumerate() {
@@ -291,7 +299,7 @@ impl Communicator {
             limit: 128,
         })?;
         let (id, config) = (UniqueId::from_bytes(id)?, self.config().clone());
-        let inner = CommInner::init(new_rank, members.len(), &id, config, Some(&self.inner))?;
+        let inner = CommInner::init(new_rank, members.len(), &Rendezvous::from(&id), config, Some(&self.inner))?;
         Ok(Some(Communicator { inner: Arc::new(inner) }))
     }
 
