@@ -729,6 +729,15 @@ xcclResult_t xcclGetVersion(int *version);
 xcclResult_t xcclGetUniqueId(xcclUniqueId *id);
 
 /**
+ * Makes a new id in *id for ranks on any hosts, whose rank 0 waits for the others at `address`: one of its own host's and a
+ * port, such as "10.0.0.1:29500" or "[2001:db8::1]:29500"; no names. With port 0 a free one is taken at once, and the process
+ * that makes the id must be the one that joins as rank 0. Call it on one rank and hand the bytes to the others. Does not
+ * block.
+ */
+xcclResult_t xcclGetUniqueIdAt(xcclUniqueId *id,
+                               const char *address);
+
+/**
  * Joins the communicator of the nranks ranks that share id, as rank `rank` (0 to nranks - 1), and writes its handle to
  * *comm; *comm is left as it is on failure. Options come from the XCCL_... environment variables. Blocks until all ranks
  * have joined or the deadline has passed (xcclJoinFailed names the rank that is missing, claimed twice, or differs).

@@ -369,6 +369,11 @@ class basic_communicator {
     xcclUniqueId id;
     return P::give(xcclGetUniqueId(&id), [&] { return id; });
   }
+  /** xcclGetUniqueIdAt. */
+  static result<xcclUniqueId> unique_id_at(const char *address) {
+    xcclUniqueId id;
+    return P::give(xcclGetUniqueIdAt(&id, address), [&] { return id; });
+  }
   /** xcclCommInitRankConfig. */
   static result<basic_communicator> init(int ranks, const xcclUniqueId &id, int rank,
                                          const xcclConfig_t &config = Config()) {

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::cell::RefCell;
-use std::ffi::{CString, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 
@@ -107,6 +107,16 @@ fn check_len<T>(len: usize, name: &str) -> Outcome {
         true => Ok(()),
         false => Err(Failure::argument(format!("{name} cannot have {len} elements of {} bytes", size_of::<T>()))),
     }
+}
+
+/// A text of C's.
+///
+/// # Safety
+/// It must be null, or end with a zero and stay as it is as long as the result lives.
+pub(crate) unsafe fn text<'a>(at: *const c_char, name: &str) -> Outcome<&'a CStr> {
+    check_pointer(at.cast_mut(), name)?;
+    // SAFETY: it is not null, and the rest is the caller's promise.
+    Ok(unsafe { CStr::from_ptr(at) })
 }
 
 /// C's array. May be null when it has no elements.

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use xccl::{Communicator, HeapBuffer, UniqueId};
 
-use crate::boundary::{Failure, Out, Outcome, SizedOut, guard, natural};
+use crate::boundary::{Failure, Out, Outcome, SizedOut, guard, natural, text};
 use crate::config::{config_of, xcclConfig_t};
 use crate::handle::{self, Handle, Magic};
 use crate::p2p::Requests;
@@ -118,6 +118,24 @@ pub unsafe extern "C" fn xcclGetUniqueId(id: *mut xcclUniqueId) -> xcclResult_t 
         // SAFETY: C's promise about its pointers.
         let out = unsafe { Out::new(id, "id") }?;
         out.set(xcclUniqueId { internal: UniqueId::new()?.as_bytes().map(|byte| byte as c_char) });
+        Ok(())
+    })
+}
+
+/// Makes a new id in *id for ranks on any hosts, whose rank 0 waits for the others at `address`: one of its own host's and a
+/// port, such as "10.0.0.1:29500" or "[2001:db8::1]:29500"; no names. With port 0 a free one is taken at once, and the process
+/// that makes the id must be the one that joins as rank 0. Call it on one rank and hand the bytes to the others. Does not
+/// block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclGetUniqueIdAt(id: *mut xcclUniqueId, address: *const c_char) -> xcclResult_t {
+    guard("xcclGetUniqueIdAt", || {
+        // SAFETY: C's promise about its pointers.
+        let out = unsafe { Out::new(id, "id") }?;
+        // SAFETY: as above.
+        let text = unsafe { text(address, "address") }?.to_string_lossy();
+        let expected = "expected an IP address and a port, such as 10.0.0.1:29500 or [2001:db8::1]:29500";
+        let address = text.parse().map_err(|_| Failure::argument(format!("address is {text:?}: {expected}")))?;
+        out.set(xcclUniqueId { internal: UniqueId::new_at(address)?.as_bytes().map(|byte| byte as c_char) });
         Ok(())
     })
 }

@@ -255,6 +255,7 @@ void everything(Communicator comm) {
   xccl::Config options;
   options.timeout_ms = 5000;
   auto alone = take(Communicator::init(1, take(Communicator::unique_id()), 0, options));
+  take(Communicator::unique_id_at("127.0.0.1:29500"));
   TAKE_VOID(alone.abort());
   auto moved = std::move(comm);
   EXPECT(comm.get() == nullptr && moved.get() != nullptr);

@@ -172,6 +172,8 @@ static void lanes(void *context, size_t n, xcclLaneWork_t work, void *state) {
     cannot_fail = 1;                          \
     break
 
+static const char *const addresses[8] = {"127.0.0.1:5", "[::1]:0", "0.0.0.0:1", "", "localhost:1", "10.0.0.1", "[::1]:70000", "1:2:3"};
+
 static void call(void) {
   xcclResult_t result = xcclSuccess;
   const char *function = "", *text;
@@ -210,6 +212,7 @@ static void call(void) {
     TEXT(xcclGetLastError);
     ONE(xcclGetVersion, int_out);
     ONE(xcclGetUniqueId, (xcclUniqueId *)(draw(2) ? &id : NULL));
+    ONE(xcclGetUniqueIdAt, (xcclUniqueId *)(draw(2) ? &id : NULL), is_bad() ? NULL : addresses[draw(8)]);
     ONE(xcclCommInitRank, is_bad() ? NULL : &made, ranks == 1 ? (int)PICK(1, 0, -1, INT_MIN, INT_MAX) : -1, id, number());
     ONE(xcclCommInitRankConfig, is_bad() ? NULL : &made, (int)PICK(1, 0, -1, 2, INT_MIN, INT_MAX), id, number(), &config);
     ONE(xcclCommInitFromEnv, is_bad() ? NULL : (xcclComm_t *)((char *)&made + 1), is_bad() ? NULL : &config);

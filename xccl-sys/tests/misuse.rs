@@ -55,8 +55,12 @@ fn communicators() {
         refused(xcclCommInitRank(null_mut(), 1, zeros, 0), xcclInvalidArgument, &["comm is a null pointer"]);
         refused(xcclCommInitRank(&mut made, 0, zeros, 0), xcclInvalidArgument, &["nranks is 0"]);
         refused(xcclCommInitRank(&mut made, 2, zeros, -3), xcclInvalidArgument, &["rank is -3", "0 to 1"]);
-        refused(xcclCommInitRank(&mut made, 1, zeros, 0), xcclInvalidArgument, &["unique id", "XCCLUID1"]);
+        refused(xcclCommInitRank(&mut made, 1, zeros, 0), xcclInvalidArgument, &["unique id", "XCCLUID2"]);
         let mut id = zeros;
+        refused(xcclGetUniqueIdAt(&mut id, null()), xcclInvalidArgument, &["address is a null pointer"]);
+        refused(xcclGetUniqueIdAt(&mut id, c"host:1".as_ptr()), xcclInvalidArgument, &["host:1", "10.0.0.1:29500"]);
+        refused(xcclGetUniqueIdAt(&mut id, c"0.0.0.0:1".as_ptr()), xcclInvalidArgument, &["0.0.0.0:1", "connect to"]);
+        assert_eq!(xcclGetUniqueIdAt(&mut id, c"[::1]:29500".as_ptr()), xcclSuccess);
         assert_eq!(xcclGetUniqueId(&mut id), xcclSuccess);
         refused(xcclCommInitRank(&mut made, 2, id, 2), xcclInvalidArgument, &["rank 2", "2 ranks"]);
         refused(xcclCommInitFromEnv(&mut made, null()), xcclNotLaunched, &["XCCL_RANK"]);

@@ -313,6 +313,12 @@ impl Star {
         watch.lost()
     }
 
+    /// Ends the connections as the death of the process would.
+    #[cfg(test)]
+    pub(super) fn vanish(mut self) {
+        self.watch = None;
+    }
+
     /// Gives every rank's blob to every rank, in rank order, and its descriptors to the ranks of its node. Collective.
     pub(crate) fn exchange(&mut self, blob: &[u8], fds: &[BorrowedFd<'_>], deadline: Instant) -> Result<Vec<Part>> {
         if blob.len() > MAX_BLOB || fds.len() > MAX_DESCRIPTORS {

@@ -403,11 +403,12 @@ impl Listener {
     pub(super) fn accept(&self, keys: &Keys) -> Result<Option<Link>> {
         loop {
             match self.0.accept() {
-                Ok((stream, _)) => match Link::new(stream, State::Ungreeted(keys.clone())) {
-                    Ok(link) => return Ok(Some(link)),
-                    // It has ended already.
-                    Err(_) => {}
-                },
+                Ok((stream, _)) => {
+                    // One that cannot be prepared has ended already.
+                    if let Ok(link) = Link::new(stream, State::Ungreeted(keys.clone())) {
+                        return Ok(Some(link));
+                    }
+                }
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock => return Ok(None),
                     ErrorKind::Interrupted => {}

@@ -180,6 +180,13 @@ impl UniqueId {
         secret
     }
 
+    /// The same id with another secret.
+    #[cfg(test)]
+    pub(super) fn with_secret(mut self, secret: [u8; 32]) -> Self {
+        self.0[SECRET].copy_from_slice(&secret);
+        self
+    }
+
     /// What everybody may know of the communicator: it tells its ranks which of the jobs at an address is theirs.
     pub(super) fn token(&self) -> [u8; 16] {
         let mut token = [0; 16];
