@@ -412,6 +412,57 @@ mod tests {
     }
 
     #[test]
+    fn ranks_on_several_machines_meet_at_the_masters_address() {
+        let place = |base: &[(&str, &str)], more: &[(&str, &str)]| {
+            let vars: Vec<_> = base.iter().copied().filter(|(n, _)| more.iter().all(|(m, _)| n != m)).collect();
+            launch(&[&vars[..], more].concat()).map(|launch| launch.rendezvous)
+        };
+        let at = |host: &str, port| Some((host.to_string(), port));
+        let ours = [("XCCL_MASTER_ADDR", "node0"), ("XCCL_MASTER_PORT", "7000")];
+        let torch = [("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500")];
+        let here = ("XCCL_LOCAL_WORLD_SIZE", "2");
+        let pretends = ("XCCL_NODE_ID", "a");
+
+        // On one machine no network is used, whatever is set for others.
+        assert_eq!(place(&XCCL, &[ours[0], ours[1], torch[0], torch[1]]).unwrap(), None);
+        assert_eq!(place(&OPEN_MPI, &torch).unwrap(), None);
+        // Fewer ranks here than there are; our own variables go first, one by one.
+        assert_eq!(place(&XCCL, &[here, ours[0], ours[1]]).unwrap(), at("node0", 7000));
+        assert_eq!(place(&XCCL, &[here, ours[0], ours[1], torch[0], torch[1]]).unwrap(), at("node0", 7000));
+        assert_eq!(place(&XCCL, &[here, ours[0], torch[0], torch[1]]).unwrap(), at("node0", 29501));
+        assert_eq!(place(&XCCL, &[here, ours[1], torch[0]]).unwrap(), at("10.0.0.1", 7000));
+        // MASTER_PORT is taken: PyTorch listens there.
+        assert_eq!(place(&TORCHRUN, &[]).unwrap(), at("127.0.0.1", 29501));
+        // On pretended nodes, an address is used if there is one.
+        assert_eq!(place(&XCCL, &[pretends]).unwrap(), None);
+        assert_eq!(place(&XCCL, &[pretends, here]).unwrap(), None);
+        assert_eq!(place(&XCCL, &[pretends, ours[0], ours[1]]).unwrap(), at("node0", 7000));
+        // Slurm tells the nodes of a step, and not the ranks here.
+        assert_eq!(place(&SLURM, &torch).unwrap(), None);
+        assert_eq!(place(&SLURM, &[ours[0], ours[1]]).unwrap(), at("node0", 7000));
+        assert_eq!(place(&SLURM, &[torch[0], torch[1], ("SLURM_STEP_NUM_NODES", "2")]).unwrap(), at("10.0.0.1", 29501));
+        assert_eq!(place(&SLURM, &[torch[0], torch[1], ("SLURM_STEP_NUM_NODES", "1")]).unwrap(), None);
+
+        for (vars, name) in [
+            (&[here][..], "XCCL_MASTER_ADDR"),
+            (&[here, ("XCCL_MASTER_ADDR", " "), ours[1]], "XCCL_MASTER_ADDR"),
+            (&[here, ours[0]], "XCCL_MASTER_PORT"),
+            (&[here, ours[0], ("XCCL_MASTER_PORT", "65536")], "XCCL_MASTER_PORT"),
+            (&[here, ours[0], ("XCCL_MASTER_PORT", "0")], "XCCL_MASTER_PORT"),
+            (&[here, torch[0], ("MASTER_PORT", "65535")], "MASTER_PORT"),
+        ] {
+            match place(&XCCL, vars) {
+                Err(Error::Config { option, .. }) => assert_eq!(option, name, "{vars:?}"),
+                other => panic!("{vars:?}: {other:?}"),
+            }
+        }
+        // Hydra's proxies, one a machine, share no id.
+        let apart = [("MPI_LOCALNRANKS", "1"), ours[0], ours[1]];
+        assert!(matches!(place(&HYDRA, &apart), Err(Error::Config { option: "XCCL_JOB", .. })));
+        assert_eq!(place(&HYDRA, &[apart[0], ours[0], ours[1], ("XCCL_JOB", "j")]).unwrap(), at("node0", 7000));
+    }
+
+    #[test]
     fn without_a_launcher_the_error_lists_what_was_looked_for() {
         // A batch script of Slurm has SLURM_PROCID but is no rank.
         for vars in [&[][..], &[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")], &[("XCCL_JOB", "j")]] {

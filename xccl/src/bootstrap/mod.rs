@@ -2,15 +2,21 @@
 //!
 //! What the bootstrap guarantees:
 //!
-//! - A rank is let in only if it runs under the same user, knows the job's secret, and agrees with rank 0 on the version,
-//!   the world size and every configuration field. Strangers are turned away without harm to the job.
+//! - A rank is let in only if it knows the job's secret and agrees with rank 0 on the version, the world size and every
+//!   configuration field; on one machine, only if it runs under the same user besides. Strangers are turned away without harm
+//!   to the job.
+//! - Between hosts the secret never travels, both ends prove that they know it, and what they say is encrypted.
+//! - The ranks that can hand descriptors to each other are found to be one node; only they get each other's.
 //! - Joining is all or nothing. Where it fails, the ranks that can be told get the *same* error, naming the rank to blame.
 //! - The death of a rank during the set-up is noticed by the kernel closing its connection, not by silence.
 //! - Every wait ends at the caller's deadline.
-//! - Nothing is left behind: sockets live in the abstract namespace and every descriptor closes on exec.
+//! - Nothing is left behind: Unix sockets live in the abstract namespace, rank 0 gives up its port once all have joined, and
+//!   every descriptor closes on exec.
 //!
 //! [`Launch`] tells from the launcher's environment which rank this process is. [`UniqueId`] names a communicator and
-//! holds its secret. [`Star`] joins the ranks through rank 0 and is the channel for blobs and descriptors afterwards.
+//! holds its secret, and the address at which the ranks of several hosts meet ([`Rendezvous`]). [`Star`] joins the ranks
+//! through rank 0, over Unix sockets ([`unix`]) on one machine and over TCP ([`tcp`]) otherwise; it is the channel for blobs
+//! and descriptors afterwards, and tells of ranks that vanish.
 
 mod environment;
 mod gathering;
