@@ -277,7 +277,6 @@ impl Star {
     }
 
     /// This rank's own address as other hosts reach it, where the ranks have met over TCP.
-    #[allow(dead_code)]
     pub(crate) fn local_address(&self) -> Option<IpAddr> {
         self.local.map(|address| address.ip())
     }
@@ -296,7 +295,6 @@ impl Star {
     /// The rank that is known to be gone without having left, if any: where the ranks live on several nodes, which no process
     /// sees all of. Rank 0 notices when a connection ends, and tells the others when it looks here; if rank 0 itself leaves
     /// in order, nobody tells any more. Never blocks; a system call as long as nothing has happened.
-    #[allow(dead_code)]
     pub(crate) fn lost(&mut self) -> Option<usize> {
         let Star { role, inbox, watch, verdict, .. } = self;
         let watch = watch.as_mut()?;

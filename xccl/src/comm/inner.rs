@@ -395,6 +395,11 @@ impl CommInner {
             }
             None => {}
         }
+        if self.fabric.far.is_some()
+            && let Some(rank) = self.lost_rank()
+        {
+            return Err(Error::PeerDied { rank, during, epoch: what.epoch });
+        }
         let others_left = || (0..self.world_size).find(|&r| r != self.rank && self.state(r) == LEFT);
         let all_left = || (0..self.world_size).all(|r| r == self.rank || self.state(r) == LEFT);
         let left = match what.peer {
@@ -444,6 +449,13 @@ impl CommInner {
         }
         let rank = self.liveness.first_dead(|r| self.state(r) != LEFT)?;
         Some(*self.first_dead.get_or_init(|| rank))
+    }
+
+    /// The rank whose connection from the time of joining has ended, without its having left.
+    fn lost_rank(&self) -> Option<usize> {
+        // While the connections are used to set something up, that finds it.
+        let mut star = self.star.try_lock().ok()?;
+        star.lost().filter(|&rank| self.state(rank) != LEFT)
     }
 
     /// Whether `rank` can read this rank's private memory.

@@ -17,6 +17,7 @@ pub(crate) mod pretence;
 pub(crate) mod progress;
 pub(crate) mod shm;
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -152,17 +153,16 @@ fn checked_fd(fds: Vec<OwnedFd>, rank: usize, flavour: MemoryFlavour, bytes: usi
 }
 
 /// Opens this rank's place on the network.
+#[cfg_attr(not(test), allow(unused_variables))]
 pub(crate) fn open_endpoint(config: &Config, id: &UniqueId, star: &Star) -> Result<Box<dyn Endpoint>> {
     #[cfg(test)]
     if let Some(endpoint) = config.pretence.as_ref().and_then(|p| p.endpoint(id, star.rank(), star.nodes().len())) {
         return Ok(endpoint);
     }
-    let _ = (config, id);
-    ofi::open(&ofi::Options {
-        provider: None,
-        source: Some(std::net::IpAddr::from([127, 0, 0, 1])),
-        ranks: star.nodes().len(),
-    })
+    // Without an address the ranks met on one machine, whatever they are told.
+    let source = star.local_address().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let ranks = star.nodes().len();
+    ofi::open(&ofi::Options { provider: config.fabric.clone(), source: Some(source), ranks })
 }
 
 /// Refuses sizes that this machine cannot hold once every page has been touched.

@@ -181,8 +181,9 @@ proptest! {
 
 #[test]
 fn two_nodes_of_two_ranks_over_the_real_network() {
-    let tokens =
-        |rank: usize, e: usize| (0..8).map(move |t| vec![((t + rank + e) % 8) as i64, ((t * 3 + e + 1 + rank) % 8) as i64]);
+    let tokens = |rank: usize, e: usize| {
+        (0..8).map(move |t| vec![((t + rank + e) % 8) as i64, ((t * 3 + e + 1 + rank) % 8) as i64])
+    };
     let distinct = |ids: Vec<i64>| if ids[0] == ids[1] { vec![ids[0], -1] } else { ids };
     let exchanges = (0..20).map(|e| (0..4).map(|rank| tokens(rank, e).map(distinct).collect()).collect()).collect();
     let case = Case {
