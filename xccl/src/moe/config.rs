@@ -6,6 +6,13 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// Where the weighted sum over a token's experts is formed.
+///
+/// With ranks on several nodes, each node forms one sum per token over its own experts and rounds it to the element type; the
+/// token's rank adds those of the other nodes, by ascending node, to the terms of its own node, which come first. So the
+/// result depends on which experts share a node, and for a given grouping of ranks and experts into nodes it has the same bits
+/// every time, whatever arrives first. It has the bits of a single node where a token's experts are all on its own node; and with
+/// [`PerExpert`](Self::PerExpert) where they are all on one other node and k names them in the order in which that node has them
+/// (by rank, then id), since a sum that is rounded once more to its own type stays as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reduction {
     /// On the token's rank, in ascending k: bitwise the same result for any number of ranks and any placement.

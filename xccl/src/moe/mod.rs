@@ -15,6 +15,8 @@
 //! rank has published `combined >= e`, hence has no more use for them. Output rows of `e` are rewritten after
 //! `dispatch_recv(e + 2)` has seen `dispatched >= e + 2` of every source, which a source publishes only after its
 //! `combine_recv(e)`. So no word exists just to give memory back.
+//!
+//! How ranks of other nodes take part: [`between`].
 
 mod arrivals;
 mod batch;

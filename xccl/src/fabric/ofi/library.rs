@@ -37,8 +37,11 @@ impl Library {
     }
 
     fn open(name: &str) -> std::result::Result<Library, String> {
-        // SAFETY: libfabric's initialisers register its providers and touch nothing of this process.
-        let code = unsafe { libloading::Library::new(name) }.map_err(|err| err.to_string())?;
+        let handlers = Handlers::now();
+        // SAFETY: libfabric's initialisers register its providers. What else they touch is the handlers of signals.
+        let code = unsafe { libloading::Library::new(name) };
+        handlers.restore();
+        let code = code.map_err(|err| err.to_string())?;
         // SAFETY: as declared in rdma/fabric.h.
         let fi_version: unsafe extern "C" fn() -> u32 = unsafe { function(&code, "fi_version")? };
         // SAFETY: it only returns a number.
@@ -112,6 +115,33 @@ impl Library {
 
     pub(super) fn error(&self, provider: &str, call: &'static str, code: i64) -> Error {
         Error::Fabric { provider: provider.to_owned(), call, why: self.text(code) }
+    }
+}
+
+/// What the process does about signals.
+///
+/// libpsm_infinipath and libpsm2, which Debian's libfabric is linked with, take SIGSEGV, SIGINT and others for themselves as
+/// soon as they are loaded, print a backtrace and end the process with exit code 1. Signals are the engine's.
+struct Handlers(Vec<(c_int, libc::sigaction)>);
+
+impl Handlers {
+    fn now() -> Self {
+        let action = |signal| {
+            let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+            // SAFETY: without a new action the call only writes the present one.
+            let known = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) } == 0;
+            // SAFETY: a call that succeeds has written all of it.
+            known.then(|| (signal, unsafe { action.assume_init() }))
+        };
+        // The signals of old: nobody takes others by accident.
+        Handlers((1..32).filter_map(action).collect())
+    }
+
+    fn restore(self) {
+        for (signal, action) in self.0 {
+            // SAFETY: the action is what the process had a moment ago. SIGKILL and SIGSTOP are refused, and are as they were.
+            unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
+        }
     }
 }
 
@@ -189,6 +219,19 @@ mod tests {
         for part in ["libfabric-that-nobody-has.so.1", "libfabric1", "LD_LIBRARY_PATH", "XCCL_FABRIC"] {
             assert!(text.contains(part), "{part:?} is not in {text:?}");
         }
+    }
+
+    #[test]
+    fn signals_stay_the_programs_own() {
+        let own = |handlers: Handlers| {
+            handlers.0.into_iter().map(|(s, a)| (s, a.sa_sigaction, a.sa_flags)).collect::<Vec<_>>()
+        };
+        let before = own(Handlers::now());
+        if let Err(err) = Library::get() {
+            eprintln!("skipped: {err}");
+            return;
+        }
+        assert_eq!(own(Handlers::now()), before);
     }
 
     #[test]
