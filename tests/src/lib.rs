@@ -32,6 +32,26 @@ impl Job {
         Job::start_some(program, n, 0..n, scenario, env)
     }
 
+    /// As [`start`](Self::start), a rank for each of `nodes`, the node that it takes itself for.
+    pub fn start_on_nodes(program: &str, nodes: &[usize], scenario: &str, env: &[(&str, &str)]) -> Job {
+        let (job, port) = (new_job(), free_port().to_string());
+        let rank = |(rank, node): (usize, &usize)| {
+            let mut env: Vec<(String, String)> = env.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            for (name, value) in [
+                ("XCCL_RANK", &rank.to_string()),
+                ("XCCL_WORLD_SIZE", &nodes.len().to_string()),
+                ("XCCL_JOB", &job),
+                ("XCCL_NODE_ID", &node.to_string()),
+                ("XCCL_MASTER_ADDR", &"127.0.0.1".to_owned()),
+                ("XCCL_MASTER_PORT", &port),
+            ] {
+                env.push((name.to_owned(), value.clone()));
+            }
+            env
+        };
+        Job::start_with(program, scenario, nodes.iter().enumerate().map(rank))
+    }
+
     /// As [`start`](Self::start), but only some of the `n` ranks.
     pub fn start_some(
         program: &str,
@@ -111,6 +131,27 @@ impl Drop for Job {
             let _ = child.wait();
         }
     }
+}
+
+/// A port of loopback that nobody has at this moment.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    listener.local_addr().expect("it is bound").port()
+}
+
+/// Whether ranks of several nodes can meet here; if not, says why the test that asks is skipped.
+pub fn has_network() -> bool {
+    let why = Communicator::network_providers(&Config::default()).err();
+    if let Some(why) = &why {
+        eprintln!("skipped: {why}");
+    }
+    why.is_none()
+}
+
+/// Plays `scenario` with a rank of `program` for each of `nodes`: all of them must end well.
+pub fn plays_well_on(program: &str, nodes: &[usize], scenario: &str, env: &[(&str, &str)]) {
+    let ended = Job::start_on_nodes(program, nodes, scenario, env).wait();
+    assert!(ended.iter().all(|e| e.code == Some(0)), "{scenario} on nodes {nodes:?}, {env:?}: {ended:#?}");
 }
 
 /// A text that no other job has.

@@ -57,6 +57,18 @@ impl Bells {
         rung
     }
 
+    /// Wakes all ranks of the node that sleep, after a [`bell::publish_fence`].
+    pub(crate) fn ring_asleep(&self) {
+        for word in 0..self.near.len().div_ceil(bell::PER_WORD) {
+            let first = word * bell::PER_WORD;
+            for peer in bell::sleepers(self.sleepers(first)).map(|i| first + i) {
+                if let Some(Some((_, heap))) = self.near.get(peer) {
+                    bell::ring(heap.word32(BELL));
+                }
+            }
+        }
+    }
+
     /// Wakes all ranks of the node.
     pub(crate) fn ring_all(&self) {
         self.near.iter().flatten().for_each(|(_, heap)| bell::ring(heap.word32(BELL)));

@@ -66,7 +66,7 @@ pub(crate) struct CommInner {
     pub(crate) nodes: Vec<usize>,
     bells: Arc<Bells>,
     pub(crate) heap: Mutex<HeapAllocator>,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Arc<Counters>,
     pub(crate) p2p: P2p,
     pub(crate) calibration: Calibration,
     star: Mutex<Star>,
@@ -172,13 +172,13 @@ impl CommInner {
         if ranks_here < world_size {
             let endpoint = fabric::open_endpoint(&config, rendezvous.id(), &star)?;
             let progress_thread = config.progress_thread;
-            let mover = |plane| {
+            let mover = |plane, chores| {
                 let bells = bells.clone();
                 let heard = move |source: usize| {
                     bell::publish_fence();
                     bells.ring_waiting(source);
                 };
-                if progress_thread { Mover::start(plane, heard) } else { Mover::none() }
+                if progress_thread { Mover::start(plane, chores, heard) } else { Mover::none() }
             };
             fabric.far = Some(Far::connect(&mut star, endpoint, &fabric, &layout, mover, deadline)?);
         }
@@ -197,7 +197,7 @@ impl CommInner {
             world_size,
             p2p: P2p::new(world_size),
             heap: Mutex::new(HeapAllocator::new(HEAP_START, heap_bytes - HEAP_START)),
-            counters: Counters::default(),
+            counters: Arc::default(),
             star: Mutex::new(star),
             barriers: Mutex::new(0),
             liveness,
@@ -223,7 +223,7 @@ impl CommInner {
     fn calibrate(&mut self, deadline: Instant) -> Result<()> {
         let points = calibration::measure(self)?;
         self.p2p.forget_traffic();
-        self.counters = Counters::default();
+        self.counters = Arc::default();
         let parts = self.star().exchange(&fabric::encode(&points)?, &[], deadline)?;
         let points: Vec<CalibrationPoint> = parts.first().map_or(Ok(vec![]), |(blob, _)| fabric::decode(blob))?;
         self.calibration = calibration::choose_from(&self.config, self.core_sharing.has_core_each(), points);
@@ -273,6 +273,15 @@ impl CommInner {
             bell::publish_fence();
             self.bells.ring_waiting(source);
         });
+        far.chores.attempt();
+    }
+
+    /// Wakes those who may have a chore now, whatever they sleep for.
+    pub(crate) fn call_for_chores(&self) {
+        if self.fabric.far.is_some() {
+            bell::publish_fence();
+            self.bells.ring_asleep();
+        }
     }
 
     /// Looks a few times whether `ready` gives a value.
@@ -385,6 +394,11 @@ impl CommInner {
         if let Some(rank) = self.dead_rank() {
             return Err(Error::PeerDied { rank, during, epoch: what.epoch });
         }
+        if self.fabric.far.is_some()
+            && let Some(rank) = self.lost_rank()
+        {
+            return Err(Error::PeerDied { rank, during, epoch: what.epoch });
+        }
         let trouble = self.fabric.far.as_ref().and_then(|far| far.plane.trouble(|rank| self.state(rank) != LEFT));
         match trouble {
             Some(Trouble::Lost { rank, why }) => {
@@ -394,11 +408,6 @@ impl CommInner {
                 return Err(Error::Corrupt { rank, what, value, limit });
             }
             None => {}
-        }
-        if self.fabric.far.is_some()
-            && let Some(rank) = self.lost_rank()
-        {
-            return Err(Error::PeerDied { rank, during, epoch: what.epoch });
         }
         let others_left = || (0..self.world_size).find(|&r| r != self.rank && self.state(r) == LEFT);
         let all_left = || (0..self.world_size).all(|r| r == self.rank || self.state(r) == LEFT);
@@ -420,14 +429,9 @@ impl CommInner {
     fn timed_out(&self, what: &Waiting, waited: Duration) -> Error {
         let describe = |rank: usize| match self.fabric.far_to(rank) {
             None => progress::describe(&self.fabric.peer(rank).outbox, self.layout.progress, rank),
-            Some(far) => match far.plane.last_heard(rank) {
-                Some(ago) => {
-                    format!("rank {rank} is on another node (node {}), last heard of {ago:?} ago", self.nodes[rank])
-                }
-                None => {
-                    format!("rank {rank} is on another node (node {}), and has not been heard of", self.nodes[rank])
-                }
-            },
+            Some(far) => {
+                format!("rank {rank} is on another node (node {}), {}", self.nodes[rank], far.plane.describe(rank))
+            }
         };
         let waited_for = match what.peer {
             Some(peer) => describe(peer),
@@ -442,13 +446,27 @@ impl CommInner {
         self.fabric.peer(rank).outbox.word32(self.layout.state).load(Acquire)
     }
 
-    /// The rank whose process ended first without leaving, as far as this rank can tell.
+    /// The rank whose process ended first without leaving, as far as this rank can tell or was told.
     fn dead_rank(&self) -> Option<usize> {
         if let Some(&rank) = self.first_dead.get() {
             return Some(rank);
         }
-        let rank = self.liveness.first_dead(|r| self.state(r) != LEFT)?;
-        Some(*self.first_dead.get_or_init(|| rank))
+        let near = self.liveness.first_dead(|r| self.state(r) != LEFT);
+        let rank = near.or_else(|| self.fabric.far.as_ref().and_then(|_| self.dead_as_others_say()))?;
+        let rank = *self.first_dead.get_or_init(|| rank);
+        if near == Some(rank) {
+            // Only its node sees the process.
+            let word = rank as u64 + 1;
+            self.fabric.far().for_each(|(other, far)| far.tell(other, self.layout.dead, word));
+        }
+        Some(rank)
+    }
+
+    /// The rank that a far one has seen die.
+    fn dead_as_others_say(&self) -> Option<usize> {
+        let word = |rank: usize| self.fabric.peer(rank).outbox.word64(self.layout.dead).load(Acquire);
+        let dead = self.fabric.far().map(|(rank, _)| word(rank)).find(|&word| word != 0)?;
+        (dead <= self.world_size as u64).then(|| dead as usize - 1)
     }
 
     /// The rank whose connection from the time of joining has ended, without its having left.

@@ -47,6 +47,8 @@ pub(crate) struct CommLayout {
     pub(crate) progress: usize,
     /// Barriers entered; read by all.
     pub(crate) barrier: usize,
+    /// A rank of this node that has died, plus one, as soon as this rank knows; read by the ranks of other nodes.
+    pub(crate) dead: usize,
     /// A byte per rank: 1 where this rank can read that rank's private memory; read by that rank.
     pub(crate) cma: usize,
     /// Per source, a line: messages consumed of the ring from there; read by that source.
@@ -69,6 +71,7 @@ impl CommLayout {
         let mut layout = Layout::default();
         layout.add(size_of::<Header>());
         let [state, sleep, progress, barrier] = std::array::from_fn(|_| layout.add(LINE));
+        let dead = barrier + 8;
         let cma = layout.add(world_size);
         let consumed = layout.add(world_size * LINE);
         let finished = layout.add(world_size * SLOTS * 8);
@@ -82,6 +85,7 @@ impl CommLayout {
             sleep,
             progress,
             barrier,
+            dead,
             cma,
             consumed,
             finished,

@@ -176,6 +176,16 @@ impl Communicator {
         self.inner.world_size
     }
 
+    /// The node of a rank: ranks of one node reach each other's memory, others over the network. Nodes are numbered in the order
+    /// of their lowest ranks.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`].
+    pub fn node_of(&self, rank: usize) -> Result<usize> {
+        self.inner.check_rank(rank)?;
+        Ok(self.inner.nodes[rank])
+    }
+
     /// The configuration in force.
     pub fn config(&self) -> &Config {
         &self.inner.config

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::endpoint::{Access, Endpoint, Region, RemoteRegion};
 use super::plane::{Plane, Put, Update, Window};
-use super::progress::Mover;
+use super::progress::{Chores, Mover};
 use super::{Fabric, decode, encode};
 use crate::bootstrap::Star;
 use crate::comm::layout::{CommLayout, HEAP_START};
@@ -25,6 +25,7 @@ pub(crate) struct Far {
     outbox: Region,
     /// By rank, what it lets this one reach.
     reach: Vec<Option<Reach>>,
+    pub(crate) chores: Arc<Chores>,
     /// Moves things on while this rank computes.
     pub(crate) mover: Mover,
 }
@@ -46,7 +47,7 @@ impl Far {
         endpoint: Box<dyn Endpoint>,
         fabric: &Fabric,
         layout: &CommLayout,
-        mover: impl FnOnce(Arc<Plane>) -> Result<Mover>,
+        mover: impl FnOnce(Arc<Plane>, Arc<Chores>) -> Result<Mover>,
         deadline: Instant,
     ) -> Result<Far> {
         let (rank, ranks) = (star.rank(), star.nodes().len());
@@ -86,8 +87,9 @@ impl Far {
         }
         // Nothing is sent before everybody knows its windows: this is the last round.
         star.exchange(&[], &[], deadline)?;
-        let mover = mover(plane.clone())?;
-        Ok(Far { plane, outbox, reach, mover })
+        let chores = Arc::new(Chores::default());
+        let mover = mover(plane.clone(), chores.clone())?;
+        Ok(Far { plane, outbox, reach, chores, mover })
     }
 
     /// Tells `to` that a word of this rank's outbox has changed.

@@ -1,13 +1,16 @@
-//! A thread that moves the plane on while the rank computes or sleeps.
+//! Who moves the plane on, and a thread that does while the rank computes or sleeps.
+//!
+//! Beside what the plane itself has to do there are *chores*: things that other nodes wait for and that become possible when ranks of
+//! this node have done their part, such as forming the sums that go back to another node.
 //!
 //! Whoever waits moves things on itself, and better: it sees what it waits for the moment that it comes. So the thread keeps away
 //! while somebody does ([`Mover::attend`]), and takes over when the last one goes to sleep.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,14 +18,62 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::plane::Plane;
+use crate::comm::inner::lock;
 use crate::error::{Error, Result};
 
 /// How long the thread keeps away before it looks whether anybody attends.
 const AWAY: Duration = Duration::from_millis(1);
 /// The longest sleep where the card wakes the thread; a bound for what a provider might not tell.
 const ASLEEP_MS: u8 = 20;
-/// Looks where it does not, or where something waits for room.
+/// Looks where it does not, or where something waits for room or a chore is due.
 const BETWEEN_LOOKS: Duration = Duration::from_micros(50);
+
+/// Something that other nodes wait for.
+pub(crate) trait Chore: Send + Sync {
+    /// Does what has become possible. Never blocks; several threads may try at once.
+    fn attempt(&self);
+}
+
+/// The chores of a communicator.
+#[derive(Default)]
+pub(crate) struct Chores {
+    list: Mutex<Vec<Weak<dyn Chore>>>,
+    /// Those that are to be done, and may not be possible yet.
+    due: AtomicUsize,
+}
+
+impl Chores {
+    /// Adds a chore, which is forgotten when it is dropped.
+    pub(crate) fn add(&self, chore: Weak<dyn Chore>) {
+        let mut list = lock(&self.list);
+        list.retain(|chore| chore.strong_count() > 0);
+        list.push(chore);
+    }
+
+    /// One more thing is to be done.
+    pub(crate) fn begin(&self) {
+        self.due.fetch_add(1, Relaxed);
+    }
+
+    /// It was done.
+    pub(crate) fn end(&self) {
+        self.due.fetch_sub(1, Relaxed);
+    }
+
+    fn are_due(&self) -> bool {
+        self.due.load(Relaxed) > 0
+    }
+
+    /// Attempts all, if any is due.
+    pub(crate) fn attempt(&self) {
+        // Whoever has the list is at it.
+        if self.are_due()
+            && let Ok(list) = self.list.try_lock()
+        {
+            list.iter().filter_map(Weak::upgrade).for_each(|chore| chore.attempt());
+        }
+    }
+}
 
 struct Shared {
     /// Threads of the rank that move things on themselves.
@@ -39,11 +90,16 @@ pub(crate) struct Mover {
 
 impl Mover {
     /// Starts the thread; `heard` is told each rank that has changed words here.
-    pub(crate) fn start(plane: Arc<Plane>, heard: impl Fn(usize) + Send + 'static) -> Result<Self> {
+    pub(crate) fn start(
+        plane: Arc<Plane>,
+        chores: Arc<Chores>,
+        heard: impl Fn(usize) + Send + 'static,
+    ) -> Result<Self> {
         let mut mover = Mover::none()?;
         let shared = mover.shared.clone();
         let thread = std::thread::Builder::new().name("xccl-progress".to_owned());
-        let thread = thread.spawn(move || shared.run(&plane, heard)).map_err(|e| Error::os("pthread_create", e))?;
+        let thread =
+            thread.spawn(move || shared.run(&plane, &chores, heard)).map_err(|e| Error::os("pthread_create", e))?;
         mover.thread = Some(thread);
         Ok(mover)
     }
@@ -79,16 +135,19 @@ impl Mover {
 }
 
 impl Shared {
-    fn run(&self, plane: &Plane, heard: impl Fn(usize)) {
+    fn run(&self, plane: &Plane, chores: &Chores, heard: impl Fn(usize)) {
         while !self.stop.load(Acquire) {
             if self.attending.load(Acquire) > 0 {
                 std::thread::park_timeout(AWAY);
                 continue;
             }
-            if plane.progress(&heard) {
+            let happened = plane.progress(&heard);
+            chores.attempt();
+            if happened {
                 continue;
             }
-            match plane.wake_fd().filter(|_| plane.may_sleep()) {
+            // Nobody would wake the thread when a chore becomes possible.
+            match plane.wake_fd().filter(|_| !chores.are_due() && plane.may_sleep()) {
                 Some(fd) => {
                     let mut fds = [fd, self.wake.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
                     // An error of poll would come again: it only must not become a busy loop.

@@ -672,6 +672,7 @@ impl<'m> ExpertBatch<'m> {
         self.end();
         epoch::publish(moe.own.word64(slot.combined), epoch);
         moe.comm.notify_all();
+        moe.comm.call_for_chores();
         Ok(())
     }
 

@@ -5,9 +5,9 @@
 //! - *dispatch_send* puts each row that experts of a node need once, with that node's part of the lists, into a mirror of this rank's
 //!   outbox at its rail peer, and then tells the words. The mirror lies in a segment that the ranks of that node map: they read
 //!   lists and rows from it as from a near rank's outbox.
-//! - *combine_recv* first does this rank's duty: for each rank of another node whose rail peer it is, it waits until the ranks
-//!   of this node have combined, forms one sum per token over their experts, and puts these rows back, one per token and node.
-//!   Then it sums what is near, and after that one row of each other node that had experts of the token, by ascending node.
+//! - When all ranks of a node have combined, the [rail peer](super::rail) forms one sum per token over their experts, and puts these
+//!   rows back, one per token and node. It is a chore of whoever waits on that rank, or of its progress thread.
+//! - *combine_recv* sums what is near, and after that one row of each other node that had experts of the token, by ascending node.
 //!
 //! Who may overwrite what: `returned = e`, which a rail peer tells with the sums of `e`, also says that no rank of its node has a use
 //! for the tokens of `e` any more; before `dispatch_send(e + 2)` a rank has seen it from every node. The sums that a rail peer
@@ -21,12 +21,11 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::config::MAX_TOPK;
 use super::layout::{Entry, MoeLayout, SLOTS};
 use super::placement::Placement;
+use super::rail::{Duty, Near, Rail, Staging};
 use super::routing::{Choice, NONE};
-use super::terms::{Terms, sum_each};
-use super::{Moe, MoeConfig, Reduction};
+use super::{Moe, MoeConfig};
 use crate::bootstrap::Star;
 use crate::comm::inner::{Call, CommInner};
 use crate::dtype::Element;
@@ -35,8 +34,6 @@ use crate::fabric::endpoint::{Access, Region, RemoteRegion};
 use crate::fabric::far::Far;
 use crate::fabric::plane::{Put, Update, Window};
 use crate::fabric::{self, LandingSegments};
-use crate::memory::area::{self, Area};
-use crate::memory::divided::Owners;
 use crate::memory::layout::LINE;
 use crate::memory::mapping::Mapping;
 use crate::memory::row::Row;
@@ -46,10 +43,10 @@ use crate::sync::progress::{Operation, Waiting};
 const PAGE: usize = 4096;
 
 /// Words of a line that a node's rail peer tells.
-const RETURNED: usize = 0;
-const ABANDONED: usize = RETURNED + SLOTS * 8;
+pub(super) const RETURNED: usize = 0;
+pub(super) const ABANDONED: usize = RETURNED + SLOTS * 8;
 /// Which rank has abandoned.
-const BY: usize = ABANDONED + SLOTS * 8;
+pub(super) const BY: usize = ABANDONED + SLOTS * 8;
 
 const _: () = assert!(BY + SLOTS * 8 <= LINE);
 
@@ -123,63 +120,28 @@ struct Node {
     has_tokens: [bool; SLOTS],
 }
 
-/// A rank of another node that this one stands for.
-struct Duty {
-    source: usize,
-    /// By slot, where its sums land.
-    results: [RemoteRegion; SLOTS],
-    line: usize,
-}
-
-/// The sums of one source, while they are formed; kept from exchange to exchange.
-#[derive(Default)]
-struct Sums {
-    starts: Vec<u32>,
-    entries: Vec<Entry>,
-    bases: Vec<u32>,
-    /// Per token: terms so far, then where they begin.
-    counts: Vec<u32>,
-    /// Tokens that have terms.
-    tokens: Vec<u32>,
-    /// Where each of them has its terms, and one more.
-    spans: Vec<u32>,
-    /// Rank, row, weight.
-    terms: Vec<(u32, u32, f32)>,
-    /// Per token, the last rank that was found to have it, plus one.
-    last: Vec<u32>,
-}
-
 /// A handle's part between nodes.
 pub(super) struct Between {
-    map: Map,
     /// By expert, the index in `nodes`, or `NEAR`.
     node_of_expert: Vec<u16>,
     /// The other nodes, ascending.
     nodes: Vec<Node>,
-    duties: Vec<Duty>,
+    /// What this rank does for others.
+    pub(super) rail: Arc<Rail>,
     /// This rank's outbox for the handle.
     outbox: Region,
-    /// Windows of the mirrors' words, and of the words beside the results.
+    /// The window of the mirrors' words.
     mirror_words: u16,
-    result_words: u16,
     /// Sums of other nodes for this rank: a line of words per node, then by slot and node the rows.
     results: Arc<Mapping>,
     result_rows: usize,
-    /// By slot: the sums that are put back, `max_tokens` rows per duty.
-    staging: [Area; SLOTS],
-    staging_region: Region,
-    staging_starts: [usize; SLOTS],
     rows_bytes: usize,
-    /// By slot, the exchange whose duty was done, and one whose duty was given up and not told of.
-    done: [u64; SLOTS],
-    owed: [u64; SLOTS],
-    sums: Sums,
 }
 
 /// The expert's rank is on this node.
 const NEAR: u16 = u16::MAX;
 
-fn slot_of(epoch: u64) -> usize {
+pub(super) fn slot_of(epoch: u64) -> usize {
     (epoch % SLOTS as u64) as usize
 }
 
@@ -195,10 +157,11 @@ impl Between {
         comm: &CommInner,
         far: &Far,
         star: &mut Star,
-        (config, layout, placement): (&MoeConfig, &MoeLayout, &Placement),
+        shape: (&MoeConfig, &MoeLayout, &Placement),
         own: &Arc<Mapping>,
         deadline: Instant,
     ) -> Result<(Self, Vec<Option<Mapping>>)> {
+        let (config, layout, placement) = shape;
         let (map, ranks) = (Map::new(&comm.nodes, comm.rank), comm.world_size);
         let plane = &far.plane;
         let mirror_bytes = layout.bytes.next_multiple_of(PAGE);
@@ -257,10 +220,6 @@ impl Between {
             Ok(Duty { source, results, line })
         };
         let nodes = others.iter().map(node).collect::<Result<_>>()?;
-        let staged = duties.len() * rows_bytes;
-        let staging = Arc::new(Mapping::anonymous(SLOTS * staged)?);
-        let staging_region = plane.register(&staging, 0..staging.len(), Access::Local)?;
-        let (_, staging) = area::split(staging, [0..staged, staged..2 * staged]);
         let node_of = |&rank: &u32| others.iter().position(|&n| n == map.node[rank as usize]);
         let node_of_expert = placement.rank.iter().map(|rank| node_of(rank).map_or(NEAR, |n| n as u16)).collect();
 
@@ -277,23 +236,18 @@ impl Between {
             });
         }
         let duties = duties.iter().map(duty).collect::<Result<_>>()?;
+        let staging = Staging { plane: plane.clone(), rows_bytes, result_words };
+        let near = Near { ranks: map.members[map.mine].clone(), blocks: map.blocks(map.mine) };
+        let rail = Rail::new(comm, far, duties, near, staging, shape)?;
         let between = Between {
             outbox: plane.register(own, 0..own.len(), Access::Local)?,
             node_of_expert,
             nodes,
-            duties,
+            rail,
             mirror_words,
-            result_words,
             results,
             result_rows,
-            staging,
-            staging_region,
-            staging_starts: [0, staged],
             rows_bytes,
-            done: [0; SLOTS],
-            owed: [0; SLOTS],
-            sums: Sums::default(),
-            map,
         };
         Ok((between, mirrors))
     }
@@ -447,219 +401,6 @@ impl Moe {
     /// The plane, and this handle's part of it, where ranks are on several nodes.
     pub(super) fn between(&self) -> Option<(&Far, &RefCell<Between>)> {
         Some((self.comm.fabric.far.as_ref()?, self.between.as_ref()?))
-    }
-
-    /// Sends back what the ranks that this one stands for get from its node.
-    pub(super) fn do_duty<E: Element>(&self, epoch: u64, call: &mut Call) -> Result<()> {
-        let Some((far, between)) = self.between() else { return Ok(()) };
-        let mut between = between.borrow_mut();
-        let near = between.map.members[between.map.mine].clone();
-        if between.duties.is_empty() {
-            between.done[slot_of(epoch)] = epoch;
-            return Ok(());
-        }
-        let slot = self.layout.slot(epoch);
-        let mut abandoned = None;
-        for &peer in &near {
-            let outbox = &self.peers[peer];
-            let word = outbox.word64(slot.combined);
-            let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
-            self.comm.wait_in(call, what, || epoch::reached(word, epoch).then_some(()))?;
-            if outbox.word64(slot.abandoned).load(Acquire) == epoch {
-                abandoned = abandoned.or(Some(peer));
-            }
-        }
-        let mut sums = std::mem::take(&mut between.sums);
-        for index in 0..between.duties.len() {
-            let rows = match abandoned {
-                Some(_) => 0,
-                None => self.sum_for::<E>(&mut between, index, epoch, &near, &mut sums)?,
-            };
-            let Between { duties, staging_region, staging_starts, rows_bytes, result_words, .. } = &*between;
-            let Duty { source, results, line } = &duties[index];
-            let start = staging_starts[slot_of(epoch)] + index * rows_bytes;
-            let range = start..start + rows * self.layout.stride;
-            let put = Put { from: *staging_region, range, into: results[slot_of(epoch)], offset: 0 };
-            let word = |at: usize, value| Update::Word64 {
-                window: *result_words,
-                offset: line + at + slot_of(epoch) * 8,
-                value,
-            };
-            match abandoned {
-                None => far.plane.send(*source, (rows > 0).then_some(put), &[word(RETURNED, epoch)]),
-                Some(by) => {
-                    let updates = [word(BY, by as u64), word(ABANDONED, epoch), word(RETURNED, epoch)];
-                    far.plane.send(*source, [], &updates);
-                }
-            }
-            self.comm.counters.far_sums.fetch_add(rows as u64, Relaxed);
-        }
-        between.sums = sums;
-        between.done[slot_of(epoch)] = epoch;
-        Ok(())
-    }
-
-    /// Notes that this rank will not do its duty for `epoch`, if it has not, and says so.
-    pub(super) fn shirk(&self, epoch: u64) {
-        let Some((far, between)) = self.between() else { return };
-        let mut between = between.borrow_mut();
-        let slot = slot_of(epoch);
-        if between.done[slot] >= epoch || between.owed[slot] >= epoch {
-            return;
-        }
-        between.owed[slot] = epoch;
-        let by = self.comm.rank as u64;
-        for Duty { source, line, .. } in &between.duties {
-            let word =
-                |at: usize, value| Update::Word64 { window: between.result_words, offset: line + at + slot * 8, value };
-            far.plane.send(*source, [], &[word(BY, by), word(ABANDONED, epoch)]);
-        }
-    }
-
-    /// Says that nobody of this node has a use for the tokens of `epoch` any more, if this rank owes that.
-    pub(super) fn make_up(&self, epoch: u64) {
-        let Some((far, between)) = self.between() else { return };
-        let mut between = between.borrow_mut();
-        let slot = slot_of(epoch);
-        if between.owed[slot] != epoch || between.done[slot] >= epoch {
-            return;
-        }
-        between.done[slot] = epoch;
-        for Duty { source, line, .. } in &between.duties {
-            let update =
-                Update::Word64 { window: between.result_words, offset: line + RETURNED + slot * 8, value: epoch };
-            far.plane.send(*source, [], &[update]);
-        }
-    }
-
-    /// Forms the sums of one source over the experts of this node; gives their number.
-    fn sum_for<'s, E: Element>(
-        &'s self,
-        between: &mut Between,
-        index: usize,
-        epoch: u64,
-        near: &[usize],
-        sums: &mut Sums,
-    ) -> Result<usize> {
-        let source = between.duties[index].source;
-        self.take_terms(source, epoch, near, &between.map, sums)?;
-        let (layout, hidden) = (&self.layout, self.config.hidden);
-        let (stride, outboxes) = (layout.stride, self.outboxes());
-        let slot = layout.slot(epoch);
-        let area = match self.config.reduction {
-            Reduction::PerExpert => (slot.outputs.start, layout.output_rows),
-            Reduction::PerRank => (slot.sums.start, layout.sum_rows),
-        };
-        let (count, lanes) = (sums.tokens.len(), self.lanes());
-        let cut = lanes.cut(count, sums.terms.len() * stride);
-        let staging = &mut between.staging[slot_of(epoch)];
-        let rows = staging.divide::<E>(index * between.rows_bytes, count, stride, Owners::Blocks(cut.each));
-        let sums = &*sums;
-        lanes.share(cut, &|piece| {
-            let mut part = rows.part(piece);
-            let gather = |i: usize, terms: &mut Terms<'s, E>| {
-                let (first, end) = (sums.spans[i] as usize, sums.spans[i + 1] as usize);
-                for &(rank, row, weight) in &sums.terms[first..end] {
-                    terms.push(outboxes.output(rank as usize, area, row as usize)?, weight);
-                }
-                Ok(())
-            };
-            sum_each(cut.range(piece), gather, |i, sum| sum.write(&mut part.row_mut(i)[..hidden]))
-        })?;
-        Ok(count)
-    }
-
-    /// Lists the terms of each token of a source: copied out of its mirror and the near ranks' outboxes, and checked.
-    fn take_terms(&self, source: usize, epoch: u64, near: &[usize], map: &Map, sums: &mut Sums) -> Result<()> {
-        let (config, layout, placement) = (&self.config, &self.layout, &self.placement);
-        let (mirror, slot) = (&self.peers[source], layout.slot(epoch));
-        let corrupt = |what, value: u32, limit: usize| {
-            Err(Error::Corrupt { rank: source, what, value: value.into(), limit: limit as u64 })
-        };
-        let tokens = mirror.word32(slot.tokens).load(Relaxed);
-        if tokens as usize > config.max_tokens {
-            return corrupt("a number of tokens", tokens, config.max_tokens);
-        }
-        let Sums { starts, entries, bases, counts, tokens: named, spans, terms, last } = sums;
-        counts.clear();
-        counts.resize(tokens as usize + 1, 0);
-        last.clear();
-        last.resize(tokens as usize, 0);
-        entries.clear();
-        starts.clear();
-        // One range of starts and entries per block of ranks; positions of a block follow each other in `starts`.
-        let all = tokens as usize * config.topk;
-        for block in map.blocks(map.mine) {
-            let positions = placement.starts[block.start]..placement.starts[block.end];
-            let (at, first) = (starts.len(), entries.len() as u32);
-            starts.resize(at + positions.len() + 1, 0);
-            let part = &mut starts[at..];
-            mirror.read_into(slot.starts.start + positions.start * 4, part);
-            if part.windows(2).any(|w| w[0] > w[1]) || part[part.len() - 1] as usize > all {
-                return corrupt("the end of a list", part[part.len() - 1], all);
-            }
-            let begin = part[0];
-            let count = (part[part.len() - 1] - begin) as usize;
-            part.iter_mut().for_each(|start| *start = *start - begin + first);
-            entries.resize(first as usize + count, Entry::default());
-            let from = slot.entries.start + begin as usize * size_of::<Entry>();
-            mirror.read_into(from, &mut entries[first as usize..]);
-        }
-        if let Some(wrong) = entries.iter().find(|entry| entry.token >= tokens) {
-            return corrupt("a token's index", wrong.token, tokens as usize);
-        }
-        // Twice over all terms: how many each token has, then in their places.
-        let mut each_term = |term: &mut dyn FnMut(usize, u32, u32, f32)| {
-            let mut at = 0;
-            for (n, &rank) in near.iter().enumerate() {
-                // Between two blocks there is one more start.
-                at += usize::from(n > 0 && near[n - 1] + 1 != rank);
-                let local = placement.local(rank).len();
-                let from = slot.bases.start + source * layout.bases_per_source * size_of::<u32>();
-                bases.resize(layout.bases_per_source, 0);
-                self.peers[rank].read_into(from, bases);
-                let range = starts[at] as usize..starts[at + local] as usize;
-                match config.reduction {
-                    Reduction::PerExpert => {
-                        for (expert, base) in (at..at + local).zip(&*bases) {
-                            let range = starts[expert] as usize..starts[expert + 1] as usize;
-                            for (i, entry) in entries[range].iter().enumerate() {
-                                term(entry.token as usize, rank as u32, base.wrapping_add(i as u32), entry.weight);
-                            }
-                        }
-                    }
-                    Reduction::PerRank => {
-                        let mark = rank as u32 + 1;
-                        entries[range].iter().for_each(|entry| last[entry.token as usize] = mark);
-                        let named = last.iter().enumerate().filter(|(_, l)| **l == mark);
-                        for (row, (token, _)) in (bases[0]..).zip(named) {
-                            term(token, rank as u32, row, 1.0);
-                        }
-                    }
-                }
-                at += local;
-            }
-        };
-        each_term(&mut |token, _, _, _| counts[token] += 1);
-        named.clear();
-        spans.clear();
-        let mut total = 0;
-        for (token, count) in counts.iter_mut().enumerate().take(tokens as usize).filter(|(_, count)| **count > 0) {
-            if *count as usize > MAX_TOPK {
-                return corrupt("the experts of one token", *count, MAX_TOPK);
-            }
-            named.push(token as u32);
-            spans.push(total);
-            total += std::mem::replace(count, total);
-        }
-        spans.push(total);
-        terms.clear();
-        terms.resize(total as usize, (0, 0, 0.0));
-        each_term(&mut |token, rank, row, weight| {
-            terms[counts[token] as usize] = (rank, row, weight);
-            counts[token] += 1;
-        });
-        Ok(())
     }
 }
 

@@ -133,8 +133,6 @@ impl Moe {
         let owners = Owners::Blocks(cut.each);
         let steps = epilogue.check(tokens, hidden, owners)?;
         let mut call = Call::default();
-        // Ranks of other nodes may be waiting for it.
-        self.do_duty::<E>(epoch, &mut call)?;
         self.await_outputs(flight, &mut seen.epochs[slot], &mut call)?;
         let between = self.between().map(|(_, between)| between.borrow());
         if let Some(between) = &between {

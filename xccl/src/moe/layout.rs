@@ -28,6 +28,7 @@ const _: () = assert!(size_of::<Entry>() == 8 && align_of::<Entry>() == 4);
 
 /// Offsets. All words have one writer, the outbox's owner. Those that a reader looks at together share a line: with many ranks it
 /// is the lines that cost, not the bytes.
+#[derive(Clone)]
 pub(super) struct MoeLayout {
     /// Epoch word: tokens and lists of this exchange are complete. Read by all ranks. On its line are `refused` and each slot's
     /// `tokens`.

@@ -32,6 +32,7 @@ mod kernels;
 mod lanes;
 mod layout;
 mod placement;
+mod rail;
 mod received;
 mod routing;
 mod smooth;
@@ -165,8 +166,8 @@ pub struct Moe {
     kernels: Kernels,
     /// The words of this rank's outbox for the handle.
     own: Words,
-    /// Every rank's outbox for the handle.
-    peers: Vec<Mapping>,
+    /// Every rank's outbox for the handle, or its mirror.
+    peers: Arc<Vec<Mapping>>,
     state: RefCell<State>,
     lanes: RefCell<LaneSet>,
     ways: RefCell<Ways>,
@@ -327,7 +328,11 @@ impl Moe {
             let mirrors = mirrors.into_iter().chain(std::iter::repeat_with(|| None));
             (own, between, outboxes.peers.into_iter().zip(mirrors).filter_map(|(near, far)| near.or(far)).collect())
         };
-        let (own, between, peers): (Arc<Mapping>, _, Vec<Mapping>) = outboxes;
+        let (own, between, peers): (Arc<Mapping>, Option<RefCell<Between>>, Vec<Mapping>) = outboxes;
+        let peers = Arc::new(peers);
+        if let Some(between) = &between {
+            between.borrow().rail.set_peers(peers.clone());
+        }
         let (own, areas) = layout.split(own);
         let local = placement.local(comm.rank).len();
         let flights = areas.map(|areas: [Area; AREAS]| {
@@ -379,7 +384,7 @@ impl Moe {
     /// Where rows lie, for any thread.
     fn outboxes(&self) -> Outboxes<'_> {
         Outboxes {
-            peers: &self.peers,
+            peers: &self.peers[..],
             layout: &self.layout,
             hidden: self.config.hidden,
             format: (self.kernels, self.config.wire),
@@ -541,8 +546,11 @@ impl Moe {
             *seen = previous;
         }
         if let Some((_, between)) = self.between() {
-            self.make_up(previous);
-            between.borrow().await_returned(&self.comm, &mut call, previous, Operation::DispatchSend)?;
+            let between = between.borrow();
+            let what = Waiting { operation: Operation::DispatchSend, epoch, peer: None };
+            // All of this node have combined, as just seen.
+            self.comm.wait_in(&mut call, what, || between.rail.is_done(previous).then_some(()))?;
+            between.await_returned(&self.comm, &mut call, previous, Operation::DispatchSend)?;
         }
         seen.all = previous;
         Ok(epoch)
@@ -566,6 +574,7 @@ impl Moe {
             let shape = (&self.config, &self.layout, &self.placement);
             let rows = between.borrow_mut().dispatch(far, shape, epoch, *tokens, choices, starts);
             self.comm.counters.far_rows.fetch_add(rows, Relaxed);
+            between.borrow().rail.begin(epoch);
         }
         Ok(Exchange { moe: self, epoch })
     }
@@ -754,6 +763,19 @@ impl Moe {
         self.own.word64(slot.abandoned).store(epoch, Release);
         epoch::publish(self.own.word64(slot.combined), epoch);
         self.comm.notify_all();
+        self.comm.call_for_chores();
+    }
+}
+
+/// Waits until what this rank does for ranks of other nodes is done, at most the deadline: they could not go on without.
+impl Drop for Moe {
+    fn drop(&mut self) {
+        let Some((_, between)) = self.between() else { return };
+        let between = between.borrow();
+        let Some(epoch) = between.rail.undone() else { return };
+        let what = Waiting { operation: Operation::CombineRecv, epoch, peer: None };
+        // Who has died or left is found by those who wait for it.
+        let _ = self.comm.wait(what, || between.rail.undone().is_none().then_some(()));
     }
 }
 
@@ -771,6 +793,5 @@ impl Drop for Exchange<'_> {
         if abandons {
             self.moe.abandon(self.epoch);
         }
-        self.moe.shirk(self.epoch);
     }
 }

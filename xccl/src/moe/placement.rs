@@ -6,6 +6,7 @@
 use super::MoeConfig;
 
 /// The order of experts by rank.
+#[derive(Clone)]
 pub(super) struct Placement {
     /// The expert at each position.
     pub(super) expert: Vec<usize>,

@@ -25,6 +25,8 @@ const PAYLOAD_ALIGN: u64 = 64;
 /// 8, 16 and 32 KiB; 1 MiB 30.6, 23.1, 21.0 and 20.7.
 const SHORT_PIECE: usize = 8 << 10;
 const LONG_PIECE: usize = 16 << 10;
+/// Between nodes a piece is a put and a record, which cost the same whatever their size.
+const FAR_PIECE: usize = 64 << 10;
 /// From here on, long pieces.
 const LONG_MESSAGE: usize = 128 << 10;
 
@@ -337,7 +339,11 @@ impl Outgoing {
     /// Where the next piece goes in the payload ring, and its bytes, if that much is free.
     fn room(&mut self, comm: &CommInner, to: usize, len: usize, done: usize) -> Option<(u64, usize)> {
         let ring = comm.layout.ring_bytes as u64;
-        let longest = if len < LONG_MESSAGE { SHORT_PIECE } else { LONG_PIECE };
+        let longest = match comm.fabric.far_to(to) {
+            Some(_) => FAR_PIECE,
+            None if len < LONG_MESSAGE => SHORT_PIECE,
+            None => LONG_PIECE,
+        };
         let at = self.head.next_multiple_of(PAYLOAD_ALIGN);
         // A piece never wraps around, and two have room: one is copied in while the other is copied out.
         let piece = (len - done).min(longest).min(comm.layout.ring_bytes / 2).min((ring - at % ring) as usize);

@@ -253,9 +253,9 @@ pub(crate) fn rows_lent_out(comm: &Communicator) -> Result<()> {
                 ensure!(source.is_some(), "{come} sources only");
                 come += 1;
             }
-            Err(Error::PeerRefused { rank: 1, .. }) if comm.rank() == 0 => {
+            Err(Error::PeerRefused { rank: 1, .. }) => {
                 // Until rank 1 has corrected itself, each call says so.
-                if !std::mem::replace(&mut told, true) {
+                if comm.rank() == 0 && !std::mem::replace(&mut told, true) {
                     comm.send(1, 1, &[])?;
                 }
                 std::thread::sleep(Duration::from_millis(1));

@@ -39,33 +39,14 @@ impl Case {
         E::from_f32(x.to_f32() * (expert % 7 + 1) as f32 + 0.125)
     }
 
-    /// A token's sum, in the plainest way.
-    fn sum<E: Element>(&self, rank: usize, token: usize, column: usize) -> E {
-        let mut sum = 0.0f32;
-        for k in 0..self.config.topk {
-            let id = self.id(rank, token, k);
-            if id >= 0 && self.is_active(token) {
-                sum += self.weight(rank, token, k) * self.expert(id, self.value::<E>(rank, token, column)).to_f32();
-            }
+    /// A token's sum.
+    fn sum<E: Element>(&self, homes: &Homes, rank: usize, token: usize, column: usize) -> E {
+        if !self.is_active(token) {
+            return E::from_f32(0.0);
         }
-        E::from_f32(sum)
-    }
-
-    /// The same with [`Reduction::PerRank`]: on each rank its experts in ascending order, rounded; then the ranks.
-    fn sum_by_rank<E: Element>(&self, homes: &[Vec<usize>], rank: usize, token: usize, column: usize) -> E {
-        let mut sum = 0.0f32;
-        for experts in homes {
-            let mut partial = None;
-            for &expert in experts {
-                let named = (0..self.config.topk).find(|&k| self.id(rank, token, k) == expert as i64);
-                if let Some(k) = named.filter(|_| self.is_active(token)) {
-                    let x = self.expert(expert as i64, self.value::<E>(rank, token, column)).to_f32();
-                    partial = Some(partial.unwrap_or(0.0) + self.weight(rank, token, k) * x);
-                }
-            }
-            sum += partial.map_or(0.0, |p| E::from_f32(p).to_f32());
-        }
-        E::from_f32(sum)
+        let ids: Vec<i64> = (0..self.config.topk).map(|k| self.id(rank, token, k)).collect();
+        let x = self.value::<E>(rank, token, column);
+        homes.sum(self.config.reduction, rank, &ids, |k| self.weight(rank, token, k) * self.expert(ids[k], x).to_f32())
     }
 
     pub(crate) fn input<E: Element>(&self, rank: usize) -> (Vec<E>, Vec<i64>, Vec<f32>, Vec<bool>) {
@@ -92,6 +73,55 @@ impl Case {
             }
         }
         rows
+    }
+}
+
+/// Where experts and ranks are.
+pub(crate) struct Homes {
+    /// By rank.
+    experts: Vec<Vec<usize>>,
+    nodes: Vec<usize>,
+}
+
+impl Homes {
+    /// A token's sum, in the plainest way: of `term(k)` for each `ids[k]` that names an expert. Of its own node come the terms in
+    /// ascending k, or with [`Reduction::PerRank`] the sums of its ranks; of each other node one sum. What a rank or a node
+    /// sums is in ascending order and rounded.
+    pub(crate) fn sum<E: Element>(
+        &self,
+        reduction: Reduction,
+        rank: usize,
+        ids: &[i64],
+        term: impl Fn(usize) -> f32,
+    ) -> E {
+        let named = |&expert: &usize| ids.iter().position(|&id| id == expert as i64);
+        let of_rank = |r: usize| self.experts[r].iter().filter_map(named).map(&term);
+        let rounded =
+            |terms: &mut dyn Iterator<Item = f32>| terms.reduce(|a, b| a + b).map(|s| E::from_f32(s).to_f32());
+        let on = |node: usize| (0..self.nodes.len()).filter(move |&r| self.nodes[r] == node);
+        let home = self.nodes[rank];
+        let mut sum = 0.0f32;
+        match reduction {
+            Reduction::PerExpert => {
+                let is_near = |id: i64| on(home).any(|r| self.experts[r].iter().any(|&e| e as i64 == id));
+                (0..ids.len()).filter(|&k| is_near(ids[k])).for_each(|k| sum += term(k));
+            }
+            Reduction::PerRank => on(home).filter_map(|r| rounded(&mut of_rank(r))).for_each(|s| sum += s),
+        }
+        for node in (0..self.nodes.len()).filter(|&node| node != home) {
+            let partial = match reduction {
+                Reduction::PerExpert => rounded(&mut on(node).flat_map(of_rank)),
+                Reduction::PerRank => rounded(&mut on(node).filter_map(|r| rounded(&mut of_rank(r)))),
+            };
+            sum += partial.unwrap_or(0.0);
+        }
+        E::from_f32(sum)
+    }
+
+    pub(crate) fn of(comm: &Communicator, moe: &Moe) -> Result<Self> {
+        let experts = (0..comm.world_size()).map(|r| moe.experts_of(r).map(<[usize]>::to_vec));
+        let nodes = (0..comm.world_size()).map(|r| comm.node_of(r));
+        Ok(Homes { experts: experts.collect::<Result<_, _>>()?, nodes: nodes.collect::<Result<_, _>>()? })
     }
 }
 
@@ -232,14 +262,10 @@ pub(crate) fn exchange<E: Element>(comm: &Communicator, moe: &Moe, case: &Case, 
     }
     let mut out = vec![E::from_f32(f32::NAN); tokens.len()];
     moe.combine_recv(sent, &mut out)?;
-    let homes: Vec<_> =
-        (0..comm.world_size()).map(|r| moe.experts_of(r).map(<[usize]>::to_vec)).collect::<Result<_, _>>()?;
+    let homes = Homes::of(comm, moe)?;
     for (i, y) in out.iter().enumerate() {
         let (token, column) = (i / hidden, i % hidden);
-        let expected: E = match case.config.reduction {
-            Reduction::PerExpert => case.sum(rank, token, column),
-            Reduction::PerRank => case.sum_by_rank(&homes, rank, token, column),
-        };
+        let expected: E = case.sum(&homes, rank, token, column);
         ensure!(
             bytemuck::bytes_of(y) == bytemuck::bytes_of(&expected),
             "element {i}: {} instead of {}",
@@ -340,8 +366,9 @@ fn check_sums(comm: &Communicator, moe: &Moe, case: &Case, sent: Exchange<'_>) -
     let (hidden, epoch) = (case.config.hidden, sent.epoch());
     let mut out = vec![f32::NAN; case.tokens(comm.rank()) * hidden];
     moe.combine_recv(sent, &mut out)?;
+    let homes = Homes::of(comm, moe)?;
     for (i, y) in out.iter().enumerate() {
-        let expected = case.sum::<f32>(comm.rank(), i / hidden, i % hidden);
+        let expected = case.sum::<f32>(&homes, comm.rank(), i / hidden, i % hidden);
         ensure!(y.to_bits() == expected.to_bits(), "exchange {epoch}, element {i}: {y} instead of {expected}");
     }
     Ok(())
@@ -362,7 +389,7 @@ pub(crate) fn the_joined_calls(comm: &Communicator) -> Result<()> {
         let mut out = vec![f32::NAN; tokens.len()];
         moe.combine(sent, batch, &mut out)?;
         for (i, y) in out.iter().enumerate() {
-            let expected = one.sum::<f32>(comm.rank(), i / 50, i % 50);
+            let expected = one.sum::<f32>(&Homes::of(comm, &moe)?, comm.rank(), i / 50, i % 50);
             ensure!(y.to_bits() == expected.to_bits(), "seed {seed}, element {i}: {y} instead of {expected}");
         }
         let mut batch = moe.dispatch_recv(&slowly)?;

@@ -152,7 +152,7 @@ pub(crate) fn from_the_heap(comm: &Communicator) -> Result<()> {
         }
         wait_all(sends?)
     })?;
-    if world > 1 {
+    if world > 1 && comm.node_of(right)? == comm.node_of(rank)? {
         ensure!(comm.statistics().rendezvous >= 64, "{:?}", comm.statistics());
     }
     comm.barrier()?;
@@ -221,8 +221,9 @@ pub(crate) fn given_up(comm: &Communicator) -> Result<()> {
         })?;
         comm.barrier()?;
     }
-    // A message to itself comes at once; one that is longer than the ring is seen half received.
-    ensure!(world == 1 || halves > 0 || comm.cma_readable_by(right)?, "no receive was given up half way");
+    // A message to itself comes at once; one that is longer than the ring is seen half received, unless a thread moves it on.
+    let is_near = comm.node_of(left)? == comm.node_of(rank)?;
+    ensure!(world == 1 || halves > 0 || comm.cma_readable_by(left)? || !is_near, "no receive was given up half way");
     Ok(())
 }
 

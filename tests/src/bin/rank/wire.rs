@@ -7,7 +7,7 @@ use xccl::{
     WireFormat,
 };
 
-use crate::moe::Case;
+use crate::moe::{Case, Homes};
 
 /// How the experts' side takes the rows.
 #[derive(Clone, Copy, PartialEq)]
@@ -151,12 +151,8 @@ pub(crate) fn every_format_in_every_form(comm: &Communicator) -> Result<()> {
         for config in configs {
             let moe = Moe::new(comm, config.clone())?;
             for (seed, form) in FORMS.into_iter().enumerate() {
-                exchange::<E>(
-                    &moe,
-                    &Case { config: config.clone(), world: comm.world_size(), seed },
-                    comm.rank(),
-                    form,
-                )?;
+                let case = Case { config: config.clone(), world: comm.world_size(), seed };
+                exchange::<E>(comm, &moe, &case, form)?;
             }
         }
         Ok(())
@@ -166,7 +162,8 @@ pub(crate) fn every_format_in_every_form(comm: &Communicator) -> Result<()> {
     cases::<f16>(comm, 101)
 }
 
-fn exchange<E: Element>(moe: &Moe, case: &Case, rank: usize, form: Form) -> Result<()> {
+fn exchange<E: Element>(comm: &Communicator, moe: &Moe, case: &Case, form: Form) -> Result<()> {
+    let (rank, homes) = (comm.rank(), Homes::of(comm, moe)?);
     let (hidden, config) = (case.config.hidden, &case.config);
     let (_, ids, weights, active) = case.input::<E>(rank);
     let routing = Routing::new(&ids, &weights).active(&active);
@@ -215,20 +212,21 @@ fn exchange<E: Element>(moe: &Moe, case: &Case, rank: usize, form: Form) -> Resu
     moe.combine_send(batch)?;
     let mut out = vec![E::from_f32(-1.0); count * hidden];
     moe.combine_recv(sent, &mut out)?;
-    if config.reduction == Reduction::PerExpert {
-        for (t, out) in out.chunks_exact(hidden).enumerate() {
-            let mut sums = vec![0.0f32; hidden];
-            for k in (0..config.topk).filter(|_| active[t]) {
-                let (id, weight) = (ids[t * config.topk + k], weights[t * config.topk + k]);
-                if id >= 0 {
-                    let decoded = exchanged.expected::<E>(rank, t, id as usize).decoded;
-                    let output = decoded.iter().map(|&x| case.expert(id, E::from_f32(x)).to_f32());
-                    sums.iter_mut().zip(output).for_each(|(sum, y)| *sum += weight * y);
-                }
+    for (t, out) in out.chunks_exact(hidden).enumerate() {
+        let nobody = vec![-1; config.topk];
+        let ids = if active[t] { &ids[t * config.topk..][..config.topk] } else { &nobody };
+        let outputs = |&id: &i64| match id {
+            -1 => vec![],
+            id => {
+                let decoded = exchanged.expected::<E>(rank, t, id as usize).decoded;
+                decoded.iter().map(|&x| case.expert(id, E::from_f32(x)).to_f32()).collect()
             }
-            let rounded: Vec<f32> = sums.into_iter().map(|s| E::from_f32(s).to_f32()).collect();
-            same_elements(out, &rounded)?;
-        }
+        };
+        let outputs: Vec<Vec<f32>> = ids.iter().map(outputs).collect();
+        let sum = |c: usize| {
+            homes.sum::<E>(config.reduction, rank, ids, |k| weights[t * config.topk + k] * outputs[k][c]).to_f32()
+        };
+        same_elements(out, &(0..hidden).map(sum).collect::<Vec<_>>())?;
     }
     Ok(())
 }

@@ -323,10 +323,30 @@ impl Plane {
         troubled.filter_map(|(_, peer)| peer.as_ref()?.trouble.clone()).next()
     }
 
-    /// How long ago a batch of `rank` was last applied.
-    pub(crate) fn last_heard(&self, rank: usize) -> Option<Duration> {
-        let ago = lock(&self.state).peers[rank].as_ref()?.last_heard?.elapsed();
-        Some(Duration::from_millis(ago.as_millis() as u64))
+    /// Tells in words how it stands with a far rank.
+    pub(crate) fn describe(&self, rank: usize) -> String {
+        let state = lock(&self.state);
+        let Some(peer) = &state.peers[rank] else { return "is near".to_owned() };
+        let heard = match peer.last_heard {
+            Some(at) => format!("last heard of {:?} ago", Duration::from_millis(at.elapsed().as_millis() as u64)),
+            None => "not heard of yet".to_owned(),
+        };
+        let Arrival { puts, record } = peer.arrived[((peer.applied + 1) % RECORDS) as usize];
+        let incomplete = match (puts, record) {
+            (0, false) => String::new(),
+            (puts, record) => {
+                let record = if record { "with" } else { "without" };
+                format!("; its batch {} is incomplete: {puts} puts, {record} its record", peer.applied + 1)
+            }
+        };
+        let taken = match peer.started - peer.taken {
+            0 => String::new(),
+            n => format!(
+                "; it has not said that it took the last {n} batches from here, of which {} have not left",
+                peer.batches.len()
+            ),
+        };
+        format!("{heard}{incomplete}{taken}")
     }
 
     /// What was sent to far ranks.
