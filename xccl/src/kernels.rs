@@ -24,7 +24,7 @@ pub enum Kernels {
     Avx2,
     /// x86-64 with AVX-512 F, BW and VL.
     Avx512,
-    /// The same, and the conversion to bf16 of AVX-512 BF16.
+    /// The same with AVX-512 DQ, and the conversion to bf16 of AVX-512 BF16.
     Avx512Bf16,
     /// AArch64.
     Neon,
@@ -57,7 +57,9 @@ impl Kernels {
             Kernels::Auto | Kernels::Scalar => true,
             Kernels::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"),
             Kernels::Avx512 => avx512(),
-            Kernels::Avx512Bf16 => avx512() && is_x86_feature_detected!("avx512bf16"),
+            Kernels::Avx512Bf16 => {
+                avx512() && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512bf16")
+            }
             Kernels::Neon => false,
         }
     }

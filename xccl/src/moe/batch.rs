@@ -623,8 +623,8 @@ impl<'m> ExpertBatch<'m> {
         match self.moe.config.reduction {
             Reduction::PerExpert => self.copy_outputs(outputs)?,
             Reduction::PerRank => {
-                let lanes = self.moe.lanes();
-                self.received_mut().sum_buffer(outputs, hidden, stride, &lanes)?;
+                let (kernels, lanes) = (self.moe.kernels, self.moe.lanes());
+                self.received_mut().sum_buffer(outputs, kernels, (hidden, stride), &lanes)?;
                 self.outputs = Outputs::Summed;
             }
         }
@@ -678,8 +678,8 @@ impl<'m> ExpertBatch<'m> {
 
     fn sum_outbox<E: Element>(&mut self) -> Result<()> {
         let (stride, hidden) = (self.moe.layout.stride, self.moe.config.hidden);
-        let (in_order, lanes) = (self.outputs == Outputs::InOrder, self.moe.lanes());
-        self.received_mut().sum_outbox::<E>(in_order, hidden, stride, &lanes)
+        let (in_order, kernels, lanes) = (self.outputs == Outputs::InOrder, self.moe.kernels, self.moe.lanes());
+        self.received_mut().sum_outbox::<E>(in_order, kernels, (hidden, stride), &lanes)
     }
 
     /// Gives the lists back without ending the exchange: `dispatch_recv` may be called again.

@@ -234,7 +234,7 @@ impl<E: Element> Combine<'_, E> {
     /// Sums a piece's tokens; `taken` says by sender how many sums the earlier ones have taken.
     fn tokens<'t>(&'t self, piece: usize, tokens: std::ops::Range<usize>, taken: &mut [u32]) -> Result<()> {
         let &Combine { topk, ref steps, streaming, .. } = self;
-        let hidden = self.outboxes.hidden;
+        let Outboxes { hidden, format: (kernels, _), .. } = self.outboxes;
         let mut out = self.out.part(piece);
         let mut normed = steps.norm.as_ref().map(|norm| (norm, norm.out.part(piece)));
         let gather = |token: usize, terms: &mut Terms<'t, E>| {
@@ -247,15 +247,15 @@ impl<E: Element> Combine<'_, E> {
             }
             let residual = steps.residual.map(|rows| &rows[token * hidden..(token + 1) * hidden]);
             for row in [steps.bias, residual].into_iter().flatten() {
-                terms.push(Row::from(row), 1.0);
+                terms.push((Row::from(row), 1.0));
             }
             Ok(())
         };
         sum_each(tokens, gather, |token, sum| {
             let out = out.row_mut(token);
-            Sum { onto: steps.in_place, streaming, ..sum }.write(out);
+            Sum { onto: steps.in_place, streaming, ..sum }.write(kernels, out);
             if let Some((norm, rows)) = &mut normed {
-                kernels::rms_norm(out, norm.weight, norm.eps, rows.row_mut(token));
+                kernels::rms_norm(kernels, out, norm.weight, norm.eps, rows.row_mut(token));
             }
         })?;
         if streaming {
@@ -272,7 +272,7 @@ impl<E: Element> Combine<'_, E> {
             let row = self.first[choice.expert as usize] as usize + choice.index as usize;
             let layout = self.outboxes.layout;
             let area = (layout.slot(self.epoch).outputs.start, layout.output_rows);
-            terms.push(self.outboxes.output(rank, area, row)?, choice.weight);
+            terms.push((self.outboxes.output(rank, area, row)?, choice.weight));
         }
         Ok(())
     }
@@ -291,7 +291,7 @@ impl<E: Element> Combine<'_, E> {
             }
             let (rank, row) = (sender, self.first[sender as usize] as usize + before);
             let area = (layout.slot(self.epoch).sums.start, layout.sum_rows);
-            terms.push(self.outboxes.output(rank as usize, area, row)?, 1.0);
+            terms.push((self.outboxes.output(rank as usize, area, row)?, 1.0));
         }
         Ok(())
     }

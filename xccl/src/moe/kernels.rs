@@ -3,10 +3,14 @@
 //! Each is one plain loop, compiled once per instruction set and chosen at run time. Rust never fuses a multiplication with
 //! an addition on its own, so all versions give the same bits.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::dtype::{DType, Element};
+use crate::kernels::Kernels;
 use crate::memory::layout::LINE;
 use crate::memory::row::Row;
 
@@ -50,21 +54,21 @@ impl<'a, E: Element> Sum<'a, E> {
     ///
     /// # Panics
     /// When a row is not as long as `out`.
-    pub(super) fn write(self, out: &mut [E]) {
+    pub(super) fn write(self, kernels: Kernels, out: &mut [E]) {
         assert!(self.rows.iter().all(|(row, _)| row.len() == out.len()), "a row's length");
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-                // SAFETY: the features are there, the rows are as long as `out`.
-                return unsafe { avx512(self, out) };
-            }
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: as above.
-                return unsafe { avx2(self, out) };
-            }
+        match kernels {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: kernels are resolved, so this processor has them; the rows are as long as `out`.
+            Kernels::Avx512Bf16 => unsafe { sum_avx512_bf16(self, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Kernels::Avx512 => unsafe { sum_avx512(self, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Kernels::Avx2 => unsafe { sum_avx2(self, out) },
+            // SAFETY: the rows are as long as `out`.
+            _ => unsafe { sum_portable(self, out, 0) },
         }
-        // SAFETY: the rows are as long as `out`.
-        unsafe { portable(self, out, 0) }
     }
 
     /// How many bytes ahead of its use a row's line is fetched.
@@ -96,81 +100,38 @@ impl<'a, E: Element> Sum<'a, E> {
 /// Each row is as long as `out`; so it is for all versions.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn avx512<E: Element>(sum: Sum<'_, E>, out: &mut [E]) {
+unsafe fn sum_avx512<E: Element>(sum: Sum<'_, E>, out: &mut [E]) {
     let done = match E::DTYPE {
         // SAFETY: by the caller's promise; the element type was just looked at.
-        DType::BF16 => unsafe { avx512_bf16(sum, out) },
+        DType::BF16 => unsafe { avx512::plain(sum, out) },
         _ => 0,
     };
     // SAFETY: by the caller's promise.
-    unsafe { portable(sum, out, done) }
+    unsafe { sum_portable(sum, out, done) }
 }
 
-/// The plain loop leaves its sums in memory and takes 256 bits at a time; with the sums of 128 elements in eight 512-bit
-/// registers, eight rows of 7168 take 0.3 of its time (rows in the third-level cache). Says how many elements it has done.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn avx512_bf16<E: Element>(sum: Sum<'_, E>, out: &mut [E]) -> usize {
-    use std::arch::x86_64::*;
-    const VECTORS: usize = 8;
-    const LANES: usize = 16;
-    let streaming = sum.streaming && out.as_ptr().align_offset(LINE) == 0;
-    let out: &mut [u16] = bytemuck::cast_slice_mut(out);
-    let (whole, distance) = (out.len() / (VECTORS * LANES), sum.distance());
-    for block in 0..whole {
-        let at = block * VECTORS * LANES;
-        let mut sums = [_mm512_setzero_ps(); VECTORS];
-        for (i, &(from, weight)) in sum.rows.iter().enumerate() {
-            sum.fetch_ahead(i, from, at, distance, VECTORS * LANES * 2);
-            let (row, weight) = (from.as_ptr().cast::<u16>(), _mm512_set1_ps(weight));
-            for (v, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the block lies inside the row, by the loop's bound and the caller's promise.
-                let bits = unsafe { _mm256_loadu_si256(row.add(at + v * LANES).cast()) };
-                let wide = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
-                *sum = _mm512_add_ps(*sum, _mm512_mul_ps(weight, wide));
-            }
-        }
-        if sum.onto {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the block lies inside `out`, by the loop's bound.
-                let bits = unsafe { _mm256_loadu_si256(out.as_ptr().add(at + v * LANES).cast()) };
-                let wide = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
-                *sum = _mm512_add_ps(*sum, wide);
-            }
-        }
-        let narrow = sums.map(|sum| {
-            let bits = _mm512_castps_si512(sum);
-            let high = _mm512_srli_epi32::<16>(bits);
-            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-            let rounded = _mm512_srli_epi32::<16>(rounded);
-            let quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x0040));
-            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sum, sum);
-            _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, quiet))
-        });
-        let (lines, _) = narrow.as_chunks::<2>();
-        for (n, &[low, high]) in lines.iter().enumerate() {
-            let line = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-            // SAFETY: the block lies inside `out`, by the loop's bound; streamed lines are aligned, as was looked at.
-            unsafe {
-                let to = out.as_mut_ptr().add(at + n * 2 * LANES).cast();
-                if streaming { _mm512_stream_si512(to, line) } else { _mm512_storeu_si512(to, line) }
-            }
-        }
-    }
-    whole * VECTORS * LANES
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn sum_avx512_bf16<E: Element>(sum: Sum<'_, E>, out: &mut [E]) {
+    let done = match E::DTYPE {
+        // SAFETY: by the caller's promise; the element type was just looked at.
+        DType::BF16 => unsafe { avx512::bf16(sum, out) },
+        _ => 0,
+    };
+    // SAFETY: by the caller's promise.
+    unsafe { sum_portable(sum, out, done) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn avx2<E: Element>(sum: Sum<'_, E>, out: &mut [E]) {
+unsafe fn sum_avx2<E: Element>(sum: Sum<'_, E>, out: &mut [E]) {
     // SAFETY: by the caller's promise.
-    unsafe { portable(sum, out, 0) }
+    unsafe { sum_portable(sum, out, 0) }
 }
 
 /// Sums from element `from` on.
 #[inline(always)]
-unsafe fn portable<E: Element>(sum: Sum<'_, E>, out: &mut [E], from: usize) {
+unsafe fn sum_portable<E: Element>(sum: Sum<'_, E>, out: &mut [E], from: usize) {
     let distance = sum.distance();
     for (block, out) in out[from..].chunks_mut(BLOCK).enumerate() {
         let mut sums = [0.0f32; BLOCK];
@@ -196,20 +157,17 @@ unsafe fn portable<E: Element>(sum: Sum<'_, E>, out: &mut [E], from: usize) {
 ///
 /// # Panics
 /// When the three are not equally long.
-pub(super) fn rms_norm<E: Element>(row: &[E], weight: &[E], eps: f32, out: &mut [E]) {
+pub(super) fn rms_norm<E: Element>(kernels: Kernels, row: &[E], weight: &[E], eps: f32, out: &mut [E]) {
     assert!(row.len() == out.len() && weight.len() == out.len(), "a row's length");
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            // SAFETY: the features are there.
-            return unsafe { rms_norm_avx512(row, weight, eps, out) };
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature is there.
-            return unsafe { rms_norm_avx2(row, weight, eps, out) };
-        }
+    match kernels {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: kernels are resolved, so this processor has them.
+        Kernels::Avx512 | Kernels::Avx512Bf16 => unsafe { rms_norm_avx512(row, weight, eps, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Kernels::Avx2 => unsafe { rms_norm_avx2(row, weight, eps, out) },
+        _ => rms_norm_portable(row, weight, eps, out),
     }
-    rms_norm_portable(row, weight, eps, out);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -339,29 +297,27 @@ mod tests {
     fn check<E: Element>(rows: &[Vec<f32>], weights: &[f32], n: usize) {
         let rows: Vec<Vec<E>> = rows.iter().map(|r| r[..n].iter().map(|&x| E::from_f32(x)).collect()).collect();
         let pairs: Vec<_> = rows.iter().zip(weights).map(|(r, &w)| (Row::from(r.as_slice()), w)).collect();
-        let mut versions = [vec![E::zeroed(); n], vec![E::zeroed(); n], vec![E::zeroed(); n]];
-        Sum::of(&pairs).write(&mut versions[0]);
-        Sum { ahead: &pairs, streaming: true, ..Sum::of(&pairs) }.write(&mut versions[2]);
-        end_streaming();
-        // SAFETY: each row has n elements.
-        unsafe { portable(Sum::of(&pairs), &mut versions[1], 0) };
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") {
-            // What a processor with AVX-512 would not choose.
-            let mut with_avx2 = vec![E::zeroed(); n];
-            // SAFETY: the feature is there, each row has n elements.
-            unsafe { avx2(Sum::of(&pairs), &mut with_avx2) };
-            assert_eq!(bytemuck::cast_slice::<E, u8>(&with_avx2), bytemuck::cast_slice::<E, u8>(&versions[1]));
+        let mut expected = vec![E::zeroed(); n];
+        for (i, expected) in expected.iter_mut().enumerate() {
+            let sum = rows.iter().zip(weights).fold(0.0f32, |sum, (row, w)| sum + w * row[i].to_f32());
+            *expected = E::from_f32(sum);
         }
-        for i in 0..n {
-            let mut sum = 0.0f32;
-            for (row, w) in rows.iter().zip(weights) {
-                sum += w * row[i].to_f32();
+        for kernels in Kernels::available() {
+            for streaming in [false, true] {
+                let mut out = vec![E::zeroed(); n];
+                Sum { ahead: &pairs, streaming, ..Sum::of(&pairs) }.write(kernels, &mut out);
+                end_streaming();
+                assert_same(kernels, &out, &expected);
             }
-            let expected = E::from_f32(sum);
-            for version in &versions {
-                assert_eq!(bytemuck::bytes_of(&version[i]), bytemuck::bytes_of(&expected), "element {i}: {sum}");
-            }
+        }
+    }
+
+    /// The same bits, but where both are no number: which of several NaNs comes out is the processor's affair.
+    fn assert_same<E: Element>(kernels: Kernels, found: &[E], expected: &[E]) {
+        assert_eq!(found.len(), expected.len());
+        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let (x, y) = (found.to_f32(), expected.to_f32());
+            assert!(x.to_bits() == y.to_bits() || (x.is_nan() && y.is_nan()), "{kernels}, element {i}: {x} or {y}");
         }
     }
 
@@ -388,6 +344,18 @@ mod tests {
             check::<f32>(&rows, &weights, n);
             check::<bf16>(&rows, &weights, n);
             check::<f16>(&rows, &weights, n);
+        }
+
+        #[test]
+        fn sums_of_any_bits_are_the_plain_ones(
+            bits in prop::collection::vec(prop::collection::vec(any::<u16>(), 300), 1..4),
+            // Most of them below 2^-126, which some instructions take for zeros.
+            small in any::<bool>(),
+            weights in prop::collection::vec(prop_oneof![Just(1.0f32), Just(0.0), -2f32..2.0], 3),
+        ) {
+            let value = |b: u16| bf16::from_bits(if small { b & 0x80ff } else { b }).to_f32();
+            let rows: Vec<Vec<f32>> = bits.into_iter().map(|row| row.into_iter().map(value).collect()).collect();
+            check::<bf16>(&rows, &weights, 300);
         }
 
         #[test]
@@ -422,14 +390,11 @@ mod tests {
         let pairs: Vec<_> = rows.iter().map(|r| (Row::from(r.as_slice()), 0.3)).collect();
         let own: Vec<E> = (0..n).map(|i| E::from_f32(i as f32 / 7.0 - 9.0)).collect();
         let mut appended = vec![E::zeroed(); n];
-        Sum::of(&[&pairs[..], &[(Row::from(own.as_slice()), 1.0)]].concat()).write(&mut appended);
-        let mut versions = [own.clone(), own];
-        let onto = Sum { onto: true, ..Sum::of(&pairs) };
-        onto.write(&mut versions[0]);
-        // SAFETY: each row has n elements.
-        unsafe { portable(onto, &mut versions[1], 0) };
-        for version in versions {
-            assert_eq!(bytemuck::cast_slice::<E, u8>(&version), bytemuck::cast_slice::<E, u8>(&appended));
+        Sum::of(&[&pairs[..], &[(Row::from(own.as_slice()), 1.0)]].concat()).write(Kernels::Scalar, &mut appended);
+        for kernels in Kernels::available() {
+            let mut out = own.clone();
+            Sum { onto: true, ..Sum::of(&pairs) }.write(kernels, &mut out);
+            assert_same(kernels, &out, &appended);
         }
     }
 
@@ -446,30 +411,11 @@ mod tests {
             }
         }
         let r = 1.0 / (sums[0] / row.len() as f32 + eps).sqrt();
-        let plain = row.iter().zip(&weight).map(|(x, w)| E::from_f32((x.to_f32() * r) * w.to_f32()));
-
-        let mut versions = vec![vec![E::zeroed(); row.len()]; 2];
-        rms_norm(&row, &weight, eps, &mut versions[0]);
-        rms_norm_portable(&row, &weight, eps, &mut versions[1]);
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") {
-            let mut version = vec![E::zeroed(); row.len()];
-            // SAFETY: the feature is there.
-            unsafe { rms_norm_avx2(&row, &weight, eps, &mut version) };
-            versions.push(version);
-        }
-        for (i, plain) in plain.enumerate() {
-            for version in &versions {
-                let found = version[i];
-                let same = bytemuck::bytes_of(&found) == bytemuck::bytes_of(&plain);
-                // Which of several NaNs comes out is the processor's affair.
-                assert!(
-                    same || (found.to_f32().is_nan() && plain.to_f32().is_nan()),
-                    "{i}: {} or {}",
-                    found.to_f32(),
-                    plain.to_f32()
-                );
-            }
+        let plain: Vec<E> = row.iter().zip(&weight).map(|(x, w)| E::from_f32((x.to_f32() * r) * w.to_f32())).collect();
+        for kernels in Kernels::available() {
+            let mut out = vec![E::zeroed(); row.len()];
+            rms_norm(kernels, &row, &weight, eps, &mut out);
+            assert_same(kernels, &out, &plain);
         }
     }
 }

@@ -162,7 +162,7 @@ pub struct Moe {
     config: MoeConfig,
     layout: MoeLayout,
     placement: Placement,
-    /// What encodes and decodes rows.
+    /// What encodes, decodes, sums and norms rows.
     kernels: Kernels,
     /// The words of this rank's outbox for the handle.
     own: Words,

@@ -6,6 +6,7 @@ use super::layout::{AREAS, Entry, MoeLayout, SlotLayout};
 use super::terms::{Terms, sum_each};
 use crate::dtype::Element;
 use crate::error::Result;
+use crate::kernels::Kernels;
 use crate::memory::area::Area;
 use crate::memory::divided::Owners;
 use crate::memory::row::Row;
@@ -226,29 +227,29 @@ impl Received {
     pub(super) fn sum_buffer<E: Element>(
         &mut self,
         outputs: &[E],
-        hidden: usize,
-        stride: usize,
+        kernels: Kernels,
+        (hidden, stride): (usize, usize),
         lanes: &LaneSet,
     ) -> Result<()> {
         self.index_tokens();
         let Received { by_token, entries, sums, .. } = self;
         let output = |_, row| Row::from(&outputs[row * hidden..(row + 1) * hidden]);
-        by_token.sum(entries, sums, hidden, stride, output, lanes)
+        by_token.sum(entries, sums, kernels, (hidden, stride), output, lanes)
     }
 
     /// As [`sum_buffer`](Self::sum_buffer), from the outputs in the outbox, in the batch's order or in that of the entries.
     pub(super) fn sum_outbox<E: Element>(
         &mut self,
         in_order: bool,
-        hidden: usize,
-        stride: usize,
+        kernels: Kernels,
+        (hidden, stride): (usize, usize),
         lanes: &LaneSet,
     ) -> Result<()> {
         self.index_tokens();
         let Received { by_token, entries, outputs, sums, .. } = self;
         let outputs = &*outputs;
         let output = |entry, row| outputs.row::<E>(if in_order { row } else { entry } * stride, hidden);
-        by_token.sum(entries, sums, hidden, stride, output, lanes)
+        by_token.sum(entries, sums, kernels, (hidden, stride), output, lanes)
     }
 
     /// Where the rows of a token go in the layout whose experts begin at `places`: after [`index_tokens`](Self::index_tokens).
@@ -295,8 +296,8 @@ impl ByToken {
         &self,
         entries: &[Entry],
         sums: &mut Area,
-        hidden: usize,
-        stride: usize,
+        kernels: Kernels,
+        (hidden, stride): (usize, usize),
         output: impl Fn(usize, usize) -> Row<'o, E> + Sync,
         lanes: &LaneSet,
     ) -> Result<()> {
@@ -310,11 +311,11 @@ impl ByToken {
                 let named = &self.entries[first as usize..end as usize];
                 // Only a broken peer names more for one of its tokens.
                 for entry in named.iter().take(MAX_TOPK).map(|&entry| entry as usize) {
-                    terms.push(output(entry, self.rows[entry] as usize), entries[entry].weight);
+                    terms.push((output(entry, self.rows[entry] as usize), entries[entry].weight));
                 }
                 Ok(())
             };
-            sum_each(cut.range(piece), gather, |i, sum| sum.write(&mut sums.row_mut(i)[..hidden]))
+            sum_each(cut.range(piece), gather, |i, sum| sum.write(kernels, &mut sums.row_mut(i)[..hidden]))
         })
     }
 

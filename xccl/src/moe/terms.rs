@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use arrayvec::ArrayVec;
+
 use super::config::MAX_TOPK;
 use super::kernels::Sum;
 use crate::dtype::Element;
@@ -10,29 +12,7 @@ use crate::error::Result;
 use crate::memory::row::Row;
 
 /// The rows of one sum, with their factors: a token's experts or ranks, and bias and residual.
-pub(super) struct Terms<'a, E> {
-    rows: [(Row<'a, E>, f32); MAX_TOPK + 2],
-    n: usize,
-}
-
-impl<'a, E: Element> Terms<'a, E> {
-    fn new() -> Self {
-        Terms { rows: [(Row::from(&[][..]), 0.0); MAX_TOPK + 2], n: 0 }
-    }
-
-    /// Adds one more.
-    ///
-    /// # Panics
-    /// When there are more than a token can have.
-    pub(super) fn push(&mut self, row: Row<'a, E>, weight: f32) {
-        self.rows[self.n] = (row, weight);
-        self.n += 1;
-    }
-
-    fn get(&self) -> &[(Row<'a, E>, f32)] {
-        &self.rows[..self.n]
-    }
-}
+pub(super) type Terms<'a, E> = ArrayVec<(Row<'a, E>, f32), { MAX_TOPK + 2 }>;
 
 /// Forms the sums `range`: `gather(i, terms)` names the rows of sum `i`, `write(i, sum)` takes it.
 ///
@@ -50,11 +30,11 @@ pub(super) fn sum_each<'a, E: Element>(
     for (turn, i) in range.clone().enumerate() {
         let [even, odd] = &mut terms;
         let (now, ahead) = if turn % 2 == 0 { (even, odd) } else { (odd, even) };
-        ahead.n = 0;
+        ahead.clear();
         if i + 1 < range.end {
             gather(i + 1, ahead)?;
         }
-        write(i, Sum { ahead: ahead.get(), ..Sum::of(now.get()) });
+        write(i, Sum { ahead, ..Sum::of(now) });
     }
     Ok(())
 }
