@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
+use super::fetch;
 use super::layout::LINE;
 use crate::error::{Error, Result};
 
@@ -84,19 +85,7 @@ impl Mapping {
     /// As [`at`](Self::at).
     #[inline]
     pub(crate) fn fetch(&self, offset: usize) {
-        let at = self.at(offset, 1);
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: fetching ahead changes nothing and faults on no address.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-        }
-        #[cfg(target_arch = "aarch64")]
-        // SAFETY: as above.
-        unsafe {
-            std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, readonly, preserves_flags));
-        }
-        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        let _ = at;
+        fetch::to_read(self.at(offset, 1));
     }
 
     /// The 64-bit word at `offset`. On a read-only mapping it may only be loaded.

@@ -7,6 +7,7 @@ pub(crate) mod area;
 pub(crate) mod cgroup;
 pub(crate) mod divided;
 pub(crate) mod fd;
+pub(crate) mod fetch;
 pub(crate) mod heap;
 pub(crate) mod layout;
 pub(crate) mod lent;

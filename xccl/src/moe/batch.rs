@@ -18,6 +18,7 @@ use crate::comm::inner::Call;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::memory::divided::{Divided, Owners, Part};
+use crate::memory::fetch;
 use crate::memory::row::Row;
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
@@ -100,6 +101,7 @@ pub struct ExpertBatch<'m> {
 impl<'m> ExpertBatch<'m> {
     pub(super) fn new(moe: &'m Moe, epoch: u64, mut received: Box<Received>) -> Self {
         received.clear();
+        received.fetch();
         moe.own.word64(moe.layout.slot(epoch).done).store(0, Relaxed);
         ExpertBatch { moe, epoch, received: Some(received), published: false, outputs: Outputs::InOrder }
     }
@@ -152,12 +154,18 @@ impl<'m> ExpertBatch<'m> {
     fn take_all(&mut self, sources: std::ops::Range<usize>) -> Result<()> {
         for source in sources.clone() {
             self.take_starts(source)?;
-            let ListPart { begin, count, .. } = self.received().parts[source];
-            if count > 0 {
-                self.moe.peers[source].fetch(self.entry_at(begin));
-            }
+            self.fetch_entries(source);
         }
         sources.into_iter().try_for_each(|source| self.take_entries(source))
+    }
+
+    /// Asks for the lines that [`take_entries`](Self::take_entries) reads and writes.
+    fn fetch_entries(&self, source: usize) {
+        let received = self.received();
+        let ListPart { begin, base, count, .. } = received.parts[source];
+        let bytes = count * size_of::<Entry>();
+        fetch::lines(self.moe.peers[source].at(self.entry_at(begin), bytes), bytes).for_each(fetch::to_read);
+        fetch::lines(received.entries[base..].as_ptr().cast(), bytes).for_each(fetch::to_write);
     }
 
     /// Where every source has the starts of this rank's part of its list.

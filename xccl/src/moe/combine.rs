@@ -152,6 +152,7 @@ impl Moe {
             epoch,
             topk,
             choices: &flight.choices,
+            weights: &flight.weights,
             first: &first_rows.first,
             streaming: steps.norm.is_none() && tokens * hidden * size_of::<E>() >= kernels::STREAMING_BYTES,
             steps,
@@ -222,6 +223,8 @@ struct Combine<'a, E> {
     epoch: u64,
     topk: usize,
     choices: &'a [Choice],
+    /// None with [`Reduction::PerRank`].
+    weights: &'a [f32],
     /// As in [`FirstRows`].
     first: &'a [u32],
     steps: Steps<'a, E>,
@@ -238,9 +241,10 @@ impl<E: Element> Combine<'_, E> {
         let mut out = self.out.part(piece);
         let mut normed = steps.norm.as_ref().map(|norm| (norm, norm.out.part(piece)));
         let gather = |token: usize, terms: &mut Terms<'t, E>| {
-            let choices = &self.choices[token * topk..(token + 1) * topk];
+            let range = token * topk..(token + 1) * topk;
+            let choices = &self.choices[range.clone()];
             if !self.senders.ranks {
-                self.experts(choices, terms)?;
+                self.experts(choices, &self.weights[range], terms)?;
             }
             if !taken.is_empty() {
                 self.sums(choices, taken, terms)?;
@@ -265,14 +269,14 @@ impl<E: Element> Combine<'_, E> {
     }
 
     /// One row per expert of this node, in the order in which the token names them.
-    fn experts<'t>(&'t self, choices: &[Choice], terms: &mut Terms<'t, E>) -> Result<()> {
+    fn experts<'t>(&'t self, choices: &[Choice], weights: &[f32], terms: &mut Terms<'t, E>) -> Result<()> {
         let is_near = |expert| self.senders.between.is_none_or(|between| between.node_of(expert).is_none());
-        for choice in choices.iter().filter(|c| c.expert != NONE && is_near(c.expert)) {
+        for (choice, &weight) in choices.iter().zip(weights).filter(|(c, _)| c.expert != NONE && is_near(c.expert)) {
             let rank = self.senders.placement.rank[choice.expert as usize] as usize;
             let row = self.first[choice.expert as usize] as usize + choice.index as usize;
             let layout = self.outboxes.layout;
             let area = (layout.slot(self.epoch).outputs.start, layout.output_rows);
-            terms.push((self.outboxes.output(rank, area, row)?, choice.weight));
+            terms.push((self.outboxes.output(rank, area, row)?, weight));
         }
         Ok(())
     }

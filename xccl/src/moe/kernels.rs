@@ -11,7 +11,7 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::dtype::{DType, Element};
 use crate::kernels::Kernels;
-use crate::memory::layout::LINE;
+use crate::memory::fetch;
 use crate::memory::row::Row;
 
 pub(super) use crate::memory::stream::{STREAMING_BYTES, end_streaming, stream};
@@ -71,6 +71,14 @@ impl<'a, E: Element> Sum<'a, E> {
         }
     }
 
+    /// Fetches of each row what [`write`](Self::write) needs before what it fetches itself.
+    pub(super) fn fetch_heads(&self) {
+        for (row, _) in self.rows {
+            let bytes = self.distance().min(row.len() * size_of::<E>());
+            fetch::lines(row.as_ptr().cast(), bytes).for_each(fetch::to_read);
+        }
+    }
+
     /// How many bytes ahead of its use a row's line is fetched.
     fn distance(&self) -> usize {
         AHEAD / self.rows.len().max(1)
@@ -85,14 +93,7 @@ impl<'a, E: Element> Sum<'a, E> {
             Some((next, _)) if far < 2 * end => next.as_ptr().cast::<u8>().wrapping_add(far - end),
             _ => return,
         };
-        for line in (0..bytes).step_by(LINE).map(|offset| line.wrapping_add(offset)) {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: a hint, which any address may be given.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast())
-            };
-            let _ = line;
-        }
+        fetch::lines(line, bytes).for_each(fetch::to_read);
     }
 }
 

@@ -97,6 +97,8 @@ struct Flight {
     phase: Phase,
     tokens: usize,
     choices: Vec<Choice>,
+    /// The choices' factors, where this rank sums the experts' outputs.
+    weights: Vec<f32>,
     lists: Lists,
     /// The token rows, unless an [`InputRows`] has them.
     rows: Option<Area>,
@@ -342,6 +344,10 @@ impl Moe {
                 phase: Phase::Free,
                 tokens: 0,
                 choices: Vec::with_capacity(config.max_tokens * config.topk),
+                weights: Vec::with_capacity(match config.reduction {
+                    Reduction::PerExpert => config.max_tokens * config.topk,
+                    Reduction::PerRank => 0,
+                }),
                 lists: Lists { starts, entries },
                 rows: Some(rows),
                 received: Some(Box::new(received)),
@@ -601,10 +607,14 @@ impl Moe {
         let flight = &mut flights[(epoch % SLOTS as u64) as usize];
         let expected = "the rows that were lent to be sent or dropped first";
         let rows = flight.rows.as_mut().ok_or(Error::WrongOrder { call: "dispatch_send", epoch, expected })?;
-        let (starts, entries) = builder.build(routing, config.topk, &self.placement, &mut flight.choices)?;
+        let starts = flight.lists.starts.slice_mut(0, config.experts + 1);
+        let entries = flight.lists.entries.slice_mut(0, routing.ids.len());
+        builder.build(routing, config.topk, &self.placement, &mut flight.choices, starts, entries)?;
+        if config.reduction == Reduction::PerExpert {
+            flight.weights.clear();
+            flight.weights.extend_from_slice(routing.weights);
+        }
         fill_rows(tokens, rows, starts, &flight.choices)?;
-        flight.lists.starts.slice_mut(0, starts.len()).copy_from_slice(starts);
-        flight.lists.entries.slice_mut(0, entries.len()).copy_from_slice(entries);
         self.own.word32(self.layout.slot(epoch).tokens).store(tokens as u32, Relaxed);
         (flight.epoch, flight.phase, flight.tokens, flight.orphaned) = (epoch, Phase::Sent, tokens, false);
         *next = epoch + 1;

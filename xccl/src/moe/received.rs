@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::kernels::Kernels;
 use crate::memory::area::Area;
 use crate::memory::divided::Owners;
+use crate::memory::fetch;
 use crate::memory::row::Row;
 
 /// Lists copied out of the senders' memory and checked; kept from exchange to exchange.
@@ -121,6 +122,14 @@ impl Received {
         self.len = 0;
         self.arrived.fill(false);
         self.by_token.ready = false;
+    }
+
+    /// Asks for the lines that every exchange writes whatever is sent: rows that were written since the last one have displaced
+    /// them, and they come while the tokens are waited for.
+    pub(super) fn fetch(&self) {
+        for list in [&self.starts, &self.counts, &self.offsets, &self.runs] {
+            fetch::lines(list.as_ptr().cast(), size_of_val(&list[..])).for_each(fetch::to_write);
+        }
     }
 
     pub(super) fn has(&self, source: usize) -> bool {

@@ -4,6 +4,7 @@ use super::layout::Entry;
 use super::placement::Placement;
 use crate::dtype::ExpertId;
 use crate::error::{Error, Result};
+use crate::memory::fetch;
 
 /// Which experts each token goes to. Borrowed: the same routing may serve several exchanges.
 ///
@@ -62,20 +63,22 @@ pub(super) struct Choice {
     pub(super) expert: u32,
     /// Index among this rank's entries for that expert.
     pub(super) index: u32,
-    pub(super) weight: f32,
 }
 
 /// The expert of a choice that names none.
 pub(super) const NONE: u32 = u32::MAX;
 
+/// A choice that names no expert.
+const NOWHERE: Choice = Choice { expert: NONE, index: 0 };
+
+/// How far ahead of their use the lines of choices and ids are fetched, in choices. They are short pieces of memory, which the
+/// processor's own prefetcher has hardly found when they end, and the rows that were written since the last exchange have
+/// displaced them.
+const AHEAD: usize = 128;
+
 /// Memory for building lists, kept from exchange to exchange.
 pub(super) struct ListBuilder {
     tallies: Vec<Tally>,
-    /// Per expert position, and one more: where its entries begin.
-    starts: Vec<u32>,
-    /// The entries. They are put in order here, not in shared memory: there each store to another line would have to wait for
-    /// that line to come back from its last reader.
-    entries: Vec<Entry>,
 }
 
 /// What is known of one expert.
@@ -89,40 +92,53 @@ struct Tally {
 
 impl ListBuilder {
     pub(super) fn new(experts: usize) -> Self {
-        ListBuilder { tallies: vec![Tally::default(); experts], starts: vec![0; experts + 1], entries: vec![] }
+        ListBuilder { tallies: vec![Tally::default(); experts] }
     }
 
-    /// Makes `starts` (one per expert position and one more) and `entries` (sorted by position, then token), and fills
-    /// `choices`, one per id.
+    /// Makes `starts` (one per expert position and one more) and `entries` (sorted by position, then token), of which there may be
+    /// as many as ids, and fills `choices`, one per id.
+    ///
+    /// The entries are put in order where the peers read them. They have the lines in their caches, so that each has to come
+    /// back before it is written: all are asked for while the choices are counted.
     pub(super) fn build<I: ExpertId>(
         &mut self,
         routing: &Routing<'_, I>,
         topk: usize,
         placement: &Placement,
         choices: &mut Vec<Choice>,
-    ) -> Result<(&[u32], &[Entry])> {
-        let ListBuilder { tallies, starts, entries } = self;
+        starts: &mut [u32],
+        entries: &mut [Entry],
+    ) -> Result<()> {
+        let tallies = &mut self.tallies;
         let experts = tallies.len();
+        fetch::lines(starts.as_ptr().cast(), size_of_val(starts)).for_each(fetch::to_write);
         tallies.fill(Tally::default());
-        let nowhere = Choice { expert: NONE, index: 0, weight: 0.0 };
-        choices.resize(routing.ids.len(), nowhere);
-        let tokens = routing.ids.chunks_exact(topk).zip(routing.weights.chunks_exact(topk));
-        for (token, ((ids, weights), choices)) in tokens.zip(choices.chunks_exact_mut(topk)).enumerate() {
+        choices.resize(routing.ids.len(), NOWHERE);
+        let tokens = routing.ids.chunks_exact(topk).zip(choices.chunks_exact_mut(topk));
+        for (token, (ids, choices)) in tokens.enumerate() {
+            let written = entries.as_ptr().wrapping_add(token * topk).cast();
+            fetch::lines(written, topk * size_of::<Entry>()).for_each(fetch::to_write);
+            let written = choices.as_ptr().wrapping_add(AHEAD).cast();
+            fetch::lines(written, topk * size_of::<Choice>()).for_each(fetch::to_write);
+            let read = ids.as_ptr().wrapping_add(AHEAD).cast();
+            fetch::lines(read, topk * size_of::<I>()).for_each(fetch::to_read);
+            let read = routing.weights.as_ptr().wrapping_add(token * topk).cast();
+            fetch::lines(read, topk * size_of::<f32>()).for_each(fetch::to_read);
             if routing.active.is_some_and(|active| !active[token]) {
                 // Ids of tokens that go nowhere are not looked at.
-                choices.fill(nowhere);
+                choices.fill(NOWHERE);
                 continue;
             }
             let mark = token as u32 + 1;
-            for (k, ((id, &weight), choice)) in ids.iter().zip(weights).zip(choices).enumerate() {
+            for (k, (id, choice)) in ids.iter().zip(choices).enumerate() {
                 let expert = id.to_i64();
                 match usize::try_from(expert).ok().and_then(|expert| tallies.get_mut(expert)) {
                     Some(tally) if tally.last != mark => {
-                        *choice = Choice { expert: expert as u32, index: tally.count, weight };
+                        *choice = Choice { expert: expert as u32, index: tally.count };
                         *tally = Tally { last: mark, count: tally.count + 1 };
                     }
                     Some(_) => return Err(Error::DuplicateExpert { token, k, expert }),
-                    None if expert == -1 => *choice = nowhere,
+                    None if expert == -1 => *choice = NOWHERE,
                     None => return Err(Error::ExpertOutOfRange { token, k, expert, experts }),
                 }
             }
@@ -133,14 +149,14 @@ impl ListBuilder {
             total += std::mem::replace(&mut tallies[expert].count, total);
         }
         starts[experts] = total;
-        entries.resize(entries.len().max(total as usize), Entry::default());
-        for (token, choices) in choices.chunks_exact(topk).enumerate() {
-            for choice in choices.iter().filter(|c| c.expert != NONE) {
+        let tokens = choices.chunks_exact(topk).zip(routing.weights.chunks_exact(topk));
+        for (token, (choices, weights)) in tokens.enumerate() {
+            for (choice, &weight) in choices.iter().zip(weights).filter(|(c, _)| c.expert != NONE) {
                 let at = tallies[choice.expert as usize].count + choice.index;
-                entries[at as usize] = Entry { token: token as u32, weight: choice.weight };
+                entries[at as usize] = Entry { token: token as u32, weight };
             }
         }
-        Ok((starts, &entries[..total as usize]))
+        Ok(())
     }
 }
 
@@ -191,13 +207,17 @@ mod tests {
             let mut builder = ListBuilder::new(experts);
             // What an earlier exchange, good or bad, has left behind does not matter.
             let all: Vec<i64> = (0..experts as i64).collect();
-            builder.build(&Routing::new(&all, &vec![1.0; experts]), experts, &placement, &mut choices).unwrap();
-            builder.build(&Routing::new(&[0i64, -7], &[1.0; 2]), 1, &placement, &mut choices).unwrap_err();
-            let (starts, entries) =
-                builder.build(&Routing::new(&ids, &weights), topk, &placement, &mut choices).unwrap();
+            let (mut starts, mut entries) = (vec![7; experts + 1], vec![Entry::default(); ids.len().max(experts)]);
+            let mut build = |ids: &[i64], weights: &[f32], topk| {
+                let routing = Routing::new(ids, weights);
+                builder.build(&routing, topk, &placement, &mut choices, &mut starts, &mut entries)
+            };
+            build(&all, &vec![1.0; experts], experts).unwrap();
+            build(&[0, -7], &[1.0; 2], 1).unwrap_err();
+            build(&ids, &weights, topk).unwrap();
             let (plain_starts, plain_entries) = plainly(&ids, &weights, topk, &placement);
-            prop_assert_eq!(starts, &plain_starts);
-            prop_assert_eq!(entries, &plain_entries);
+            prop_assert_eq!(&starts, &plain_starts);
+            prop_assert_eq!(&entries[..plain_entries.len()], &plain_entries);
             for (i, choice) in choices.iter().enumerate() {
                 if ids[i] < 0 {
                     prop_assert_eq!(choice.expert, NONE);
@@ -216,7 +236,9 @@ mod tests {
         let placement = Placement::new(&MoeConfig::new(8, 8, 2, 4, DType::F32), 2);
         let build = |ids: &[i32]| {
             let weights = vec![1.0; ids.len()];
-            ListBuilder::new(4).build(&Routing::new(ids, &weights), 2, &placement, &mut vec![]).map(|_| ())
+            let (mut starts, mut entries) = ([0; 5], [Entry::default(); 4]);
+            let routing = Routing::new(ids, &weights);
+            ListBuilder::new(4).build(&routing, 2, &placement, &mut vec![], &mut starts, &mut entries)
         };
         assert!(matches!(build(&[0, 1, 2, 4]), Err(Error::ExpertOutOfRange { token: 1, k: 1, expert: 4, experts: 4 })));
         assert!(matches!(build(&[0, -2]), Err(Error::ExpertOutOfRange { token: 0, k: 1, expert: -2, experts: 4 })));

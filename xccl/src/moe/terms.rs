@@ -26,6 +26,7 @@ pub(super) fn sum_each<'a, E: Element>(
     let mut terms = [Terms::new(), Terms::new()];
     if !range.is_empty() {
         gather(range.start, &mut terms[0])?;
+        Sum::of(&terms[0]).fetch_heads();
     }
     for (turn, i) in range.clone().enumerate() {
         let [even, odd] = &mut terms;
