@@ -4,6 +4,8 @@ use anyhow::Result;
 use clap::Args;
 use xccl::{Communicator, Config, DType, MoeConfig, UniqueId};
 
+use crate::say::say;
+
 #[derive(Args)]
 pub struct InfoArgs {
     /// Ranks to plan memory for
@@ -27,23 +29,23 @@ impl InfoArgs {
     pub fn run(self) -> Result<()> {
         let config = Config::from_env()?;
         let ranks = self.n as usize;
-        println!("xccl {}", env!("CARGO_PKG_VERSION"));
-        println!("cores usable here        {}", std::thread::available_parallelism()?);
+        say!("xccl {}", env!("CARGO_PKG_VERSION"));
+        say!("cores usable here        {}", std::thread::available_parallelism()?);
         // One rank is enough to try what the machine permits.
         let alone = Communicator::init(0, 1, &UniqueId::new()?, config.clone())?;
         let cma = if alone.cma_readable_by(0)? { "permitted" } else { "not permitted (large messages are pipelined)" };
-        println!("plane                    shared memory (load and store)");
-        println!("process_vm_readv         {cma}");
+        say!("plane                    shared memory (load and store)");
+        say!("process_vm_readv         {cma}");
         print_network(&config);
         print_calibration(&config)?;
-        println!("huge pages               {}", huge_pages());
-        println!("waiting of {:<14}{}", format!("{ranks} ranks"), Communicator::core_sharing_of(ranks));
+        say!("huge pages               {}", huge_pages());
+        say!("waiting of {:<14}{}", format!("{ranks} ranks"), Communicator::core_sharing_of(ranks));
         let plan = Communicator::memory_plan(ranks, &config);
         let moe = MoeConfig::new(self.tokens, self.hidden, self.topk, self.experts, DType::BF16);
-        println!("\nmemory of each of {ranks} ranks, once every page has been touched");
-        println!("  outbox                 {:>14} bytes", plan.outbox_bytes);
-        println!("  symmetric heap         {:>14} bytes", plan.heap_bytes);
-        println!(
+        say!("\nmemory of each of {ranks} ranks, once every page has been touched");
+        say!("  outbox                 {:>14} bytes", plan.outbox_bytes);
+        say!("  symmetric heap         {:>14} bytes", plan.heap_bytes);
+        say!(
             "  MoE handle             {:>14} bytes (bf16, {} tokens, hidden {}, top-{} of {})",
             moe.outbox_bytes(ranks)?,
             self.tokens,
@@ -51,9 +53,9 @@ impl InfoArgs {
             self.topk,
             self.experts
         );
-        println!("\noptions");
+        say!("\noptions");
         for s in config.settings() {
-            println!("  {:<22} {:>12}  ({})  {}", s.variable, s.value, s.origin, s.meaning);
+            say!("  {:<22} {:>12}  ({})  {}", s.variable, s.value, s.origin, s.meaning);
         }
         Ok(())
     }
@@ -63,13 +65,13 @@ impl InfoArgs {
 fn print_network(config: &Config) {
     let providers = match Communicator::network_providers(config) {
         Ok(providers) => providers,
-        Err(why) => return println!("between nodes            nothing: {why}"),
+        Err(why) => return say!("between nodes            nothing: {why}"),
     };
     let chosen = providers.iter().find(|p| p.chosen);
-    println!("between nodes            {}", chosen.map_or("no provider will do", |p| &p.name));
+    say!("between nodes            {}", chosen.map_or("no provider will do", |p| &p.name));
     for p in &providers {
         // Devices matter where something is going to use them.
-        println!("  {:<22} {}", p.name, p.passed_over.clone().unwrap_or_else(|| p.devices.join(", ")));
+        say!("  {:<22} {}", p.name, p.passed_over.clone().unwrap_or_else(|| p.devices.join(", ")));
     }
 }
 
@@ -89,11 +91,13 @@ fn print_calibration(config: &Config) -> Result<()> {
         Some(bytes) => format!("through the ring, from {bytes} bytes on read by the receiver"),
         None => "through the ring, whatever their length".to_owned(),
     };
-    println!("long private messages    {way}  ({})", calibration.origin);
+    say!("long private messages    {way}  ({})", calibration.origin);
     for p in &calibration.points {
-        println!(
+        say!(
             "  {:>8} bytes         {:.1} us through the ring, {:.1} us read by the receiver",
-            p.bytes, p.ring_us, p.cma_us
+            p.bytes,
+            p.ring_us,
+            p.cma_us
         );
     }
     Ok(())

@@ -3,6 +3,7 @@
 mod bench;
 mod info;
 mod run;
+mod say;
 
 use std::process::ExitCode;
 

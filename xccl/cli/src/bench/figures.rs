@@ -1,5 +1,6 @@
 //! Percentiles, gathering them over ranks, and writing them out.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,8 +10,11 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use xccl::Communicator;
 
-/// Tag of the benchmark's own messages.
+use crate::say::try_say;
+
+/// Tags of the benchmark's own messages.
 const GATHER: u32 = 0xffff_0001;
+const GOES_ON: u32 = 0xffff_0002;
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
 pub struct Percentiles {
@@ -126,27 +130,48 @@ fn one_game() -> Option<f64> {
 pub struct JsonLines {
     to: Option<Box<dyn Write>>,
     table_to_stderr: bool,
+    /// Nobody reads standard output any more (`| head`).
+    is_closed: Cell<bool>,
 }
 
 impl JsonLines {
     pub fn open(comm: &Communicator, path: Option<&str>) -> Result<Self> {
-        let to: Option<Box<dyn Write>> = match path.filter(|_| comm.rank() == 0) {
+        let to: Option<Box<dyn Write>> = match path.filter(|path| comm.rank() == 0 && *path != "-") {
             None => None,
-            Some("-") => Some(Box::new(std::io::stdout())),
             Some(path) => Some(Box::new(File::create(path).with_context(|| format!("creating {path:?}"))?)),
         };
-        Ok(JsonLines { to, table_to_stderr: path == Some("-") })
+        Ok(JsonLines { to, table_to_stderr: path == Some("-"), is_closed: Cell::new(false) })
     }
 
     /// A line of the table.
     pub fn table(&self, line: &str) {
-        if self.table_to_stderr { eprintln!("{line}") } else { println!("{line}") }
+        if self.table_to_stderr { eprintln!("{line}") } else { self.say(line) }
     }
 
     pub fn write(&mut self, point: &impl Serialize) -> Result<()> {
+        let line = serde_json::to_string(point)?;
         if let Some(to) = &mut self.to {
-            writeln!(to, "{}", serde_json::to_string(point)?)?;
+            writeln!(to, "{line}")?;
+        } else if self.table_to_stderr {
+            self.say(&line);
         }
         Ok(())
+    }
+
+    fn say(&self, line: &str) {
+        if !self.is_closed.get() {
+            self.is_closed.set(!try_say(format_args!("{line}")));
+        }
+    }
+
+    /// Whether somebody still wants the rest: rank 0 knows, and tells the others, so that all stop after the same point. Every
+    /// rank must call it.
+    pub fn goes_on(&self, comm: &Communicator) -> Result<bool> {
+        let mut goes_on = [u8::from(!self.is_closed.get() || self.to.is_some())];
+        match comm.rank() {
+            0 => (1..comm.world_size()).try_for_each(|rank| comm.send(rank, GOES_ON, &goes_on))?,
+            _ => drop(comm.recv(0, GOES_ON, &mut goes_on)?),
+        }
+        Ok(goes_on == [1])
     }
 }

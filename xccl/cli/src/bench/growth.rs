@@ -20,6 +20,7 @@ use xccl::{Communicator, DType, ExpertBatch, Moe, MoeConfig, Reduction, Routing,
 
 use super::process::{Memory, Usage, clock_us, thread_cpu_us};
 use crate::run::{self, RunOptions};
+use crate::say::say;
 
 /// When the launcher began to start the ranks, by the clock that they share.
 const STARTED: &str = "XCCL_BENCH_STARTED_US";
@@ -196,12 +197,15 @@ impl GrowthArgs {
         ensure!(self.topk <= self.experts, "--topk {} is more than --experts {}", self.topk, self.experts);
         let exe = std::env::current_exe().context("finding this program")?;
         let mut points: Vec<Point> = vec![];
-        println!(
+        say!(
             "# xccl bench growth: {} tokens in all, hidden {} bf16, top-{} of {}; processor time per token in us, switches and \
              waits per rank and exchange",
-            self.tokens, self.hidden, self.topk, self.experts
+            self.tokens,
+            self.hidden,
+            self.topk,
+            self.experts
         );
-        println!(
+        say!(
             "{:>6} {:>9} {:>6} {:>9} {:>6} | {:>7} {:>7} {:>7} {:>7} {:>7} | {:>9} {:>7} {:>8} {:>8} {:>6} {:>9} {:>9} {:>8}",
             "ranks",
             "cpu/token",
@@ -252,7 +256,7 @@ impl GrowthArgs {
         if let Some(path) = &self.json {
             let lines: Vec<String> = points.iter().map(serde_json::to_string).collect::<serde_json::Result<_>>()?;
             match path.as_str() {
-                "-" => println!("{}", lines.join("\n")),
+                "-" => say!("{}", lines.join("\n")),
                 path => std::fs::write(path, lines.join("\n") + "\n").with_context(|| format!("writing {path:?}"))?,
             }
         }
@@ -263,7 +267,7 @@ impl GrowthArgs {
     fn show_costs(&self, points: &[Point]) {
         let (Some(first), Some(p)) = (points.first(), points.last()) else { return };
         let each = |sum: f64| sum / p.ranks as f64;
-        println!(
+        say!(
             "{:>6} {:>9.3} {:>6.2} {:>9.3} {:>6.2} | {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} | {:>9.1} {:>7.2} {:>8.0} {:>8.2} {:>6.2} {:>9.2} {:>9.2} {:>8}",
             p.ranks,
             p.cpu_us_per_token,
@@ -287,8 +291,8 @@ impl GrowthArgs {
     }
 
     fn show_start_and_memory(&self, points: &[Point]) {
-        println!("\n# start in ms; memory per rank in KiB, of shared memory what was touched");
-        println!(
+        say!("\n# start in ms; memory per rank in KiB, of shared memory what was touched");
+        say!(
             "{:>6} {:>9} {:>8} {:>9} {:>9} {:>8} {:>9} {:>9} {:>9} {:>9} {:>9} {:>11} {:>6}",
             "ranks",
             "to ready",
@@ -306,7 +310,7 @@ impl GrowthArgs {
         );
         for p in points {
             let (s, m) = (&p.start, &p.memory);
-            println!(
+            say!(
                 "{:>6} {:>9.1} {:>8.1} {:>9.1} {:>9.2} {:>8.0} {:>9.0} {:>9.0} {:>9.0} {:>9.0} {:>9.0} {:>11.0} {:>6.0}",
                 p.ranks,
                 s.spawn_to_ready_ms,

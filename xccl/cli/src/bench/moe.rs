@@ -219,6 +219,9 @@ impl MoeArgs {
             ));
         }
         for tokens in &points {
+            if !json.goes_on(comm)? {
+                break;
+            }
             if let Some(point) = self.point::<E>(comm, tokens, line_ns)? {
                 let gbps = |us: f64| (point.tokens * self.hidden * size_of::<E>()) as f64 / us / 1e3;
                 json.table(&format!(

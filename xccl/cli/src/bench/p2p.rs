@@ -71,6 +71,9 @@ impl P2pArgs {
         let pair = if comm.rank() < 2 { Pair::open(comm, largest)? } else { None };
         self.print_heading(comm, pair.as_ref(), &json)?;
         for &bytes in &self.sizes {
+            if !json.goes_on(comm)? {
+                break;
+            }
             // Before each size: it may change within minutes where the two cores are virtual.
             let line_ns = pair.as_ref().map_or(Ok(None), |pair| pair.line_ns(comm))?;
             match self.window {

@@ -120,6 +120,9 @@ impl WaitArgs {
     fn at_place(&self, comm: &Communicator, place: Place, line: Option<f64>, json: &mut JsonLines) -> Result<()> {
         let words = Words::share(comm)?;
         for (_, phase, delay) in CASES.into_iter().filter(|&(at, _, _)| at == place) {
+            if !json.goes_on(comm)? {
+                break;
+            }
             let rounds = self.common.warmup + self.common.iters;
             let mut measured = None;
             match comm.rank() {

@@ -32,6 +32,8 @@ use report::Report;
 use session::Session;
 use task::{Part, Shape};
 
+use crate::say::say;
+
 /// Runs this library and its peers in turn, and writes compare.json, compare.md and a plot (compare.svg, compare.png).
 ///
 /// Peers are built by benches/peers/build.sh. One that is absent is skipped with the way to install it; one that fails, hangs or
@@ -127,10 +129,10 @@ impl CompareArgs {
         ensure!(!report.samples.is_empty(), "nothing was measured: use --rounds 1 or more, or --add to what was");
 
         let text = table::markdown(&report);
-        print!("{text}");
         let file = self.out.join("compare.md");
         fs::write(&file, &text).with_context(|| format!("writing {file:?}"))?;
         self.plot(&report)?;
+        say!("{}", text.trim_end());
         let ours_failed = report.failed.iter().any(|f| f.contender == ours::NAME && f.session == report.last_session());
         Ok(u8::from(ours_failed))
     }
