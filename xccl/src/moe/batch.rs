@@ -146,7 +146,8 @@ impl<'m> ExpertBatch<'m> {
             }
             let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: Some(source) };
             self.moe.comm.wait_in(&mut call, what, || self.has_sent(source))??;
-            self.moe.peers[source].fetch(self.starts_at());
+            let bytes = (self.local_experts().len() + 1) * size_of::<u32>();
+            fetch::lines(self.moe.peers[source].at(self.starts_at(), bytes), bytes).for_each(fetch::to_read);
         }
         self.take_all(taken..ranks)
     }

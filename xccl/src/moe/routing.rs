@@ -56,8 +56,9 @@ impl<'a, I: ExpertId> Routing<'a, I> {
     }
 }
 
-/// Where one choice of one token went.
+/// Where one choice of one token went. Aligned so that it is one store.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C, align(8))]
 pub(super) struct Choice {
     /// The expert, or [`NONE`].
     pub(super) expert: u32,
@@ -71,10 +72,11 @@ pub(super) const NONE: u32 = u32::MAX;
 /// A choice that names no expert.
 const NOWHERE: Choice = Choice { expert: NONE, index: 0 };
 
-/// How far ahead of their use the lines of choices and ids are fetched, in choices. They are short pieces of memory, which the
+/// Tokens whose lines are fetched at a time, [`AHEAD`] such groups ahead: ids, choices and entries are short pieces of memory, which the
 /// processor's own prefetcher has hardly found when they end, and the rows that were written since the last exchange have
 /// displaced them.
-const AHEAD: usize = 128;
+const GROUP: usize = 8;
+const AHEAD: usize = 4;
 
 /// Memory for building lists, kept from exchange to exchange.
 pub(super) struct ListBuilder {
@@ -83,6 +85,7 @@ pub(super) struct ListBuilder {
 
 /// What is known of one expert.
 #[derive(Clone, Copy, Default)]
+#[repr(C, align(8))]
 struct Tally {
     /// The last token that named it, plus one: finds duplicates without comparing pairs.
     last: u32,
@@ -98,8 +101,8 @@ impl ListBuilder {
     /// Makes `starts` (one per expert position and one more) and `entries` (sorted by position, then token), of which there may be
     /// as many as ids, and fills `choices`, one per id.
     ///
-    /// The entries are put in order where the peers read them. They have the lines in their caches, so that each has to come
-    /// back before it is written: all are asked for while the choices are counted.
+    /// The entries are put in order where the peers read them. Those have the lines in their caches, and each has to come back
+    /// before it is written: all are asked for while the choices are counted.
     pub(super) fn build<I: ExpertId>(
         &mut self,
         routing: &Routing<'_, I>,
@@ -111,37 +114,24 @@ impl ListBuilder {
     ) -> Result<()> {
         let tallies = &mut self.tallies;
         let experts = tallies.len();
+        let fetch_group = |first: usize, choices: &[Choice]| {
+            let n = GROUP * topk;
+            fetch::lines(routing.ids.as_ptr().wrapping_add(first).cast(), n * size_of::<I>()).for_each(fetch::to_read);
+            fetch::lines(routing.weights.as_ptr().wrapping_add(first).cast(), n * size_of::<f32>())
+                .for_each(fetch::to_read);
+            fetch::lines(choices.as_ptr().wrapping_add(first).cast(), n * size_of::<Choice>())
+                .for_each(fetch::to_write);
+            fetch::lines(entries.as_ptr().wrapping_add(first).cast(), n * size_of::<Entry>()).for_each(fetch::to_write);
+        };
+        choices.resize(routing.ids.len(), NOWHERE);
+        fetch::lines(tallies.as_ptr().cast(), size_of_val(&tallies[..])).for_each(fetch::to_write);
+        (0..AHEAD).for_each(|group| fetch_group(group * GROUP * topk, choices));
         fetch::lines(starts.as_ptr().cast(), size_of_val(starts)).for_each(fetch::to_write);
         tallies.fill(Tally::default());
-        choices.resize(routing.ids.len(), NOWHERE);
-        let tokens = routing.ids.chunks_exact(topk).zip(choices.chunks_exact_mut(topk));
-        for (token, (ids, choices)) in tokens.enumerate() {
-            let written = entries.as_ptr().wrapping_add(token * topk).cast();
-            fetch::lines(written, topk * size_of::<Entry>()).for_each(fetch::to_write);
-            let written = choices.as_ptr().wrapping_add(AHEAD).cast();
-            fetch::lines(written, topk * size_of::<Choice>()).for_each(fetch::to_write);
-            let read = ids.as_ptr().wrapping_add(AHEAD).cast();
-            fetch::lines(read, topk * size_of::<I>()).for_each(fetch::to_read);
-            let read = routing.weights.as_ptr().wrapping_add(token * topk).cast();
-            fetch::lines(read, topk * size_of::<f32>()).for_each(fetch::to_read);
-            if routing.active.is_some_and(|active| !active[token]) {
-                // Ids of tokens that go nowhere are not looked at.
-                choices.fill(NOWHERE);
-                continue;
-            }
-            let mark = token as u32 + 1;
-            for (k, (id, choice)) in ids.iter().zip(choices).enumerate() {
-                let expert = id.to_i64();
-                match usize::try_from(expert).ok().and_then(|expert| tallies.get_mut(expert)) {
-                    Some(tally) if tally.last != mark => {
-                        *choice = Choice { expert: expert as u32, index: tally.count };
-                        *tally = Tally { last: mark, count: tally.count + 1 };
-                    }
-                    Some(_) => return Err(Error::DuplicateExpert { token, k, expert }),
-                    None if expert == -1 => *choice = NOWHERE,
-                    None => return Err(Error::ExpertOutOfRange { token, k, expert, experts }),
-                }
-            }
+        for first in (0..choices.len()).step_by(GROUP * topk) {
+            fetch_group(first + AHEAD * GROUP * topk, choices);
+            let group = first..choices.len().min(first + GROUP * topk);
+            count(routing, topk, first / topk, tallies, &mut choices[group])?;
         }
         let mut total = 0;
         for (start, &expert) in starts.iter_mut().zip(&placement.expert) {
@@ -149,14 +139,55 @@ impl ListBuilder {
             total += std::mem::replace(&mut tallies[expert].count, total);
         }
         starts[experts] = total;
-        let tokens = choices.chunks_exact(topk).zip(routing.weights.chunks_exact(topk));
-        for (token, (choices, weights)) in tokens.enumerate() {
-            for (choice, &weight) in choices.iter().zip(weights).filter(|(c, _)| c.expert != NONE) {
-                let at = tallies[choice.expert as usize].count + choice.index;
-                entries[at as usize] = Entry { token: token as u32, weight };
+        place(choices, routing.weights, topk, tallies, entries);
+        Ok(())
+    }
+}
+
+/// Counts the choices of the tokens from `first` on, which go to `choices`. A function of its own, so that all of it is in
+/// registers.
+#[inline(never)]
+fn count<I: ExpertId>(
+    routing: &Routing<'_, I>,
+    topk: usize,
+    first: usize,
+    tallies: &mut [Tally],
+    choices: &mut [Choice],
+) -> Result<()> {
+    let ids = routing.ids[first * topk..][..choices.len()].chunks_exact(topk);
+    for (token, (ids, choices)) in (first..).zip(ids.zip(choices.chunks_exact_mut(topk))) {
+        if routing.active.is_some_and(|active| !active[token]) {
+            // Ids of tokens that go nowhere are not looked at.
+            choices.fill(NOWHERE);
+            continue;
+        }
+        let mark = token as u32 + 1;
+        for (k, (id, choice)) in ids.iter().zip(choices).enumerate() {
+            let expert = id.to_i64();
+            // A negative id is a large number.
+            match usize::try_from(expert as u64).ok().and_then(|expert| tallies.get_mut(expert)) {
+                Some(tally) if tally.last != mark => {
+                    *choice = Choice { expert: expert as u32, index: tally.count };
+                    *tally = Tally { last: mark, count: tally.count + 1 };
+                }
+                Some(_) => return Err(Error::DuplicateExpert { token, k, expert }),
+                None if expert == -1 => *choice = NOWHERE,
+                None => return Err(Error::ExpertOutOfRange { token, k, expert, experts: tallies.len() }),
             }
         }
-        Ok(())
+    }
+    Ok(())
+}
+
+/// Puts each choice where its expert's entries are, as [`count`] is.
+#[inline(never)]
+fn place(choices: &[Choice], weights: &[f32], topk: usize, tallies: &[Tally], entries: &mut [Entry]) {
+    let tokens = choices.chunks_exact(topk).zip(weights.chunks_exact(topk));
+    for (token, (choices, weights)) in (0..).zip(tokens) {
+        for (choice, &weight) in choices.iter().zip(weights).filter(|(c, _)| c.expert != NONE) {
+            let at = tallies[choice.expert as usize].count + choice.index;
+            entries[at as usize] = Entry { token, weight };
+        }
     }
 }
 
