@@ -24,10 +24,11 @@
 
 /** What a configuration starts from: all options from the environment, or their defaults. */
 #define XCCL_CONFIG_INITIALIZER { sizeof(xcclConfig_t), XCCL_VERSION, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, \
-                                  XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED }
+                                  XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, XCCL_UNDEFINED, \
+                                  XCCL_UNDEFINED }
 
 /** What statistics start from. */
-#define XCCL_STATISTICS_INITIALIZER { sizeof(xcclStatistics_t), 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+#define XCCL_STATISTICS_INITIALIZER { sizeof(xcclStatistics_t), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /** What the shape of a MoE handle starts from: experts in blocks, room for the worst case, rows as they are. */
 #define XCCL_MOE_CONFIG_INITIALIZER { sizeof(xcclMoeConfig_t), 0, 0, 0, 0, 0, 0, NULL, 0, NULL, 0 }
@@ -196,6 +197,36 @@ typedef enum {
 } xcclMemory_t;
 
 /**
+ * Which instruction set the loops use that touch every element. All give the same bits. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * The best that this processor has.
+   */
+  xcclKernelsAuto = 0,
+  /**
+   * Plain loops, for any processor.
+   */
+  xcclKernelsScalar = 1,
+  /**
+   * x86-64 with AVX2 and F16C.
+   */
+  xcclKernelsAvx2 = 2,
+  /**
+   * x86-64 with AVX-512 F, BW and VL.
+   */
+  xcclKernelsAvx512 = 3,
+  /**
+   * The same with AVX-512 DQ, and the conversion to bf16 of AVX-512 BF16.
+   */
+  xcclKernelsAvx512Bf16 = 4,
+  /**
+   * AArch64.
+   */
+  xcclKernelsNeon = 5,
+} xcclKernels_t;
+
+/**
  * How token rows travel in a dispatch; outputs keep the element type. The numbers are fixed.
  */
 typedef enum {
@@ -303,6 +334,10 @@ typedef struct {
    * 1 to read a sender's private memory where the kernel permits it, 0 not to. XCCL_CMA, 1.
    */
   int64_t cma;
+  /**
+   * An xcclKernels_t. XCCL_KERNELS, xcclKernelsAuto.
+   */
+  int64_t kernels;
 } xcclConfig_t;
 
 /**
@@ -349,6 +384,18 @@ typedef struct {
    * Microseconds spent in them.
    */
   uint64_t waited_us;
+  /**
+   * Waits among them that went on to give the core away (sched_yield) before they ended.
+   */
+  uint64_t waits_yielded;
+  /**
+   * Waits among them that went to sleep.
+   */
+  uint64_t waits_slept;
+  /**
+   * Sleeping ranks that this one has woken.
+   */
+  uint64_t wake_ups;
 } xcclStatistics_t;
 
 /**
@@ -774,6 +821,14 @@ xcclResult_t xcclCommSplit(xcclComm_t comm,
                            int color,
                            int key,
                            xcclComm_t *newcomm);
+
+/**
+ * Makes another communicator of the same ranks, whose messages and exchanges never meet comm's, and writes its handle to
+ * *newcomm. Every rank must call it. Options are comm's. Blocks until all have called it, up to the deadline. The new
+ * communicator is independent of comm and destroyed on its own.
+ */
+xcclResult_t xcclCommDuplicate(xcclComm_t comm,
+                               xcclComm_t *newcomm);
 
 /**
  * Leaves the communicator and gives the handle up: any further use of it is xcclInvalidArgument. Does not block; ranks may

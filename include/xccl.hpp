@@ -26,6 +26,7 @@
 #include <type_traits>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "xccl.h"
 
@@ -316,9 +317,7 @@ class basic_request {
   /** xcclWait. */
   typename P::template result<xcclStatus_t> wait() {
     xcclStatus_t status = {};
-    xcclResult_t code = xcclWait(held_.get(), &status, held_.owner());
-    if (code != xcclTimeout) held_.finish();
-    return P::give(code, [&] { return status; });
+    return P::give(wait_into(&status), [&] { return status; });
   }
   /** xcclTest. */
   typename P::template result<std::optional<xcclStatus_t>> test() {
@@ -330,6 +329,15 @@ class basic_request {
   }
 
  private:
+  template <class>
+  friend class basic_communicator;
+
+  xcclResult_t wait_into(xcclStatus_t *status) {
+    xcclResult_t code = xcclWait(held_.get(), status, held_.owner());
+    if (code != xcclTimeout) held_.finish();
+    return code;
+  }
+
   detail::part<xcclRequest_t, xcclComm_t, xcclRequestFree> held_;
 };
 
@@ -387,6 +395,11 @@ class basic_communicator {
       return comm ? std::optional<basic_communicator>(basic_communicator(comm)) : std::nullopt;
     });
   }
+  /** xcclCommDuplicate. */
+  result<basic_communicator> duplicate() {
+    xcclComm_t comm = nullptr;
+    return P::give(xcclCommDuplicate(get(), &comm), [&] { return basic_communicator(comm); });
+  }
   /** xcclCommUserRank. */
   result<int> rank() const {
     int rank = 0;
@@ -428,6 +441,18 @@ class basic_communicator {
   result<request> irecv(void *buffer, std::size_t capacity, int source, std::uint32_t tag) {
     xcclRequest_t started = XCCL_REQUEST_NULL;
     return P::give(xcclIrecv(buffer, capacity, source, tag, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclWait for each of a range of requests, in turn, in whatever order they end: their statuses. After a failure the requests
+   * behind that one are not over. */
+  template <class Requests>
+  result<std::vector<xcclStatus_t>> wait_all(Requests &&requests) {
+    std::vector<xcclStatus_t> statuses;
+    xcclResult_t code = xcclSuccess;
+    for (request &one : requests) {
+      code = one.wait_into(&statuses.emplace_back());
+      if (code != xcclSuccess) break;
+    }
+    return P::give(code, [&] { return std::move(statuses); });
   }
   /** xcclMemAlloc. */
   result<Block> alloc(std::size_t bytes) {

@@ -227,6 +227,19 @@ pub unsafe extern "C" fn xcclCommSplit(
     })
 }
 
+/// Makes another communicator of the same ranks, whose messages and exchanges never meet comm's, and writes its handle to
+/// *newcomm. Every rank must call it. Options are comm's. Blocks until all have called it, up to the deadline. The new
+/// communicator is independent of comm and destroyed on its own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommDuplicate(comm: xcclComm_t, newcomm: *mut xcclComm_t) -> xcclResult_t {
+    guard("xcclCommDuplicate", || {
+        // SAFETY: C's promise about its pointers and handles.
+        let (out, made) = unsafe { (Out::new(newcomm, "newcomm")?, with(comm, |live| Ok(live.comm.duplicate()?))?) };
+        out.set(hand_out(made));
+        Ok(())
+    })
+}
+
 /// Leaves the communicator and gives the handle up: any further use of it is xcclInvalidArgument. Does not block; ranks may
 /// leave in any order, and what this rank has sent can still be received. Its requests are cancelled and its memory
 /// (xcclMemAlloc) is freed; MoE handles made from it stay good.
@@ -367,6 +380,12 @@ pub struct xcclStatistics_t {
     pub waits: u64,
     /// Microseconds spent in them.
     pub waited_us: u64,
+    /// Waits among them that went on to give the core away (sched_yield) before they ended.
+    pub waits_yielded: u64,
+    /// Waits among them that went to sleep.
+    pub waits_slept: u64,
+    /// Sleeping ranks that this one has woken.
+    pub wake_ups: u64,
 }
 
 /// Writes this rank's counters to *statistics. Does not block.
@@ -387,6 +406,9 @@ pub unsafe extern "C" fn xcclCommGetStatistics(comm: xcclComm_t, statistics: *mu
             tokens: found.tokens,
             waits: found.waits,
             waited_us: found.waited_us,
+            waits_yielded: found.waits_yielded,
+            waits_slept: found.waits_slept,
+            wake_ups: found.wake_ups,
         });
         Ok(())
     })

@@ -3,7 +3,7 @@
 use std::ffi::c_int;
 use std::time::Duration;
 
-use xccl::{Config, MemoryFlavour};
+use xccl::{Config, Kernels, MemoryFlavour};
 
 use crate::boundary::{Failure, Outcome, sized};
 use crate::comm::XCCL_VERSION;
@@ -20,6 +20,28 @@ pub enum xcclMemory_t {
     /// shm_open: counted against /dev/shm, reserved at start.
     xcclPosix = 1,
 }
+
+/** Which instruction set the loops use that touch every element. All give the same bits. The numbers are fixed. */
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum xcclKernels_t {
+    /// The best that this processor has.
+    xcclKernelsAuto = 0,
+    /// Plain loops, for any processor.
+    xcclKernelsScalar = 1,
+    /// x86-64 with AVX2 and F16C.
+    xcclKernelsAvx2 = 2,
+    /// x86-64 with AVX-512 F, BW and VL.
+    xcclKernelsAvx512 = 3,
+    /// The same with AVX-512 DQ, and the conversion to bf16 of AVX-512 BF16.
+    xcclKernelsAvx512Bf16 = 4,
+    /// AArch64.
+    xcclKernelsNeon = 5,
+}
+
+/// As C numbers them.
+const KERNELS: [Kernels; 6] =
+    [Kernels::Auto, Kernels::Scalar, Kernels::Avx2, Kernels::Avx512, Kernels::Avx512Bf16, Kernels::Neon];
 
 /// Options of a communicator. Set it to XCCL_CONFIG_INITIALIZER, then what is to be different. Each option that is
 /// XCCL_UNDEFINED comes from its environment variable, or has its default.
@@ -46,6 +68,8 @@ pub struct xcclConfig_t {
     pub huge_pages: i64,
     /// 1 to read a sender's private memory where the kernel permits it, 0 not to. XCCL_CMA, 1.
     pub cma: i64,
+    /// An xcclKernels_t. XCCL_KERNELS, xcclKernelsAuto.
+    pub kernels: i64,
 }
 
 const INITIAL: xcclConfig_t = {
@@ -61,6 +85,7 @@ const INITIAL: xcclConfig_t = {
         memory: unset,
         huge_pages: unset,
         cma: unset,
+        kernels: unset,
     }
 };
 
@@ -133,6 +158,13 @@ pub(crate) unsafe fn config_of(config: *const xcclConfig_t) -> Outcome<Config> {
     }
     if let Some(allow) = flag(set.cma, "cma")? {
         options = options.cma(allow);
+    }
+    if let Some(number) = given(set.kernels) {
+        let kernels = usize::try_from(number).ok().and_then(|number| KERNELS.get(number));
+        options = options.kernels(*kernels.ok_or_else(|| {
+            let expected = "an xcclKernels_t (0 to 5), or XCCL_UNDEFINED (-1)";
+            Failure::argument(format!("config->kernels is {number}: expected {expected}"))
+        })?);
     }
     Ok(options)
 }

@@ -18,7 +18,7 @@ mod result;
 
 pub use boundary::xcclGetLastError;
 pub use comm::*;
-pub use config::{XCCL_UNDEFINED, xcclConfig_t, xcclMemory_t};
+pub use config::{XCCL_UNDEFINED, xcclConfig_t, xcclKernels_t, xcclMemory_t};
 pub use moe::*;
 pub use p2p::{
     XCCL_ANY_SOURCE, XCCL_REQUEST_NULL, xcclIrecv, xcclIsend, xcclRecv, xcclRequest_t, xcclRequestFree, xcclSend,

@@ -65,7 +65,15 @@ void messages(Communicator &comm) {
   {
     auto dropped = take(comm.irecv(to.data(), 1, left, 3));  // cancelled
   }
+  using Request = std::decay_t<decltype(receive)>;
+  std::vector<Request> both;
+  both.push_back(take(comm.irecv(to.data(), to.size(), left, 4)));
+  both.push_back(take(comm.isend(&out, sizeof out, right, 4)));
+  auto statuses = take(comm.wait_all(both));
+  EXPECT(statuses.size() == 2 && statuses[0].source == left && statuses[0].bytes == sizeof out);
   EXPECT(take(comm.statistics()).messages_sent >= 2);
+  auto twin = take(comm.duplicate());
+  EXPECT(take(twin.rank()) == rank && take(twin.size()) == ranks);
   TAKE_VOID(comm.barrier());
 }
 

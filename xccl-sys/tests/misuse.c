@@ -98,6 +98,7 @@ static xcclConfig_t any_config(void) {
   if (is_bad()) config.memory = PICK(0, 1, 2, -2);
   if (is_bad()) config.huge_pages = PICK(0, 1, 2);
   if (is_bad()) config.cma = PICK(0, 1, 2);
+  if (is_bad()) config.kernels = PICK(0, 1, 5, 6, -2, LLONG_MIN);
   return config;
 }
 static xcclMoeConfig_t good_shape(void) {
@@ -217,6 +218,7 @@ static void call(void) {
     ONE(xcclCommInitRankConfig, is_bad() ? NULL : &made, (int)PICK(1, 0, -1, 2, INT_MIN, INT_MAX), id, number(), &config);
     ONE(xcclCommInitFromEnv, is_bad() ? NULL : (xcclComm_t *)((char *)&made + 1), is_bad() ? NULL : &config);
     ONE(xcclCommSplit, any_comm(), ranks == 1 ? number() : -2, number(), is_bad() ? NULL : &made);
+    ONE(xcclCommDuplicate, ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &made);
     ONE(xcclCommDestroy, draw(2) ? dead_comm : NULL);
     ONE(xcclCommAbort, draw(2) ? dead_comm : (xcclComm_t)(void *)moe);
     ONE(xcclCommUserRank, any_comm(), int_out);
