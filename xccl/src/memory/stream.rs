@@ -2,6 +2,7 @@
 
 use bytemuck::Pod;
 
+#[cfg(target_arch = "x86_64")]
 use super::layout::LINE;
 use super::row::Row;
 

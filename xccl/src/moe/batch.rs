@@ -19,6 +19,7 @@ use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::memory::divided::{Divided, Owners, Part};
 use crate::memory::fetch;
+use crate::memory::layout::LINE;
 use crate::memory::row::Row;
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
@@ -166,7 +167,10 @@ impl<'m> ExpertBatch<'m> {
         let ListPart { begin, base, count, .. } = received.parts[source];
         let bytes = count * size_of::<Entry>();
         fetch::lines(self.moe.peers[source].at(self.entry_at(begin), bytes), bytes).for_each(fetch::to_read);
-        fetch::lines(received.entries[base..].as_ptr().cast(), bytes).for_each(fetch::to_write);
+        // With many ranks a list is a line, and lists that stand together are soon at hand.
+        if bytes > LINE {
+            fetch::lines(received.entries[base..].as_ptr().cast(), bytes).for_each(fetch::to_write);
+        }
     }
 
     /// Where every source has the starts of this rank's part of its list.

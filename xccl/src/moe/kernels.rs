@@ -35,7 +35,8 @@ pub(super) struct Sum<'a, E> {
     pub(super) ahead: &'a [(Row<'a, E>, f32)],
     /// Adds what the output holds, last.
     pub(super) onto: bool,
-    /// Writes past the caches. [`end_streaming`] has to follow.
+    /// Writes past the caches, where kernels can. [`end_streaming`] has to follow.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "plain loops cannot"))]
     pub(super) streaming: bool,
 }
 
