@@ -220,12 +220,23 @@ fn rows_that_travel_encoded_allocate_nothing() {
             (WireFormat::Fp8E4m3, None),
             (WireFormat::Fp8E5m2, None),
         ] {
+            let is_smooth = smooth.is_some();
             let moe = Moe::new(comm, MoeConfig { wire, smooth, ..config(Reduction::PerExpert) }).expect("a handle");
             for lanes in [1, 3] {
                 moe.set_lanes(lanes, Arc::new(InTurn)).expect("a number of lanes");
                 for mode in [Mode::InPlace, Mode::ExpertMajor, Mode::Padded] {
                     let allocations = counted(|| buffers.exchange(&moe, mode).expect("an exchange"));
                     assert_eq!(allocations, 0, "{mode:?}, {wire}, {lanes} lanes");
+                }
+                let mut from_outbox = || -> Result<()> {
+                    let rows = moe.input_wire_rows(TOKENS)?;
+                    let routing = Routing::new(&buffers.ids, &buffers.weights);
+                    let sent = moe.dispatch_send_wire_rows(rows, &routing)?;
+                    moe.combine_send(moe.dispatch_recv(&sent)?)?;
+                    moe.combine_recv(sent, &mut buffers.out)
+                };
+                if !is_smooth {
+                    assert_eq!(counted(|| from_outbox().expect("an exchange")), 0, "{wire} in the outbox");
                 }
                 for layout in [ScaleLayout::RowMajor, ScaleLayout::ColumnMajor] {
                     let mut kept = || -> Result<()> {
@@ -265,20 +276,21 @@ fn two_exchanges_in_flight_allocate_nothing() {
 }
 
 #[test]
-fn short_messages_allocate_nothing() {
+fn messages_in_lines_and_through_the_ring_allocate_nothing() {
+    const LONGEST: usize = 30_000;
     as_threads(2, |comm| {
-        let (rank, mut buffer) = (comm.rank(), [0; 40]);
+        let (rank, mut buffer) = (comm.rank(), [0; LONGEST]);
         let mut round = |len: usize| -> Result<()> {
             for turn in 0..2 {
                 if turn == rank {
-                    comm.send(1 - rank, 7, &[3; 40][..len])?;
+                    comm.send(1 - rank, 7, &[3; LONGEST][..len])?;
                 } else {
                     comm.recv(1 - rank, 7, &mut buffer[..len])?;
                 }
             }
             Ok(())
         };
-        for len in [0, 8, 40] {
+        for len in [0, 8, 40, 500, 4096, LONGEST] {
             assert_eq!(counted(|| round(len).expect("two messages")), 0, "{len} bytes");
         }
     });
