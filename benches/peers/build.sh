@@ -41,6 +41,36 @@ else
   skipped "ucx: ucx_perftest not found; apt-get install ucx-utils"
 fi
 
+# libfabric's own measurements of remote writes. The release has a fi_rma_pingpong, which 1.17's has not; it is made to ask the
+# installed library for the interface of 1.17. FABTESTS names an unpacked release or a git repository of libfabric.
+fabtests() {
+  version=v1.21.0
+  if [ ! -e /usr/include/rdma/fabric.h ]; then
+    skipped "fabtests: no libfabric headers; apt-get install libfabric-dev"
+    return
+  fi
+  source=$out/fabtests
+  mkdir -p "$source"
+  if [ -d "${FABTESTS:-}/fabtests" ]; then
+    cp -r "$FABTESTS/fabtests" "$FABTESTS/include" "$source"
+  elif [ -d "$source/fabtests/benchmarks" ]; then
+    :
+  elif [ -z "${FABTESTS:-}" ] || ! git -C "$FABTESTS" archive "$version" fabtests include | tar -x -C "$source"; then
+    skipped "fabtests: FABTESTS names no clone of https://github.com/ofiwg/libfabric with $version"
+    return
+  fi
+  for program in rma_bw rma_pingpong; do
+    if (cd "$source/fabtests" && cc -O2 -w -D_GNU_SOURCE -DHAVE_CLOCK_GETTIME=1 -DHAVE_EPOLL=1 -DPACKAGE_VERSION='""' \
+      -DFT_FIVERSION='FI_VERSION(1, 17)' -I../include -Iinclude -Iinclude/unix -Ibenchmarks -o "$out/fi_$program" \
+      "benchmarks/$program.c" benchmarks/benchmark_shared.c common/shared.c common/hmem*.c -lfabric -lpthread -ldl); then
+      built "$out/fi_$program"
+    else
+      broken "fabtests: $program"
+    fi
+  done
+}
+fabtests
+
 # A project of its own, so that nobody who builds the library builds its dependencies.
 if ! command -v cargo >/dev/null 2>&1; then
   skipped "iceoryx2: cargo not found"

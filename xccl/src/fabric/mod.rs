@@ -162,7 +162,7 @@ pub(crate) fn open_endpoint(config: &Config, id: &UniqueId, star: &Star) -> Resu
     // Without an address the ranks met on one machine, whatever they are told.
     let source = star.local_address().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     let ranks = star.nodes().len();
-    ofi::open(&ofi::Options { provider: config.fabric.clone(), source: Some(source), ranks })
+    ofi::open(&ofi::Options { provider: config.fabric.clone(), source: Some(source), ranks, wakes: true })
 }
 
 /// Refuses sizes that this machine cannot hold once every page has been touched.

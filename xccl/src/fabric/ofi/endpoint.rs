@@ -203,7 +203,7 @@ impl OfiEndpoint {
             let code = unsafe { ((*(*fabric.as_ptr()).ops).domain)(fabric.as_ptr(), info.as_ptr(), to, NOTHING) };
             check("fi_domain", code.into())
         })?);
-        let (cq, wake_fd) = open_queue(library, &provider, &domain)?;
+        let (cq, wake_fd) = open_queue(library, &provider, &domain, options.wakes)?;
         let av = Handle::new(opened(|to| {
             let mut attr = abi::AvAttr {
                 type_: abi::AV_TABLE,
@@ -515,6 +515,7 @@ fn open_queue(
     library: &Library,
     provider: &str,
     domain: &Handle<abi::FidDomain>,
+    wakes: bool,
 ) -> Result<(Handle<abi::FidCq>, Option<RawFd>)> {
     let open = |wait_obj| {
         opened(|to| {
@@ -533,7 +534,7 @@ fn open_queue(
         })
         .map(Handle::new)
     };
-    if let Ok(cq) = open(abi::WAIT_FD) {
+    if wakes && let Ok(cq) = open(abi::WAIT_FD) {
         let mut fd: RawFd = -1;
         if cq.control(abi::GETWAIT, (&raw mut fd).cast()) == 0 && fd >= 0 {
             return Ok((cq, Some(fd)));
@@ -631,6 +632,8 @@ impl Endpoint for OfiEndpoint {
             return Ok(Posted::Yes);
         }
         let number = self.peer(to).number;
+        // Small ones too, though `fi_inject_writedata` would save 0.1 us of 5.6: of what is injected, providers do not say that it
+        // has failed, and some take any number of them.
         // SAFETY: an open endpoint; the bytes stay mapped as long as it lives (`Registered`).
         let code = unsafe {
             ((*(*self.ep.as_ptr()).rma).writedata)(

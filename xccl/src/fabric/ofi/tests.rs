@@ -15,7 +15,7 @@ use crate::memory::segment::{OwnSegment, Writers};
 const LONGEST: Duration = Duration::from_secs(20);
 
 /// Whether libfabric can be loaded; a test that needs it says so and ends, otherwise.
-fn without_library() -> bool {
+pub(super) fn without_library() -> bool {
     let missing = Library::get().err();
     if let Some(why) = &missing {
         eprintln!("skipped: {why}");
@@ -33,7 +33,7 @@ struct Rank {
 /// `n` ranks at an address, which all reach each other.
 fn ranks(n: usize, source: &str, bytes: usize) -> Vec<Rank> {
     let source: IpAddr = source.parse().unwrap();
-    let options = Options { provider: None, source: Some(source), ranks: n };
+    let options = Options { provider: None, source: Some(source), ranks: n, wakes: true };
     let mut ranks: Vec<_> = (0..n)
         .map(|_| {
             let mut endpoint = open(&options).unwrap();
@@ -347,7 +347,7 @@ fn a_provider_that_lacks_what_is_needed_is_refused_with_what_it_lacks_and_those_
     }
     let refused = |provider: &str, source: Option<&str>| {
         let source = source.map(|s| s.parse().unwrap());
-        open(&Options { provider: Some(provider.to_owned()), source, ranks: 2 }).err().unwrap().to_string()
+        open(&Options { provider: Some(provider.to_owned()), source, ranks: 2, wakes: true }).err().unwrap().to_string()
     };
     let text = refused("udp", None);
     for part in ["\"udp\"", "FI_RMA", "FI_EP_RDM", "tcp;ofi_rxm"] {
@@ -365,7 +365,7 @@ fn an_address_that_is_not_of_this_network_is_refused_with_the_rank_that_sent_it(
     if without_library() {
         return;
     }
-    let local = |source: &str| Options { provider: None, source: Some(source.parse().unwrap()), ranks: 2 };
+    let local = |source: &str| Options { provider: None, source: Some(source.parse().unwrap()), ranks: 2, wakes: true };
     let four = open(&local("127.0.0.1")).unwrap().address().unwrap();
     for blob in [four.clone(), four[..four.len() - 1].to_vec(), b"garbage".to_vec(), Vec::new()] {
         let mut six = open(&local("::1")).unwrap();
@@ -406,7 +406,7 @@ fn a_rank_that_is_there_but_does_not_poll_for_long_is_waited_for() {
 #[ignore = "a process of another test"]
 fn the_process_to_be_killed() {
     let Ok(source) = std::env::var("XCCL_TEST_KILLED") else { return };
-    let options = Options { provider: None, source: Some(source.parse().unwrap()), ranks: 2 };
+    let options = Options { provider: None, source: Some(source.parse().unwrap()), ranks: 2, wakes: true };
     let mut endpoint = open(&options).unwrap();
     let segment = OwnSegment::create(MemoryFlavour::Memfd, Writers::Anyone, 1 << 20, false).unwrap();
     let region = endpoint.register(&Arc::new(segment.mapping), 0..1 << 20, Access::Remote).unwrap();
@@ -421,7 +421,7 @@ fn the_process_to_be_killed() {
 }
 
 /// A process that does not outlive its test.
-struct Victim(std::process::Child);
+pub(super) struct Victim(pub(super) std::process::Child);
 
 impl Victim {
     /// By SIGKILL.
@@ -437,11 +437,11 @@ impl Drop for Victim {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn unhex(text: &str) -> Vec<u8> {
+pub(super) fn unhex(text: &str) -> Vec<u8> {
     (0..text.len() / 2).map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).unwrap()).collect()
 }
 
@@ -465,7 +465,7 @@ fn a_process_that_is_killed_while_puts_and_gets_are_on_their_way_to_it_fails_the
         let told = lines.find_map(|line| line.unwrap().strip_prefix("TELL ").map(unhex)).unwrap();
         let (address, target): (Vec<u8>, RemoteRegion) = crate::fabric::decode(&told).unwrap();
 
-        let options = Options { provider: None, source: Some("127.0.0.1".parse().unwrap()), ranks: 2 };
+        let options = Options { provider: None, source: Some("127.0.0.1".parse().unwrap()), ranks: 2, wakes: true };
         let mut endpoint = open(&options).unwrap();
         let segment = OwnSegment::create(MemoryFlavour::Memfd, Writers::Anyone, 1 << 20, false).unwrap();
         let region = endpoint.register(&Arc::new(segment.mapping), 0..1 << 20, Access::Remote).unwrap();
