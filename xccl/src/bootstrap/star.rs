@@ -165,9 +165,9 @@ impl Star {
         match rendezvous.listen(place, deadline) {
             Ok(listener) => Star::gather(Listener::Tcp(listener, keys), hello, deadline),
             // As over a Unix socket: if it is another rank 0 of this job that listens, every rank is to learn of it.
-            Err(taken) => match reach_over_tcp(place, &keys, Instant::now()) {
-                Ok(link) => Star::join_as_member(Link::Tcp(Box::new(link)), &hello, deadline),
-                Err(_) => Err(taken),
+            Err(taken) => match try_over_tcp(place, &keys, deadline) {
+                Ok(Ok(link)) => Star::join_as_member(Link::Tcp(Box::new(link)), &hello, deadline),
+                _ => Err(taken),
             },
         }
     }
@@ -529,32 +529,41 @@ fn reach_over_unix(name: &str, deadline: Instant) -> Result<unix::Link> {
     }
 }
 
-/// Tries each address of the place, again and again: rank 0 may start later, and its name appear later.
+/// Tries again and again: rank 0 may start later, and its name appear later.
 fn reach_over_tcp(place: &Place, keys: &tcp::Keys, deadline: Instant) -> Result<tcp::Link> {
     let started = Instant::now();
     let mut pause = FIRST_RETRY;
     loop {
-        let (addresses, mut last) = match place.addresses() {
-            Ok(addresses) => (addresses, "the name has no address".to_string()),
-            Err(error) => (vec![], format!("the name is not known: {error}")),
+        let last = match try_over_tcp(place, keys, deadline)? {
+            Ok(link) => return Ok(link),
+            Err(why) => why,
         };
-        for address in addresses {
-            let until = deadline.min(Instant::now() + ATTEMPT);
-            last = match tcp::Link::connect(address, keys, until)? {
-                Attempt::Connected(link) => return Ok(link),
-                Attempt::Failed(why) => why,
-                Attempt::WrongSecret => {
-                    let why = format!("rank 0, at {address}, has another secret than this rank");
-                    return Err(Error::Refused { why });
-                }
-            };
-        }
         if Instant::now() >= deadline {
             return Err(Error::HostUnreachable { tried: place.to_string(), waited: started.elapsed(), last });
         }
         std::thread::sleep(pause.min(deadline.saturating_duration_since(Instant::now())));
         pause = (pause * 2).min(LAST_RETRY);
     }
+}
+
+/// Tries each address of the place once. Where none can be reached, it may help to try later; the last one's reason is given.
+fn try_over_tcp(place: &Place, keys: &tcp::Keys, deadline: Instant) -> Result<std::result::Result<tcp::Link, String>> {
+    let addresses = match place.addresses() {
+        Ok(addresses) => addresses,
+        Err(error) => return Ok(Err(format!("the name is not known: {error}"))),
+    };
+    let mut last = "the name has no address".to_string();
+    for address in addresses {
+        match tcp::Link::connect(address, keys, deadline.min(Instant::now() + ATTEMPT))? {
+            Attempt::Connected(link) => return Ok(Ok(link)),
+            Attempt::Failed(why) => last = why,
+            Attempt::WrongSecret => {
+                let why = format!("rank 0, at {address}, has another secret than this rank");
+                return Err(Error::Refused { why });
+            }
+        }
+    }
+    Ok(Err(last))
 }
 
 /// Sends a verdict to whoever can still hear it.
