@@ -408,3 +408,76 @@ fn bind_gives_the_usable_cores_round_and_round() {
         assert!(lines.lines().any(|l| l == expected), "{expected:?} is not in {lines}");
     }
 }
+
+/// What ranks are told of where they live, as one line each.
+const WHERE: &str = "echo $XCCL_RANK $XCCL_WORLD_SIZE $XCCL_LOCAL_RANK $XCCL_LOCAL_WORLD_SIZE \
+                     ${XCCL_NODE_ID-none} ${XCCL_MASTER_ADDR-none} ${XCCL_MASTER_PORT-none}";
+
+#[test]
+fn ranks_of_pretended_nodes_live_in_blocks_and_meet_on_the_loopback_interface() {
+    let out = output(sh(&["-n", "5", "--nodes", "2", "--no-prefix"], WHERE));
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let lines = sorted_lines(&out.stdout);
+    let port = lines[0].rsplit(' ').next().unwrap().to_owned();
+    assert!(port.parse::<u16>().is_ok_and(|port| port > 0), "{port}");
+    let expected = ["0 5 0 3 0", "1 5 1 3 0", "2 5 2 3 0", "3 5 0 2 1", "4 5 1 2 1"];
+    assert_eq!(lines, expected.map(|rank| format!("{rank} 127.0.0.1 {port}")));
+}
+
+#[test]
+fn ranks_on_one_machine_are_told_of_no_node_and_no_address() {
+    let mut command = sh(&["-n", "1", "--no-prefix"], WHERE);
+    command.env("XCCL_NODE_ID", "of another launcher").env_remove("XCCL_MASTER_ADDR").env_remove("XCCL_MASTER_PORT");
+    assert_eq!(text(&output(command).stdout), "0 1 0 1 none none none\n");
+}
+
+#[test]
+fn each_hosts_launcher_starts_its_part_of_the_ranks() {
+    for (host, expected) in [("0", ["0 4 0 2", "1 4 1 2"]), ("1", ["2 4 0 2", "3 4 1 2"])] {
+        let options = ["-n", "2", "--nnodes", "2", "--node-rank", host, "--master", "[::1]:29500", "--no-prefix"];
+        let mut command = sh(&options, &format!("{WHERE} $XCCL_JOB"));
+        command.env("XCCL_JOB", "secret").env_remove("XCCL_NODE_ID");
+        let out = output(command);
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        assert_eq!(sorted_lines(&out.stdout), expected.map(|rank| format!("{rank} none [::1] 29500 secret")));
+    }
+    // The rank that others know it by stands before its lines, and in messages.
+    let job = ["--nnodes", "2", "--node-rank", "1", "--master", "h:1", "--job", "secret"];
+    let out = output(sh(&[&["-n", "2"], &job[..]].concat(), "echo $XCCL_JOB; [ $XCCL_RANK = 2 ] || exit 3"));
+    assert_eq!(sorted_lines(&out.stdout), ["[2] secret", "[3] secret"]);
+    assert!(text(&out.stderr).contains("rank 3 (pid"), "{}", text(&out.stderr));
+}
+
+#[test]
+fn launchers_of_one_job_end_their_own_ranks_alone() {
+    let job = |host| ["-n", "1", "--nnodes", "2", "--node-rank", host, "--master", "h:1", "--job", "shared"];
+    let mut other = Running::start(sh(&job("1"), "echo $$ is ready; exec sleep 30"));
+    other.read_until("ready", 1);
+    let rank = other.seen.split(' ').nth(1).unwrap().to_owned();
+    assert!(output(sh(&job("0"), "exit 0")).status.success());
+    assert!(is_alive(&rank), "{rank}");
+    other.signal(Signal::SIGTERM);
+    let (code, ..) = other.end();
+    assert_ne!(code, Some(0));
+}
+
+#[test]
+fn hosts_that_cannot_be_are_named_with_what_is_expected() {
+    let host = ["--node-rank", "0", "--master", "h:1", "--job", "j"];
+    for (options, says) in [
+        (&["-n", "2", "--nodes", "3"][..], "2 ranks cannot live on 3 nodes"),
+        (&["-n", "2", "--nodes", "0"], "0"),
+        (&["-n", "1", "--nnodes", "2"], "--node-rank"),
+        (&["-n", "1", "--master", "h:1"], "--nnodes"),
+        (&["-n", "1", "--nnodes", "2", "--node-rank", "2", "--master", "h:1", "--job", "j"], "0 to 1"),
+        (&["-n", "1", "--nnodes", "2", "--node-rank", "0", "--master", "h", "--job", "j"], "node0:29500"),
+        (&["-n", "1", "--nnodes", "2", "--node-rank", "0", "--master", "h:1"], "XCCL_JOB"),
+        (&[&["-n", "1", "--nodes", "1", "--nnodes", "2"], &host[..]].concat(), "--nodes"),
+    ] {
+        let mut command = sh(options, "echo started");
+        command.env_remove("XCCL_JOB");
+        let out = output(command);
+        assert!(!out.status.success() && out.stdout.is_empty(), "{options:?}");
+        assert!(text(&out.stderr).contains(says), "{options:?}: {}", text(&out.stderr));
+    }
+}

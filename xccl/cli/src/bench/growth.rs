@@ -234,6 +234,7 @@ impl GrowthArgs {
             args.extend(["--point".into(), path.into()]);
             let code = run::launch(RunOptions {
                 ranks: ranks as usize,
+                nodes: run::Nodes::One,
                 bind: self.bind,
                 prefix: false,
                 program: exe.clone().into_os_string(),

@@ -87,6 +87,7 @@ fn start(common: &Common) -> Result<u8> {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     run::launch(RunOptions {
         ranks: common.n as usize,
+        nodes: run::Nodes::One,
         bind: common.bind,
         prefix: false,
         program: exe.into_os_string(),

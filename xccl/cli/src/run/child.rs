@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getpid, getppid};
 
 use super::guard::{self, Guard};
+use super::hosts::Hosts;
 use super::output::Output;
 use super::signals::Signals;
 use super::{RunOptions, stdin};
@@ -22,7 +23,8 @@ use super::{RunOptions, stdin};
 /// Starts all ranks into `ranks`, which has those that were started also after an error.
 pub fn start(
     options: &RunOptions,
-    job: &str,
+    launch: &str,
+    hosts: &Hosts,
     guard: &Guard,
     signals: &Signals,
     output: &mut Output,
@@ -30,9 +32,12 @@ pub fn start(
 ) -> Result<()> {
     let cores = if options.bind { usable_cores()? } else { vec![] };
     let open_files = allow_open_files(options)?;
-    for rank in 0..options.ranks {
-        let mut command = command(options, job, rank);
-        let core = cores.get(rank % cores.len().max(1)).copied();
+    let first = options.nodes.first_rank(options.ranks);
+    for index in 0..options.ranks {
+        let rank = first + index;
+        let mut command = command(options, launch, rank);
+        hosts.tell(&mut command, index, options.ranks);
+        let core = cores.get(index % cores.len().max(1)).copied();
         let (launcher, mask, pipe) = (getpid(), signals.before(), guard.pipe());
         let before_exec = move || {
             set_pdeathsig(Signal::SIGKILL)?;
@@ -60,17 +65,12 @@ pub fn start(
     Ok(())
 }
 
-fn command(options: &RunOptions, job: &str, rank: usize) -> Command {
-    let world = options.ranks.to_string();
+fn command(options: &RunOptions, launch: &str, rank: usize) -> Command {
     let mut command = Command::new(&options.program);
     command
         .args(&options.args)
         .envs(options.env.iter().map(|(name, value)| (name, value)))
-        .env("XCCL_RANK", rank.to_string())
-        .env("XCCL_WORLD_SIZE", &world)
-        .env("XCCL_LOCAL_RANK", rank.to_string())
-        .env("XCCL_LOCAL_WORLD_SIZE", &world)
-        .env("XCCL_JOB", job)
+        .env(guard::MARK, launch)
         .process_group(0)
         .stdin(stdin::of_rank(rank));
     if options.prefix {

@@ -1,6 +1,6 @@
 //! A tiny process that outlives a killed launcher just long enough to end what the job has left.
 //!
-//! Its standard input is a pipe of which the launcher alone holds the writing end: first the job's id, then the process
+//! Its standard input is a pipe of which the launcher alone holds the writing end: first the launch's id, then the process
 //! group of each rank, as the rank itself writes it between fork and exec. A program thus never runs unguarded, whenever the
 //! launcher is killed. The end of the pipe is the sign to act.
 
@@ -21,8 +21,11 @@ pub const SUBCOMMAND: &str = "__guard";
 /// Shown by `ps`, and not matched by a `pkill -9 xccl`, which must not take the guard with the launcher.
 const NAME: &str = "rank-guard";
 
-/// Length of a job's id.
-const JOB: usize = 32;
+/// Marks what a launcher has started. Not the job's id: two launchers may start ranks of one job on one machine.
+pub const MARK: &str = "XCCL_LAUNCH";
+
+/// Length of a launch's id.
+const LAUNCH: usize = 32;
 
 /// The launcher's end.
 pub struct Guard {
@@ -31,7 +34,7 @@ pub struct Guard {
 }
 
 impl Guard {
-    pub fn start(job: &str) -> Result<Self> {
+    pub fn start(launch: &str) -> Result<Self> {
         // The file that runs now, even if its name leads to another one by now.
         let mut command = Command::new("/proc/self/exe");
         command.arg0(NAME).arg(SUBCOMMAND).env_clear().current_dir("/");
@@ -41,7 +44,7 @@ impl Guard {
         let mut child =
             command.spawn().context("cannot start the guard process from /proc/self/exe; is /proc mounted?")?;
         let mut pipe = child.stdin.take().context("the guard process has no standard input")?;
-        pipe.write_all(job.as_bytes()).context("telling the guard process of the job")?;
+        pipe.write_all(launch.as_bytes()).context("telling the guard process of the launch")?;
         Ok(Guard { child, pipe })
     }
 
@@ -74,7 +77,7 @@ pub fn watch() -> Result<()> {
     let _ = nix::sys::prctl::set_name(c"rank-guard");
     let mut told = vec![];
     io::stdin().read_to_end(&mut told).context("reading from the launcher")?;
-    let Some((job, groups)) = told.split_at_checked(JOB) else { return Ok(()) };
+    let Some((launch, groups)) = told.split_at_checked(LAUNCH) else { return Ok(()) };
     for group in groups.chunks_exact(size_of::<i32>()) {
         let group = group.try_into().map_or(0, i32::from_ne_bytes);
         // 0 and 1 would mean the guard's own group and everybody.
@@ -82,7 +85,7 @@ pub fn watch() -> Result<()> {
             let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
         }
     }
-    let mark = [b"XCCL_JOB=", job].concat();
+    let mark = [MARK.as_bytes(), b"=", launch].concat();
     // A process may fork while it is looked for; a round that finds none ends this. The bound is for those that the kernel
     // does not let go.
     for _ in 0..100 {
@@ -94,7 +97,7 @@ pub fn watch() -> Result<()> {
     Ok(())
 }
 
-/// Kills the processes that were started with `mark` in their environment: the job's, in whatever session they are now.
+/// Kills the processes that were started with `mark` in their environment: the launch's, in whatever session they are now.
 fn kill_marked(mark: &[u8]) -> usize {
     let names = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = names.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());

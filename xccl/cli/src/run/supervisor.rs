@@ -14,7 +14,9 @@ use super::signals::{Event, Signals};
 use super::{RunOptions, TIMED_OUT};
 
 struct Supervisor<'a> {
-    /// By rank: its process and the group that this leads.
+    /// The rank of the first of this launcher's.
+    first: usize,
+    /// By rank, from that one on: its process and the group that this leads.
     groups: Vec<Pid>,
     /// Ranks that have not ended.
     running: Vec<usize>,
@@ -35,7 +37,9 @@ pub fn supervise(ranks: &[Child], signals: &Signals, options: &RunOptions, outpu
     let running = (0..ranks.len()).collect();
     let over_at = options.timeout.map(|timeout| Instant::now() + timeout);
     let (timeout, grace) = (options.timeout.unwrap_or_default(), options.grace);
-    let mut supervisor = Supervisor { groups, running, failed: None, kill_at: None, over_at, timeout, grace, output };
+    let first = options.nodes.first_rank(options.ranks);
+    let mut supervisor =
+        Supervisor { first, groups, running, failed: None, kill_at: None, over_at, timeout, grace, output };
     while !supervisor.running.is_empty() {
         let next = supervisor.kill_at.into_iter().chain(supervisor.over_at).min();
         let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
@@ -132,7 +136,8 @@ impl Supervisor<'_> {
             1 => "; ending the other rank".to_owned(),
             n => format!("; ending the other {n} ranks"),
         };
-        self.output.say(&format!("xccl run: rank {rank} (pid {}) {how}{rest}\n", self.groups[rank]));
+        let (rank, pid) = (self.first + rank, self.groups[rank]);
+        self.output.say(&format!("xccl run: rank {rank} (pid {pid}) {how}{rest}\n"));
         self.fail(code);
     }
 }
