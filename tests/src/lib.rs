@@ -1,5 +1,7 @@
 //! Starts the processes of a test, and ends them; compiles those in C and C++.
 
+pub mod namespaces;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -84,7 +86,16 @@ impl Job {
 
     /// Starts one more process, perhaps of another program.
     pub fn start_another(&mut self, program: &str, scenario: &str, env: impl IntoIterator<Item = (String, String)>) {
-        let mut command = Command::new(program);
+        self.start_command(Command::new(program), scenario, env);
+    }
+
+    /// Starts one more process, by a command that lacks the scenario.
+    pub fn start_command(
+        &mut self,
+        mut command: Command,
+        scenario: &str,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) {
         command.arg(scenario).env("XCCL_TIMEOUT", "20").env("RUST_BACKTRACE", "0").envs(env);
         command.stdin(Stdio::null()).stderr(Stdio::piped());
         self.ranks.push(command.spawn().expect("the test's own program can be started"));

@@ -12,6 +12,8 @@ mod misuse;
 mod mixed;
 #[path = "rank/moe.rs"]
 mod moe;
+#[path = "rank/nodes.rs"]
+mod nodes;
 #[path = "rank/p2p.rs"]
 mod p2p;
 #[path = "rank/wire.rs"]
@@ -60,6 +62,8 @@ fn main() -> Result<()> {
         "given-up" => p2p::given_up(&comm),
         "many-posted" => p2p::many_posted(&comm),
         "split" => p2p::split(&comm),
+        "across-nodes" => nodes::across_nodes(&comm),
+        "nothing-stays" => nodes::nothing_stays(&comm),
         "isolation" => isolation::outboxes_stay_their_owners(&comm),
         "idle" => many::idle(&comm),
         "crowd" => many::crowd(&comm),

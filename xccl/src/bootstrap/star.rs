@@ -533,11 +533,14 @@ fn reach_over_unix(name: &str, deadline: Instant) -> Result<unix::Link> {
 fn reach_over_tcp(place: &Place, keys: &tcp::Keys, deadline: Instant) -> Result<tcp::Link> {
     let started = Instant::now();
     let mut pause = FIRST_RETRY;
+    let mut last = String::new();
     loop {
-        let last = match try_over_tcp(place, keys, deadline)? {
+        match try_over_tcp(place, keys, deadline)? {
             Ok(link) => return Ok(link),
-            Err(why) => why,
-        };
+            // The last attempt, which the deadline cuts short, says less than those before.
+            Err((_, cut_short)) if cut_short && !last.is_empty() => {}
+            Err((why, _)) => last = why,
+        }
         if Instant::now() >= deadline {
             return Err(Error::HostUnreachable { tried: place.to_string(), waited: started.elapsed(), last });
         }
@@ -546,17 +549,22 @@ fn reach_over_tcp(place: &Place, keys: &tcp::Keys, deadline: Instant) -> Result<
     }
 }
 
-/// Tries each address of the place once. Where none can be reached, it may help to try later; the last one's reason is given.
-fn try_over_tcp(place: &Place, keys: &tcp::Keys, deadline: Instant) -> Result<std::result::Result<tcp::Link, String>> {
+/// Tries each address of the place once. Where none can be reached, it may help to try later; the last one's reason is given,
+/// and whether time was over first.
+fn try_over_tcp(
+    place: &Place,
+    keys: &tcp::Keys,
+    deadline: Instant,
+) -> Result<std::result::Result<tcp::Link, (String, bool)>> {
     let addresses = match place.addresses() {
         Ok(addresses) => addresses,
-        Err(error) => return Ok(Err(format!("the name is not known: {error}"))),
+        Err(error) => return Ok(Err((format!("the name is not known: {error}"), false))),
     };
-    let mut last = "the name has no address".to_string();
+    let mut last = ("the name has no address".to_string(), false);
     for address in addresses {
         match tcp::Link::connect(address, keys, deadline.min(Instant::now() + ATTEMPT))? {
             Attempt::Connected(link) => return Ok(Ok(link)),
-            Attempt::Failed(why) => last = why,
+            Attempt::Failed(why, cut_short) => last = (why, cut_short),
             Attempt::WrongSecret => {
                 let why = format!("rank 0, at {address}, has another secret than this rank");
                 return Err(Error::Refused { why });

@@ -113,14 +113,15 @@ pub(super) enum Attempt {
     Connected(Link),
     /// Rank 0 says that this rank's secret is not its own.
     WrongSecret,
-    /// It may work later.
-    Failed(String),
+    /// It may work later. Whether time was over before the other end had its say.
+    Failed(String, bool),
 }
 
 impl Link {
     /// Connects to rank 0 and agrees on keys with it.
     pub(super) fn connect(address: SocketAddr, keys: &Keys, until: Instant) -> Result<Attempt> {
-        let failed = |why: &std::io::Error| Ok(Attempt::Failed(format!("{address}: {why}")));
+        let failed =
+            |why: &dyn std::fmt::Display| Ok(Attempt::Failed(format!("{address}: {why}"), Instant::now() >= until));
         let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let stream = match TcpStream::connect_timeout(&address, left) {
             Ok(stream) => stream,
@@ -128,7 +129,7 @@ impl Link {
         };
         // Where nobody listens, a connection from a port to itself can come about.
         if stream.local_addr().ok() == stream.peer_addr().ok() {
-            return Ok(Attempt::Failed(format!("{address}: nobody listens there")));
+            return failed(&"nobody listens there");
         }
         let mut link = Link::new(stream, State::Ended)?;
         let mut handshake = keys.handshake(true)?;
@@ -136,7 +137,7 @@ impl Link {
         let len = handshake.write_message(&[], &mut noise).map_err(|e| self::failed("greeting rank 0", e))?;
         link.to_send = [&MARK[..], &keys.token, &noise[..len]].concat();
         if link.flush()? != Sent::Done {
-            return Ok(Attempt::Failed(format!("{address}: the connection takes no data")));
+            return failed(&"the connection takes no data");
         }
         let mut reply = [0; 1 + NOISE_MESSAGE];
         let come = match link.read_reply(&mut reply, until) {
@@ -158,7 +159,7 @@ impl Link {
             },
             _ => "who listens there is no rank 0 of this version",
         };
-        Ok(Attempt::Failed(format!("{address}: {why}")))
+        failed(&why)
     }
 
     /// Reads a whole reply, or one byte that refuses; gives the number of bytes that came before the end of connection or time.

@@ -1,0 +1,62 @@
+//! Ranks on several nodes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use xccl::{Communicator, Config};
+
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What `from` has for `to`: of a length that tells them apart.
+fn words(from: usize, to: usize) -> Vec<u8> {
+    (0..from * 1000 + to * 10 + 1).map(|i| (i * 7 + from * 31 + to * 17) as u8).collect()
+}
+
+/// Every rank has something for every other one.
+fn meet(comm: &Communicator) -> Result<()> {
+    let (me, ranks) = (comm.rank(), comm.world_size());
+    for distance in 1..ranks {
+        let (to, from) = ((me + distance) % ranks, (me + ranks - distance) % ranks);
+        let (sent, mut got) = (words(me, to), vec![0; words(from, me).len()]);
+        comm.scope(|scope| {
+            let receive = scope.irecv(from, 7, &mut got)?;
+            let send = scope.isend(to, 7, &sent)?;
+            xccl::wait_all([send, receive])
+        })?;
+        ensure!(got == words(from, me), "rank {me} got something else from rank {from}");
+    }
+    Ok(comm.barrier()?)
+}
+
+/// All meet, then parts of them that lie across the nodes, then all once more from the same environment.
+pub fn across_nodes(comm: &Communicator) -> Result<()> {
+    meet(comm)?;
+    let part = comm.split(Some((comm.rank() % 2) as u32), -(comm.rank() as i32))?;
+    part.map_or(Ok(()), |part| meet(&part))?;
+    meet(&comm.duplicate()?)?;
+    meet(&Communicator::from_env()?)
+}
+
+/// Communicators come and go, and take all with them that they have opened.
+pub fn nothing_stays(comm: &Communicator) -> Result<()> {
+    let open = || -> std::io::Result<Vec<_>> {
+        let entries = std::fs::read_dir("/proc/self/fd")?.flatten();
+        Ok(entries.map(|entry| std::fs::read_link(entry.path()).unwrap_or_default()).collect())
+    };
+    // What is opened once for all, or by this communicator for its first messages, is not what this is about.
+    meet(comm)?;
+    meet(&Communicator::from_env_with(Config::from_env()?)?)?;
+    let before = open()?;
+    for _ in 0..4 {
+        let comm = Communicator::from_env()?;
+        meet(&comm)?;
+        meet(&comm.duplicate()?)?;
+    }
+    // The provider may still be closing a connection that it turned out not to need, then as now.
+    let start = Instant::now();
+    while open()?.len() > before.len() {
+        ensure!(start.elapsed() < PATIENCE, "open files before: {before:?}, after: {:?}", open()?);
+        std::thread::sleep(PATIENCE / 100);
+    }
+    Ok(())
+}
