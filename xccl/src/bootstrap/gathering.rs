@@ -142,9 +142,11 @@ impl Gathering {
             if link.peer()?.is_some_and(|peer| peer.uid != ours) {
                 continue;
             }
-            // In a flood, those go that have said nothing for longest: a rank says hello at once.
+            // In a flood, those go that have said nothing for longest: a rank says hello at once. One that has shown that it
+            // knows the secret comes last, as it will not try again.
             if self.strangers.len() >= most {
-                self.strangers.remove(0);
+                let first = self.strangers.iter().position(|stranger| !stranger.link.has_keys());
+                self.strangers.remove(first.unwrap_or(0));
             }
             self.strangers.push(Stranger { link, since: Instant::now() });
         }

@@ -89,6 +89,14 @@ impl Link {
         }
     }
 
+    /// Whether the other end has been found to know the secret, of which a Unix socket knows nothing.
+    pub(super) fn has_keys(&self) -> bool {
+        match self {
+            Link::Unix(_) => false,
+            Link::Tcp(link) => link.has_keys(),
+        }
+    }
+
     /// Whether bytes have been received that were not asked for yet.
     pub(super) fn has_unread(&self) -> bool {
         match self {

@@ -26,7 +26,7 @@ const LAST_RETRY: Duration = Duration::from_millis(50);
 /// How long one attempt to reach rank 0 on another host may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// How long the ranks of one node, all alive and at it, may take to meet.
-const FOR_THE_NODE: Duration = Duration::from_secs(10);
+const FOR_THE_NODE: Duration = Duration::from_secs(20);
 /// The longest text in which a rank tells the others why it cannot go on.
 const REASON: usize = 4096;
 

@@ -205,6 +205,11 @@ impl Link {
         Some(address)
     }
 
+    /// Whether the other end has been found to know the secret.
+    pub(super) fn has_keys(&self) -> bool {
+        matches!(self.state, State::Open(_))
+    }
+
     pub(super) fn has_unread(&self) -> bool {
         !self.received.is_empty()
     }
@@ -215,7 +220,19 @@ impl Link {
             Sent::Done => {}
             other => return Ok(other),
         }
-        let State::Open(keys) = &mut self.state else { return Ok(Sent::Closed) };
+        if !self.encrypt(bytes)? {
+            return Ok(Sent::Closed);
+        }
+        Ok(match self.flush()? {
+            Sent::Closed => Sent::Closed,
+            // The rest follows.
+            _ => Sent::Done,
+        })
+    }
+
+    /// Adds a message to what is to be sent; not where there are no keys.
+    fn encrypt(&mut self, bytes: &[u8]) -> Result<bool> {
+        let State::Open(keys) = &mut self.state else { return Ok(false) };
         let mut plain = Vec::with_capacity(bytes.len().min(FRAME) + 1);
         let mut chunks = bytes.chunks(FRAME - 1).peekable();
         while let Some(chunk) = chunks.next() {
@@ -228,11 +245,7 @@ impl Link {
             let encrypted = keys.write_message(&plain, &mut self.to_send[start + LENGTH..]);
             encrypted.map_err(|e| failed("encrypting a message", e))?;
         }
-        Ok(match self.flush()? {
-            Sent::Closed => Sent::Closed,
-            // The rest follows.
-            _ => Sent::Done,
-        })
+        Ok(true)
     }
 
     /// Sends what was taken and has not been sent.
@@ -243,8 +256,8 @@ impl Link {
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
                     ErrorKind::WouldBlock => return Ok(Sent::Full),
-                    _ if is_end(&error) => return Ok(Sent::Closed),
-                    _ => return Err(Error::os("send", error)),
+                    // Whatever the network reports, this connection is over.
+                    _ => return Ok(Sent::Closed),
                 },
             }
         }
@@ -266,8 +279,8 @@ impl Link {
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
                     ErrorKind::WouldBlock => return Ok(Received::Nothing),
-                    _ if is_end(&error) => return Ok(Received::Closed),
-                    _ => return Err(Error::os("recv", error)),
+                    // As for sending: a stranger's connection must not be what ends a job.
+                    _ => return Ok(Received::Closed),
                 },
             }
         }
@@ -364,15 +377,16 @@ fn first_frame(received: &[u8]) -> Option<&[u8]> {
     rest.get(..usize::from(u16::from_le_bytes(*length)))
 }
 
-/// Whether the connection is over, for whatever reason the network gives.
-fn is_end(error: &std::io::Error) -> bool {
+/// Whether this befell a connection before it was accepted.
+fn is_of_a_connection(error: &std::io::Error) -> bool {
     matches!(
         error.raw_os_error().map(Errno::from_raw),
         Some(
             Errno::ECONNRESET
-                | Errno::EPIPE
-                | Errno::ENOTCONN
                 | Errno::ECONNABORTED
+                | Errno::EPROTO
+                | Errno::ENOPROTOOPT
+                | Errno::EOPNOTSUPP
                 | Errno::ETIMEDOUT
                 | Errno::EHOSTUNREACH
                 | Errno::EHOSTDOWN
@@ -413,8 +427,7 @@ impl Listener {
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock => return Ok(None),
                     ErrorKind::Interrupted => {}
-                    // What befell a connection before it was accepted is no failure of this socket.
-                    _ if is_end(&error) || error.raw_os_error() == Some(libc::EPROTO) => {}
+                    _ if is_of_a_connection(&error) => {}
                     _ => return Err(Error::os("accept4", error)),
                 },
             }
@@ -425,5 +438,135 @@ impl Listener {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A rank's end and rank 0's, with keys agreed on.
+    fn pair() -> (Link, Link) {
+        let keys = Keys { token: [1; TOKEN], secret: [2; 32] };
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.address().unwrap();
+        let until = Instant::now() + Duration::from_secs(20);
+        std::thread::scope(|s| {
+            let rank = s.spawn(|| Link::connect(address, &keys, until).unwrap());
+            wait_until(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], until).unwrap();
+            let mut root = listener.accept(&keys).unwrap().unwrap();
+            while !root.has_keys() {
+                wait_until(&mut [PollFd::new(root.as_fd(), PollFlags::POLLIN)], until).unwrap();
+                assert!(matches!(root.try_receive(&mut Inbox::new()).unwrap(), Received::Nothing));
+            }
+            let Attempt::Connected(rank) = rank.join().unwrap() else { panic!("not connected") };
+            (rank, root)
+        })
+    }
+
+    /// Each message as it would travel.
+    fn frames_of(link: &mut Link, messages: &[Vec<u8>]) -> Vec<Vec<u8>> {
+        let encrypt = |message: &Vec<u8>| {
+            assert!(link.encrypt(message).unwrap());
+            std::mem::take(&mut link.to_send)
+        };
+        messages.iter().map(encrypt).collect()
+    }
+
+    /// What the other end makes of bytes that come in pieces: the messages, and whether it has given up.
+    fn read(link: &mut Link, bytes: &[u8], piece: usize) -> (Vec<Vec<u8>>, bool) {
+        let (mut inbox, mut messages) = (Inbox::new(), vec![]);
+        for bytes in bytes.chunks(piece) {
+            link.received.extend_from_slice(bytes);
+            loop {
+                match link.try_receive(&mut inbox).unwrap() {
+                    Received::Message(len, fds) if fds.is_empty() => messages.push(inbox.message(len).to_vec()),
+                    Received::Nothing => break,
+                    Received::Foreign => return (messages, true),
+                    other => panic!("{other:?}"),
+                }
+            }
+            // No more is kept than a frame that has not come in whole, and the parts of one message.
+            assert!(link.received.capacity() <= 2 * (usize::from(u16::MAX) + READ + piece));
+            assert!(link.message.capacity() <= 2 * MAX_MESSAGE);
+        }
+        (messages, false)
+    }
+
+    fn messages() -> impl Strategy<Value = Vec<Vec<u8>>> {
+        let len = prop_oneof![1usize..100, 1usize..5000, FRAME - 3..FRAME + 3, MAX_MESSAGE - 2..MAX_MESSAGE + 1];
+        prop::collection::vec(
+            (len, any::<u8>()).prop_map(|(len, first)| (0..len).map(|i| i as u8 ^ first).collect()),
+            1..5,
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn messages_survive_being_cut_into_pieces(sent in messages(), piece in 1usize..70_000) {
+            let (mut rank, mut root) = pair();
+            let bytes = frames_of(&mut rank, &sent).concat();
+            prop_assert_eq!(read(&mut root, &bytes, piece), (sent, false));
+        }
+
+        /// Never another message than those sent, in their order, and the end at the latest where something was changed.
+        #[test]
+        fn what_is_changed_cut_replayed_or_made_up_is_never_a_message(
+            sent in messages(), kind in 0usize..5, at: prop::sample::Index, value in 1u8..,
+            garbage in prop::collection::vec(any::<u8>(), 1..70_000), piece in 1usize..70_000,
+        ) {
+            let (mut rank, mut root) = pair();
+            let frames = frames_of(&mut rank, &sent);
+            let changed = at.index(frames.len());
+            let mut bytes = frames.concat();
+            let before: usize = frames[..changed].iter().map(Vec::len).sum();
+            let start = before + at.index(frames[changed].len());
+            match kind {
+                0 => bytes[start] ^= value,
+                1 => _ = bytes.drain(start..start + 1),
+                // A message once more.
+                2 => _ = bytes.splice(before..before, frames[changed].iter().copied()),
+                // Two that have changed places.
+                3 => bytes.rotate_left(frames[0].len()),
+                _ => _ = bytes.splice(before.., garbage),
+            }
+            let (heard, ended) = read(&mut root, &bytes, piece);
+            let whole = match kind { 2 => changed + 1, 3 if sent.len() == 1 => 1, 3 => 0, _ => changed };
+            prop_assert_eq!(&heard, &sent[..whole]);
+            // What claims to be longer than what has come is waited for instead, until the deadline of whoever waits.
+            prop_assert!(ended || kind != 2);
+        }
+    }
+
+    #[test]
+    fn a_message_that_does_not_end_is_no_message() {
+        let (mut rank, mut root) = pair();
+        let State::Open(keys) = &mut rank.state else { panic!("no keys") };
+        let mut bytes = vec![];
+        for _ in 0..=MAX_MESSAGE / (FRAME - 1) + 1 {
+            let (mut plain, mut encrypted) = (vec![7; FRAME], vec![0; FRAME + TAG]);
+            plain[0] = 0;
+            keys.write_message(&plain, &mut encrypted).unwrap();
+            bytes.extend(((FRAME + TAG) as u16).to_le_bytes());
+            bytes.extend(encrypted);
+        }
+        assert_eq!(read(&mut root, &bytes, 1000), (vec![], true));
+    }
+
+    #[test]
+    fn the_secret_does_not_travel_in_clear_and_no_two_greetings_are_alike() {
+        let keys = Keys { token: [1; TOKEN], secret: [2; 32] };
+        let greeting = || {
+            let mut noise = [0; NOISE_MESSAGE];
+            assert_eq!(keys.handshake(true).unwrap().write_message(&[], &mut noise).unwrap(), NOISE_MESSAGE);
+            noise
+        };
+        let (one, other) = (greeting(), greeting());
+        assert_ne!(one, other);
+        assert!(!one.windows(8).any(|bytes| bytes == [2; 8]));
     }
 }

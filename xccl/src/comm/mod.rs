@@ -125,8 +125,8 @@ pub struct MemoryPlan {
 struct Split {
     color: Option<u32>,
     key: i32,
-    /// The id of the new communicator, if this rank becomes its rank 0.
-    id: Vec<u8>,
+    /// The id of the new communicator, if this rank becomes its rank 0; or why it has none.
+    id: std::result::Result<Vec<u8>, String>,
 }
 
 impl Communicator {
@@ -287,8 +287,9 @@ impl Communicator {
     /// As [`init`](Self::init).
     pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Communicator>> {
         // A port that was taken for it is given back in the end, unless this rank becomes rank 0.
-        let reserved = self.inner.star().new_id()?;
-        let mine = fabric::encode(&Split { color, key, id: reserved.0.as_bytes().to_vec() })?;
+        let reserved = self.inner.star().new_id();
+        let id = reserved.as_ref().map(|id| id.0.as_bytes().to_vec()).map_err(|err| err.to_string());
+        let mine = fabric::encode(&Split { color, key, id })?;
         let parts = self.inner.star().exchange(&mine, &[], self.inner.deadline())?;
         let mut members = vec![];
         for (rank, (blob, _)) in parts.iter().enumerate() {
@@ -302,6 +303,10 @@ impl Communicator {
             return Ok(None);
         };
         let (_, root, id) = &members[0];
+        let id = id.as_ref().map_err(|why| Error::Bootstrap {
+            during: "making an id for the new communicator",
+            source: std::io::Error::other(format!("rank {root}: {why}")),
+        })?;
         let id: &[u8; 128] = id.as_slice().try_into().map_err(|_| Error::Corrupt {
             rank: *root,
             what: "the length of a unique id",
