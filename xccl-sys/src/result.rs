@@ -77,6 +77,8 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         | Error::TooManyTokens { .. }
         | Error::ExpertOutOfRange { .. }
         | Error::DuplicateExpert { .. }
+        | Error::NotShared { .. }
+        | Error::NoWord { .. }
         | Error::Shape { .. }
         | Error::DTypeMismatch { .. } => xcclInvalidArgument,
         Error::NotLaunched { .. } => xcclNotLaunched,

@@ -235,6 +235,36 @@ pub enum Error {
         total: usize,
     },
 
+    /// A piece of a rank's heap is not shared memory.
+    #[error(
+        "{bytes} bytes at {offset} of rank {rank}'s heap are not shared memory, which is there from {from} to {to}: name a piece of what that rank has allocated with shared_alloc"
+    )]
+    NotShared {
+        /// The rank.
+        rank: usize,
+        /// Where the piece begins.
+        offset: usize,
+        /// Its bytes.
+        bytes: usize,
+        /// Where the rank's shared memory begins.
+        from: usize,
+        /// Where it ends.
+        to: usize,
+    },
+
+    /// A piece of shared memory cannot be a word.
+    #[error(
+        "a piece of {bytes} bytes at {offset} of rank {rank}'s heap holds no word: words are 8 bytes at a multiple of 8"
+    )]
+    NoWord {
+        /// The rank.
+        rank: usize,
+        /// Where the piece begins.
+        offset: usize,
+        /// Its bytes.
+        bytes: usize,
+    },
+
     /// A system call failed.
     #[error("{call} failed: {source}")]
     Os {

@@ -7,6 +7,7 @@
 //! - [`Communicator`]: a group of ranks; how they find each other ([`UniqueId`], launchers' environments), `split`, barrier.
 //! - [`Moe`]: dispatch each token to the ranks that hold its experts, combine what comes back.
 //! - Point to point: [`Communicator::send`], [`Communicator::recv`].
+//! - One-sided: [`Communicator::put`], [`Communicator::get`], signals and atomics on [`SharedBuffer`]s of other ranks.
 //! - [`Config`]: every option, by code or by environment; [`Error`]: everything that can go wrong, with the facts.
 //!
 //! Linux only. See [`Moe`] for a complete example.
@@ -33,6 +34,8 @@ mod memory;
 #[cfg(not(loom))]
 mod moe;
 #[cfg(not(loom))]
+mod onesided;
+#[cfg(not(loom))]
 mod p2p;
 mod sync;
 
@@ -49,8 +52,9 @@ pub use crate::{
         Arrivals, BatchRow, Epilogue, Exchange, ExpertBatch, InputRows, Lanes, Moe, MoeConfig, Reduction, Residual,
         RmsNorm, Routing, ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
     },
+    onesided::{Remote, SharedBuffer},
     p2p::{Calibration, CalibrationPoint, RawRequest, Request, Scope, Source, Status, wait_all},
-    sync::{CoreSharing, Operation},
+    sync::{CoreSharing, Operation, Until, Update},
 };
 
 /// The README's Rust example.

@@ -1,4 +1,4 @@
-//! A block of the symmetric heap.
+//! A block of the symmetric heap's part that its owner alone writes.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -40,7 +40,7 @@ impl Deref for HeapBuffer {
 
     fn deref(&self) -> &[u8] {
         // SAFETY: the block lies inside the mapping, which `comm` keeps alive, and belongs to this value alone until it is
-        // dropped; peers only read it, to receive a message sent from it.
+        // dropped; peers only read it, to receive a message sent from it: what they may write lies beyond the heap's border.
         unsafe { std::slice::from_raw_parts(self.start(), self.bytes) }
     }
 }

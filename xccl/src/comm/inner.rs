@@ -17,7 +17,7 @@ use crate::fabric::far::Far;
 use crate::fabric::plane::Trouble;
 use crate::fabric::progress::Mover;
 use crate::fabric::{self, Fabric, cma};
-use crate::memory::heap::HeapAllocator;
+use crate::memory::heap::Heap;
 use crate::memory::machine;
 use crate::memory::mapping::Mapping;
 use crate::memory::segment::Writers;
@@ -65,7 +65,7 @@ pub(crate) struct CommInner {
     /// The node of each rank.
     pub(crate) nodes: Vec<usize>,
     bells: Arc<Bells>,
-    pub(crate) heap: Mutex<HeapAllocator>,
+    pub(crate) heap: Mutex<Heap>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) p2p: P2p,
     pub(crate) calibration: Calibration,
@@ -140,6 +140,7 @@ impl CommInner {
             reserved: 0,
         };
         fabric.outbox.write(0, bytemuck::bytes_of(&header(rank)));
+        fabric.outbox.word64(layout.border).store(heap_bytes as u64, Release);
         fabric.outbox.word32(layout.state).store(RUNNING, Release);
 
         // Every header is written once everybody has sent its part.
@@ -196,7 +197,7 @@ impl CommInner {
             rank,
             world_size,
             p2p: P2p::new(world_size),
-            heap: Mutex::new(HeapAllocator::new(HEAP_START, heap_bytes - HEAP_START)),
+            heap: Mutex::new(Heap::new(HEAP_START, heap_bytes - HEAP_START)),
             counters: Arc::default(),
             star: Mutex::new(star),
             barriers: Mutex::new(0),
@@ -440,6 +441,20 @@ impl CommInner {
             }
         };
         Error::Timeout { during: what.operation, epoch: what.epoch, peer: what.peer, waited, waited_for }
+    }
+
+    /// Whether anything can still be done to a rank's memory, as far as this rank knows without asking the kernel.
+    pub(crate) fn check_partner(&self, rank: usize, during: Operation) -> Result<()> {
+        match self.state(rank) {
+            RUNNING if self.first_dead.get() != Some(&rank) => {}
+            ABORTED => return Err(Error::Aborted { by: rank, during }),
+            LEFT => return Err(Error::PeerLeft { rank, during, epoch: 0 }),
+            _ => return Err(Error::PeerDied { rank, during, epoch: 0 }),
+        }
+        match self.state(self.rank) {
+            ABORTED => Err(Error::Aborted { by: self.rank, during }),
+            _ => Ok(()),
+        }
     }
 
     fn state(&self, rank: usize) -> u32 {

@@ -41,6 +41,8 @@ pub(crate) const SLOTS: usize = 64;
 pub(crate) struct CommLayout {
     /// [`State`](super::inner) of this rank; read by all before they sleep.
     pub(crate) state: usize,
+    /// Where the shared part of this rank's heap begins; read by whoever puts something there.
+    pub(crate) border: usize,
     /// Whom this rank sleeps for; read by publishers, those that publish for all only while the list of sleepers has this rank.
     pub(crate) sleep: usize,
     /// Progress words; read by whoever explains a wait.
@@ -82,6 +84,8 @@ impl CommLayout {
         let bytes = layout.bytes();
         CommLayout {
             state,
+            // Beside the state: both are looked at before a put, and hardly ever change.
+            border: state + 8,
             sleep,
             progress,
             barrier,

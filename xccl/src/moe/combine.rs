@@ -290,7 +290,7 @@ impl<E: Element> Combine<'_, E> {
             if let Some(node) = (sender as usize).checked_sub(self.senders.world_size)
                 && let Some(between) = self.senders.between
             {
-                terms.push(between.sum(self.epoch, node, before, layout.stride, self.outboxes.hidden), 1.0);
+                terms.push((between.sum(self.epoch, node, before, layout.stride, self.outboxes.hidden), 1.0));
                 continue;
             }
             let (rank, row) = (sender, self.first[sender as usize] as usize + before);

@@ -230,12 +230,14 @@ impl Rail {
         let gather = |i: usize, terms: &mut Terms<'s, E>| {
             let (first, end) = (sums.spans[i] as usize, sums.spans[i + 1] as usize);
             for &(rank, row, weight) in &sums.terms[first..end] {
-                terms.push(outboxes.output(rank as usize, area, row as usize)?, weight);
+                terms.push((outboxes.output(rank as usize, area, row as usize)?, weight));
             }
             Ok(())
         };
         let count = sums.spans.len() - 1;
-        sum_each(0..count, gather, |i, sum| sum.write(staging.slice_mut(start + i * layout.stride, hidden)))?;
+        sum_each(0..count, gather, |i, sum| {
+            sum.write(self.kernels, staging.slice_mut(start + i * layout.stride, hidden));
+        })?;
         Ok(count)
     }
 

@@ -13,6 +13,7 @@ pub(crate) mod pieces;
 #[cfg(not(loom))]
 pub(crate) mod progress;
 pub(crate) mod ring;
+pub(crate) mod signal;
 #[cfg(not(loom))]
 pub(crate) mod wait;
 
@@ -21,4 +22,8 @@ pub(crate) mod wait;
 mod loom_tests;
 
 #[cfg(not(loom))]
-pub use {cores::CoreSharing, progress::Operation};
+pub use {
+    cores::CoreSharing,
+    progress::Operation,
+    signal::{Until, Update},
+};

@@ -35,14 +35,30 @@ pub enum Operation {
     CombineRecv = 8,
     /// Building another communicator, or a handle that needs memory of its own.
     Setup = 9,
+    /// A put, a get or an atomic operation on a rank's shared memory.
+    OneSided = 20,
+    /// Waiting for a signal.
+    SignalWait = 21,
 }
 
 impl Operation {
     fn from_word(word: u32) -> Option<Self> {
         use Operation::*;
-        [Computing, Init, Barrier, Send, Recv, DispatchSend, DispatchRecv, CombineSend, CombineRecv, Setup]
-            .get(word as usize)
-            .copied()
+        let all = [
+            Computing,
+            Init,
+            Barrier,
+            Send,
+            Recv,
+            DispatchSend,
+            DispatchRecv,
+            CombineSend,
+            CombineRecv,
+            Setup,
+            OneSided,
+            SignalWait,
+        ];
+        all.into_iter().find(|&operation| operation as u32 == word)
     }
 }
 
@@ -59,6 +75,8 @@ impl fmt::Display for Operation {
             Operation::CombineSend => "combine_send",
             Operation::CombineRecv => "combine_recv",
             Operation::Setup => "set-up",
+            Operation::OneSided => "one-sided access",
+            Operation::SignalWait => "signal_wait",
         })
     }
 }
