@@ -265,6 +265,37 @@ pub enum Error {
         bytes: usize,
     },
 
+    /// A KV request was cancelled by one of its two ranks.
+    #[error("the KV request {id} with rank {rank} was cancelled: the receiver's pages are free once its poll says so")]
+    KvCancelled {
+        /// The other rank.
+        rank: usize,
+        /// The request's id.
+        id: u64,
+    },
+
+    /// A page cannot be posted, or pushed to.
+    #[error("page {page} of KV request {id} with rank {rank} {why}")]
+    KvPage {
+        /// The other rank.
+        rank: usize,
+        /// The request's id.
+        id: u64,
+        /// The page.
+        page: u32,
+        /// What is wrong with it, and what to do.
+        why: &'static str,
+    },
+
+    /// A rank has no part in the KV transfer, or the other one.
+    #[error("rank {rank} is no KV {expected}: pages go from senders to receivers")]
+    KvRole {
+        /// The rank.
+        rank: usize,
+        /// What it should be.
+        expected: &'static str,
+    },
+
     /// A system call failed.
     #[error("{call} failed: {source}")]
     Os {

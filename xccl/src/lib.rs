@@ -8,6 +8,7 @@
 //! - [`Moe`]: dispatch each token to the ranks that hold its experts, combine what comes back.
 //! - Point to point: [`Communicator::send`], [`Communicator::recv`].
 //! - One-sided: [`Communicator::put`], [`Communicator::get`], signals and atomics on [`SharedBuffer`]s of other ranks.
+//! - KV cache: [`KvSender`] and [`KvReceiver`] move pages from prefill to decode ranks, layer by layer.
 //! - [`Config`]: every option, by code or by environment; [`Error`]: everything that can go wrong, with the facts.
 //!
 //! Linux only. See [`Moe`] for a complete example.
@@ -28,6 +29,8 @@ mod error;
 mod fabric;
 #[cfg(not(loom))]
 mod kernels;
+#[cfg(not(loom))]
+mod kv;
 mod loom_facade;
 #[cfg(not(loom))]
 mod memory;
@@ -47,6 +50,7 @@ pub use crate::{
     error::{Error, Result},
     fabric::NetworkProvider,
     kernels::Kernels,
+    kv::{KvConfig, KvEvent, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, KvTicket, PageLayout},
     memory::MemoryFlavour,
     moe::{
         Arrivals, BatchRow, Epilogue, Exchange, ExpertBatch, InputRows, Lanes, Moe, MoeConfig, Reduction, Residual,

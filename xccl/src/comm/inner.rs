@@ -392,7 +392,11 @@ impl CommInner {
         if let Some(by) = (0..self.world_size).find(|&r| self.state(r) == ABORTED) {
             return Err(Error::Aborted { by, during });
         }
-        if let Some(rank) = self.dead_rank() {
+        let dead = match what.operation.is_of_a_pair() {
+            true => what.peer.filter(|&peer| self.has_died(peer)),
+            false => self.dead_rank(),
+        };
+        if let Some(rank) = dead {
             return Err(Error::PeerDied { rank, during, epoch: what.epoch });
         }
         if self.fabric.far.is_some()
@@ -414,7 +418,7 @@ impl CommInner {
         let all_left = || (0..self.world_size).all(|r| r == self.rank || self.state(r) == LEFT);
         let left = match what.peer {
             Some(peer) => (self.state(peer) == LEFT).then_some(peer),
-            None if all_left() => others_left(),
+            None if !what.operation.is_of_a_pair() && all_left() => others_left(),
             None => None,
         };
         if let Some(rank) = left {
@@ -455,6 +459,17 @@ impl CommInner {
             ABORTED => Err(Error::Aborted { by: self.rank, during }),
             _ => Ok(()),
         }
+    }
+
+    /// As [`check_partner`](Self::check_partner), but asks the kernel, which takes a system call.
+    pub(crate) fn check_partner_lives(&self, rank: usize, during: Operation) -> Result<()> {
+        self.check_partner(rank, during)?;
+        if self.has_died(rank) { Err(Error::PeerDied { rank, during, epoch: 0 }) } else { Ok(()) }
+    }
+
+    /// Whether the rank's process has ended without leaving.
+    fn has_died(&self, rank: usize) -> bool {
+        self.liveness.first_dead(|r| r == rank && self.state(r) != LEFT).is_some()
     }
 
     fn state(&self, rank: usize) -> u32 {

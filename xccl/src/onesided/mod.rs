@@ -192,4 +192,4 @@ impl Communicator {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

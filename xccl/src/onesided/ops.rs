@@ -9,6 +9,7 @@ use crate::comm::inner::{CommInner, lock};
 use crate::comm::layout::HEAP_START;
 use crate::error::{Error, Result};
 use crate::memory::mapping::Mapping;
+use crate::memory::stream;
 use crate::sync::progress::{Operation, Waiting};
 use crate::sync::signal::{self, Until, Update};
 
@@ -28,6 +29,27 @@ impl CommInner {
         self.check_piece(to, data.len())?;
         self.check_partner(to.rank, DURING)?;
         self.shared_heap(to.rank).put(to.offset, data);
+        Ok(())
+    }
+
+    /// Puts pieces into one area of a rank's memory, by their offsets there; past the caches if so many are to come that they
+    /// would not stay there. What is to tell of them has to come after a [`fence`](Self::fence).
+    pub(crate) fn put_pieces<'a>(
+        &self,
+        area: Remote,
+        past_caches: bool,
+        pieces: impl IntoIterator<Item = (usize, &'a [u8])>,
+    ) -> Result<()> {
+        self.check_piece(area, area.bytes)?;
+        let heap = self.shared_heap(area.rank);
+        for (offset, data) in pieces {
+            self.check_piece(area.skip(offset), data.len())?;
+            match past_caches {
+                true => heap.put_streaming(area.offset + offset, data),
+                false => heap.put(area.offset + offset, data),
+            }
+        }
+        stream::end_streaming();
         Ok(())
     }
 

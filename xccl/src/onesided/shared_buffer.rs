@@ -143,6 +143,11 @@ impl SharedBuffer {
         }
     }
 
+    /// Whether it belongs to this communicator.
+    pub(crate) fn is_of(&self, comm: &Arc<CommInner>) -> bool {
+        Arc::ptr_eq(&self.comm, comm)
+    }
+
     fn heap(&self) -> &Mapping {
         &self.comm.fabric.peer(self.comm.rank).heap
     }

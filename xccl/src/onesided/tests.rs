@@ -19,7 +19,7 @@ fn alone() -> Communicator {
 }
 
 /// Ranks that are threads of this process.
-fn ranks(n: usize, play: impl Fn(&Communicator) + Sync) {
+pub(crate) fn ranks(n: usize, play: impl Fn(&Communicator) + Sync) {
     let id = UniqueId::new().unwrap();
     std::thread::scope(|s| {
         for rank in 0..n {

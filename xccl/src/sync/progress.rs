@@ -39,9 +39,18 @@ pub enum Operation {
     OneSided = 20,
     /// Waiting for a signal.
     SignalWait = 21,
+    /// Moving KV pages to receivers.
+    KvSend = 22,
+    /// Getting KV pages from senders.
+    KvRecv = 23,
 }
 
 impl Operation {
+    /// Whether it concerns this rank and the one waited for, whatever becomes of others.
+    pub(crate) fn is_of_a_pair(self) -> bool {
+        matches!(self, Operation::KvSend | Operation::KvRecv)
+    }
+
     fn from_word(word: u32) -> Option<Self> {
         use Operation::*;
         let all = [
@@ -57,6 +66,8 @@ impl Operation {
             Setup,
             OneSided,
             SignalWait,
+            KvSend,
+            KvRecv,
         ];
         all.into_iter().find(|&operation| operation as u32 == word)
     }
@@ -77,6 +88,8 @@ impl fmt::Display for Operation {
             Operation::Setup => "set-up",
             Operation::OneSided => "one-sided access",
             Operation::SignalWait => "signal_wait",
+            Operation::KvSend => "kv send",
+            Operation::KvRecv => "kv recv",
         })
     }
 }
