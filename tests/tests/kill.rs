@@ -34,6 +34,16 @@ fn killed_while_others_wait_for_anyones_message() {
 }
 
 #[test]
+fn killed_while_others_wait_for_its_signal() {
+    survivors_name_the_dead("die-in-signal");
+}
+
+#[test]
+fn killed_while_others_wait_for_anyones_signal() {
+    survivors_name_the_dead("die-in-signal-any");
+}
+
+#[test]
 fn killed_while_others_wait_in_dispatch_recv() {
     survivors_name_the_dead("die-in-dispatch");
 }

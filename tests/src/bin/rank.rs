@@ -4,6 +4,8 @@
 mod isolation;
 #[path = "rank/kill.rs"]
 mod kill;
+#[path = "rank/kv.rs"]
+mod kv;
 #[path = "rank/many.rs"]
 mod many;
 #[path = "rank/misuse.rs"]
@@ -14,6 +16,8 @@ mod mixed;
 mod moe;
 #[path = "rank/nodes.rs"]
 mod nodes;
+#[path = "rank/onesided.rs"]
+mod onesided;
 #[path = "rank/p2p.rs"]
 mod p2p;
 #[path = "rank/wire.rs"]
@@ -69,6 +73,8 @@ fn main() -> Result<()> {
         "crowd" => many::crowd(&comm),
         "one-core" => many::one_core(&comm),
         "own-cores" => many::own_cores(&comm),
+        "put" => onesided::puts_and_signals(&comm),
+        kv if kv.starts_with("kv-") => kv::transfer(&comm, kv),
         die if die.starts_with("die-") => kill::die(&comm, die),
         other => bail!("unknown scenario {other:?}"),
     }

@@ -47,6 +47,8 @@ struct Receiver {
     /// The number of the last request taken.
     taken: u64,
     slots: Vec<Slot>,
+    /// That it has gone was told.
+    has_gone: bool,
 }
 
 /// What a sender keeps of a request: in private memory, where no receiver changes it any more.
@@ -93,6 +95,8 @@ pub enum KvSenderEvent {
     Cancelled(KvPosted),
     /// A request is over because its receiver died, left, or has posted nonsense. One event for each.
     Failed(KvPosted, Error),
+    /// A receiver died, left, or was dropped: it will post nothing any more. Told once, after the end of all its requests.
+    Gone(usize, Error),
 }
 
 impl KvSender {
@@ -124,7 +128,7 @@ impl KvSender {
                 let slots = (0..config.max_requests).map(|_| Slot::default()).collect();
                 let signals = setup::part(rank, at, signals.bytes, comm.rank);
                 let pool = Remote { rank, offset: pool, bytes };
-                Ok(Some(Receiver { signals, pool, layout, taken: 0, slots }))
+                Ok(Some(Receiver { signals, pool, layout, taken: 0, slots, has_gone: false }))
             }
         };
         let receivers = roles.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
@@ -173,12 +177,33 @@ impl KvSender {
                 return Ok(Some(event));
             }
         }
-        let asks_kernel = !self.in_flight.is_empty() && self.seldom.is_time();
+        let asks_kernel = self.seldom.is_time();
         for _ in 0..self.in_flight.len() {
             self.next = (self.next + 1) % self.in_flight.len();
             let (to, slot) = self.in_flight[self.next];
             if let Some(event) = self.look_at(to, slot, asks_kernel)? {
                 return Ok(Some(event));
+            }
+        }
+        if asks_kernel { self.gone() } else { Ok(None) }
+    }
+
+    /// A receiver that has gone, and has no requests here any more.
+    fn gone(&mut self) -> Result<Option<KvSenderEvent>> {
+        for to in 0..self.receivers.len() {
+            let is_known = self.receivers[to].as_ref().is_none_or(|receiver| receiver.has_gone);
+            if is_known || self.in_flight.iter().any(|&(other, _)| other == to) {
+                continue;
+            }
+            match self.comm.check_partner_lives(to, DURING).and_then(|()| self.check_gone(to)) {
+                Ok(()) => {}
+                Err(err @ Error::Aborted { .. }) => return Err(err),
+                Err(err) => {
+                    if let Some(receiver) = &mut self.receivers[to] {
+                        receiver.has_gone = true;
+                    }
+                    return Ok(Some(KvSenderEvent::Gone(to, err)));
+                }
             }
         }
         Ok(None)
@@ -303,7 +328,7 @@ impl KvSender {
         let asks_kernel = self.seldom.is_time();
         if let Some(event) = self.look_at(to, at, asks_kernel)? {
             return Err(match event {
-                KvSenderEvent::Failed(_, err) => err,
+                KvSenderEvent::Failed(_, err) | KvSenderEvent::Gone(_, err) => err,
                 KvSenderEvent::Cancelled(posted) | KvSenderEvent::Posted(posted) => {
                     Error::KvCancelled { rank: to, id: posted.id }
                 }

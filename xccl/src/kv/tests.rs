@@ -130,6 +130,8 @@ impl Scene {
                     open.retain(|(other, _)| other.ticket != posted.ticket);
                 }
                 Some(KvSenderEvent::Failed(posted, err)) => panic!("{posted:?}: {err}"),
+                // It has all it wanted, but others have not.
+                Some(KvSenderEvent::Gone(..)) => {}
                 None => std::thread::yield_now(),
             }
             turn += 1;
@@ -198,9 +200,9 @@ impl Scene {
             let request = self.of(end.id);
             assert_eq!(end.from, request.sender);
             let pages = held.remove(&end.id).expect("an end is told once");
-            for layer in 0..self.config.layers {
+            for (layer, of_layer) in expected.iter_mut().enumerate() {
                 for (place, &page) in pages.iter().enumerate() {
-                    let slot = &mut expected[layer][page as usize];
+                    let slot = &mut of_layer[page as usize];
                     match (&end.outcome, slot) {
                         (KvOutcome::Done, slot) => {
                             let len = if place + 1 == pages.len() { request.last } else { self.config.page_bytes };
@@ -424,6 +426,10 @@ fn a_receiver_that_goes_keeps_its_pool_while_somebody_may_write_there() {
             let err = sender.push(posted.ticket, 0, pool, &[(0, 0)]).unwrap_err();
             assert!(matches!(err, Error::PeerLeft { rank: 1, .. }), "{err:?}");
             assert_eq!(sender.in_flight(), 0);
+            match sender.wait().unwrap() {
+                KvSenderEvent::Gone(1, Error::PeerLeft { rank: 1, .. }) => {}
+                other => panic!("{other:?}"),
+            }
             assert!(sender.poll().unwrap().is_none());
             comm.barrier().unwrap();
         },
