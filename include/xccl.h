@@ -11,7 +11,8 @@
  *
  * Structs that may grow begin with their size: start from the initializer of the same name.
  *
- * Threads: a communicator may be used by several threads at once, a request by one, a MoE handle by one at a time.
+ * Threads: a communicator may be used by several threads at once, a request by one, a MoE handle, a sender
+ * or a receiver of KV pages by one at a time.
  *
  * Generated from xccl-sys/src by cbindgen: XCCL_UPDATE_HEADER=1 cargo test -p xccl-sys --test header
  */
@@ -44,6 +45,12 @@
 
 /** What an epilogue starts from: nothing is added, no norm. */
 #define XCCL_MOE_EPILOGUE_INITIALIZER { sizeof(xcclMoeEpilogue_t), NULL, NULL, NULL, NULL, 0 }
+
+/** What the shape of KV transfer starts from. */
+#define XCCL_KV_CONFIG_INITIALIZER { sizeof(xcclKvConfig_t), 0, 0, 0, 0 }
+
+/** What an event of KV transfer starts from. */
+#define XCCL_KV_EVENT_INITIALIZER { sizeof(xcclKvEvent_t), 0, 0, 0, 0, 0, 0, 0 }
 
 /** For the outputs of xcclMoeCombineSend: they were written to the rows' outputs. */
 #define XCCL_IN_PLACE ((const void *)1)
@@ -263,9 +270,93 @@ typedef enum {
 } xcclScaleLayout_t;
 
 /**
+ * How a signal changes its word. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * The word becomes the value.
+   */
+  xcclUpdateSet = 0,
+  /**
+   * The value is added to the word; past the largest number it goes on from 0.
+   */
+  xcclUpdateAdd = 1,
+} xcclUpdate_t;
+
+/**
+ * What a word is compared with a value for, as unsigned numbers. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * Equal.
+   */
+  xcclUntilEq = 0,
+  /**
+   * Different.
+   */
+  xcclUntilNe = 1,
+  /**
+   * Greater.
+   */
+  xcclUntilGt = 2,
+  /**
+   * Greater or equal.
+   */
+  xcclUntilGe = 3,
+  /**
+   * Less.
+   */
+  xcclUntilLt = 4,
+  /**
+   * Less or equal.
+   */
+  xcclUntilLe = 5,
+} xcclUntil_t;
+
+/**
+ * What has happened to a request. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * Nothing that was not told yet.
+   */
+  xcclKvNothing = 0,
+  /**
+   * To a sender: a receiver waits for these pages.
+   */
+  xcclKvPosted = 1,
+  /**
+   * To a receiver: all pages have come; the request is over.
+   */
+  xcclKvDone = 2,
+  /**
+   * One of the two ranks has cancelled it; the request is over.
+   */
+  xcclKvCancelled = 3,
+  /**
+   * The other rank has died, left or misbehaved; the request is over.
+   */
+  xcclKvFailed = 4,
+  /**
+   * To a sender: a receiver will post nothing any more; no request.
+   */
+  xcclKvGone = 5,
+} xcclKvEventKind_t;
+
+/**
  * What a communicator handle points to.
  */
 typedef struct xcclComm xcclComm;
+
+/**
+ * What a receiver's handle points to.
+ */
+typedef struct xcclKvReceiver xcclKvReceiver;
+
+/**
+ * What a sender's handle points to.
+ */
+typedef struct xcclKvSender xcclKvSender;
 
 /**
  * What a MoE handle points to.
@@ -421,6 +512,140 @@ typedef struct {
  * A number, never used again, so that a request that is over is recognised.
  */
 typedef uint64_t xcclRequest_t;
+
+/**
+ * A piece of a rank's shared memory, by numbers that mean the same on every rank: it may be sent in a message. Made by
+ * xcclSharedRemote on the rank that has the memory. Pieces of it are made by arithmetic; what they name is checked when they are
+ * used.
+ */
+typedef struct {
+  /**
+   * The rank.
+   */
+  uint64_t rank;
+  /**
+   * Where it begins, in bytes from the beginning of the rank's heap.
+   */
+  uint64_t offset;
+  /**
+   * Its bytes.
+   */
+  uint64_t bytes;
+} xcclRemote_t;
+
+/**
+ * A rank's part in KV transfer: it sends pages. Made by xcclKvSenderCreate, owned by the caller, given back to
+ * xcclKvSenderDestroy. One thread at a time may use it, not always the same.
+ */
+typedef xcclKvSender *xcclKvSender_t;
+
+/**
+ * The shape of what is moved. Equal on all ranks. Set it to XCCL_KV_CONFIG_INITIALIZER, then its fields.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclKvConfig_t).
+   */
+  size_t size;
+  /**
+   * Layers of the model. Where keys and values of a layer lie in two tensors, count each as a layer.
+   */
+  size_t layers;
+  /**
+   * Bytes of a page of one layer.
+   */
+  size_t page_bytes;
+  /**
+   * Most pages of one request; 0: 1024.
+   */
+  size_t max_pages;
+  /**
+   * Most requests in flight from one sender to one receiver, at most 256; 0: 16.
+   */
+  size_t max_requests;
+} xcclKvConfig_t;
+
+/**
+ * Where the pages of a pool lie: page p of layer l begins l * layer_stride + p * page_stride bytes behind its beginning. May
+ * differ between ranks.
+ */
+typedef struct {
+  /**
+   * Pages of each layer.
+   */
+  size_t pages;
+  /**
+   * Bytes from a page to the same page of the next layer.
+   */
+  size_t layer_stride;
+  /**
+   * Bytes from a page to the next one of its layer.
+   */
+  size_t page_stride;
+} xcclPageLayout_t;
+
+/**
+ * A request in flight. A number, never used again by its handle, so that a request that is over is recognised.
+ */
+typedef uint64_t xcclKvTicket_t;
+
+/**
+ * What has happened. Set it to XCCL_KV_EVENT_INITIALIZER.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclKvEvent_t).
+   */
+  size_t size;
+  /**
+   * The request.
+   */
+  xcclKvTicket_t ticket;
+  /**
+   * Its id.
+   */
+  uint64_t id;
+  /**
+   * Number of its pages (xcclKvPosted).
+   */
+  size_t pages;
+  /**
+   * Bytes of the last page that are wanted (xcclKvPosted).
+   */
+  size_t last_page_bytes;
+  /**
+   * An xcclKvEventKind_t.
+   */
+  uint32_t kind;
+  /**
+   * The other rank.
+   */
+  int peer;
+  /**
+   * An xcclResult_t: why it failed or has gone, otherwise xcclSuccess.
+   */
+  uint32_t result;
+} xcclKvEvent_t;
+
+/**
+ * A page to be copied.
+ */
+typedef struct {
+  /**
+   * The sender's page.
+   */
+  uint32_t source;
+  /**
+   * The receiver's page.
+   */
+  uint32_t destination;
+} xcclPagePair_t;
+
+/**
+ * A rank's part in KV transfer: it receives pages. Made by xcclKvReceiverCreate, owned by the caller, given back to
+ * xcclKvReceiverDestroy. One thread at a time may use it, not always the same.
+ */
+typedef xcclKvReceiver *xcclKvReceiver_t;
 
 /**
  * A handle for the exchanges of one MoE shape over one communicator. Made by xcclMoeCreate, owned by the caller, given back
@@ -745,6 +970,11 @@ typedef void (*xcclRunLanes_t)(void *context, size_t lanes, xcclLaneWork_t work,
  */
 #define XCCL_REQUEST_NULL 0
 
+/**
+ * No request.
+ */
+#define XCCL_KV_TICKET_NULL 0
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -960,6 +1190,257 @@ xcclResult_t xcclTest(xcclRequest_t request, int *done, xcclStatus_t *status, xc
  */
 xcclResult_t xcclRequestFree(xcclRequest_t request,
                              xcclComm_t comm);
+
+/* ---- One-sided access to shared memory ------------------------------------------------------------------------- */
+
+/**
+ * Allocates bytes bytes (at least 1) of this rank that every rank of comm may read and write by the calls below, and writes
+ * their address, a multiple of 256, to *ptr. The memory is the communicator's: it is given back by xcclSharedFree or
+ * xcclCommDestroy. Any contents. It comes from the upper end of the symmetric heap; what was shared once stays so, so that
+ * a late put never reaches memory of xcclMemAlloc. Ranks that allocate the same blocks in the same order have them at the
+ * same offsets. xcclOutOfMemory when the heap (XCCL_HEAP, or heap_bytes) is full. Does not block.
+ */
+xcclResult_t xcclSharedAlloc(void **ptr,
+                             size_t bytes,
+                             xcclComm_t comm);
+
+/**
+ * Gives back what xcclSharedAlloc has allocated from the same communicator; the pool of a receiver of KV pages stays until
+ * that is destroyed. Does not block.
+ */
+xcclResult_t xcclSharedFree(void *ptr,
+                            xcclComm_t comm);
+
+/**
+ * Writes to *remote how other ranks name the bytes bytes at ptr, which lie in a block of xcclSharedAlloc. Does not block.
+ */
+xcclResult_t xcclSharedRemote(const void *ptr,
+                              size_t bytes,
+                              xcclRemote_t *remote,
+                              xcclComm_t comm);
+
+/**
+ * Writes the bytes bytes at data (may be null when bytes is 0) to the beginning of a piece of a rank's shared memory. Returns
+ * when data may be reused. They arrive in any order with other puts: see xcclPutSignal, xcclFence, xcclQuiet, which are as
+ * in OpenSHMEM. Bytes that a rank reads meanwhile are old or new. Blocks only for room towards another machine.
+ */
+xcclResult_t xcclPut(const void *data,
+                     size_t bytes,
+                     xcclRemote_t to,
+                     xcclComm_t comm);
+
+/**
+ * Copies the first bytes bytes of a piece of a rank's shared memory to buffer (may be null when bytes is 0). Blocks only until
+ * they have come from another machine, up to the deadline.
+ */
+xcclResult_t xcclGet(void *buffer,
+                     size_t bytes,
+                     xcclRemote_t from,
+                     xcclComm_t comm);
+
+/**
+ * As xcclPut; then changes a word of the same rank, the first 8 bytes of word, at a multiple of 8: op is an xcclUpdate_t.
+ * Whoever sees the change sees the data; who waits for it is woken. Blocks as xcclPut does.
+ */
+xcclResult_t xcclPutSignal(const void *data,
+                           size_t bytes,
+                           xcclRemote_t to,
+                           xcclRemote_t word,
+                           uint32_t op,
+                           uint64_t value,
+                           xcclComm_t comm);
+
+/**
+ * Changes a word without data, and wakes who waits for it: op is an xcclUpdate_t. Atomic with all other changes of words. After
+ * xcclFence it says that all puts before have arrived. Blocks as xcclPut does.
+ */
+xcclResult_t xcclSignal(xcclRemote_t word,
+                        uint32_t op,
+                        uint64_t value,
+                        xcclComm_t comm);
+
+/**
+ * Writes the value of a word in a shared block of this rank to *value. What was put before the signal that made it so is
+ * visible. Does not block.
+ */
+xcclResult_t xcclSignalFetch(const uint64_t *word,
+                             uint64_t *value,
+                             xcclComm_t comm);
+
+/**
+ * Waits until a word in a shared block of this rank compares with value as until (an xcclUntil_t) says, and writes what it is
+ * to *found unless found is null. source is the rank that will make it so, or XCCL_ANY_SOURCE: it alone wakes this rank at
+ * once, and its end ends the wait. What was put before that signal is visible. Blocks up to the deadline.
+ */
+xcclResult_t xcclSignalWait(const uint64_t *word,
+                            uint32_t until,
+                            uint64_t value,
+                            int source,
+                            uint64_t *found,
+                            xcclComm_t comm);
+
+/**
+ * Writes the value of a word of a rank's shared memory to *value. Blocks only until it has come from another machine.
+ */
+xcclResult_t xcclAtomicFetch(xcclRemote_t word, uint64_t *value, xcclComm_t comm);
+
+/**
+ * Sets a word and writes its value before to *before. Blocks as xcclAtomicFetch does.
+ */
+xcclResult_t xcclAtomicSwap(xcclRemote_t word, uint64_t value, uint64_t *before, xcclComm_t comm);
+
+/**
+ * Adds to a word and writes its value before to *before; past the largest number it goes on from 0. Blocks as xcclAtomicFetch
+ * does.
+ */
+xcclResult_t xcclAtomicFetchAdd(xcclRemote_t word,
+                                uint64_t value,
+                                uint64_t *before,
+                                xcclComm_t comm);
+
+/**
+ * Sets a word to value if it is expected, and writes its value before to *before, either way. Blocks as xcclAtomicFetch does.
+ */
+xcclResult_t xcclAtomicCompareSwap(xcclRemote_t word,
+                                   uint64_t expected,
+                                   uint64_t value,
+                                   uint64_t *before,
+                                   xcclComm_t comm);
+
+/**
+ * Puts, signals and atomics of this rank at rank after this call arrive there after those before it. Does not block.
+ */
+xcclResult_t xcclFence(int rank, xcclComm_t comm);
+
+/**
+ * Returns when all that this rank has put, signalled and changed is visible to every rank. Blocks only for other machines, up
+ * to the deadline.
+ */
+xcclResult_t xcclQuiet(xcclComm_t comm);
+
+/* ---- KV pages from prefill to decode ranks --------------------------------------------------------------------- */
+
+/**
+ * Makes this rank a sender of KV pages, whose pages lie as *layout says in the memory that xcclKvPush is given, and writes its
+ * handle to *sender; *sender is left as it is on failure. Every rank of comm must make a sender or a receiver at the same
+ * time, with the same configuration (xcclJoinFailed on every rank otherwise). Blocks until all have.
+ */
+xcclResult_t xcclKvSenderCreate(xcclKvSender_t *sender,
+                                xcclComm_t comm,
+                                const xcclKvConfig_t *config,
+                                const xcclPageLayout_t *layout);
+
+/**
+ * Gives the handle up: any further use of it is xcclInvalidArgument. Requests in flight are cancelled. Does not block.
+ */
+xcclResult_t xcclKvSenderDestroy(xcclKvSender_t sender);
+
+/**
+ * Writes to *event what has happened that was not told yet: a request was posted, cancelled, or its receiver is gone; or that
+ * nothing has (xcclKvNothing). Does not block.
+ */
+xcclResult_t xcclKvSenderPoll(xcclKvEvent_t *event,
+                              xcclKvSender_t sender);
+
+/**
+ * Waits for something to happen, and writes it to *event. Blocks up to the deadline.
+ */
+xcclResult_t xcclKvSenderWait(xcclKvEvent_t *event, xcclKvSender_t sender);
+
+/**
+ * Copies the receiver's pages of a request, in its order, to the capacity elements at pages. xcclTruncated when they are more.
+ * Does not block.
+ */
+xcclResult_t xcclKvSenderPages(xcclKvTicket_t ticket,
+                               uint32_t *pages,
+                               size_t capacity,
+                               xcclKvSender_t sender);
+
+/**
+ * Copies the count pages at pages of one layer from this rank's pool, pool_bytes bytes at pool, to the receiver's; to none
+ * but those that it has posted for the request, and to each once. The receiver is told when the layer is complete; also of a
+ * request without pages every layer has to be pushed. Writes 1 to *over when the whole request is complete, otherwise 0. The
+ * pool may be reused when the call returns. xcclInvalidArgument for a wrong page: nothing was moved. xcclRemoteError when the
+ * receiver has cancelled or is gone: the request is over. Blocks only for room towards another machine.
+ */
+xcclResult_t xcclKvPush(xcclKvTicket_t ticket,
+                        size_t layer,
+                        const void *pool,
+                        size_t pool_bytes,
+                        const xcclPagePair_t *pages,
+                        size_t count,
+                        int *over,
+                        xcclKvSender_t sender);
+
+/**
+ * Gives a request up: it is over, and the receiver gets its pages back. Does not block.
+ */
+xcclResult_t xcclKvSenderCancel(xcclKvTicket_t ticket, xcclKvSender_t sender);
+
+/**
+ * Makes this rank a receiver of KV pages, with the pool at pool, a block of xcclSharedAlloc that lies as *layout says, and writes
+ * its handle to *receiver; *receiver is left as it is on failure. Every rank takes part: see xcclKvSenderCreate. Blocks until
+ * all have.
+ */
+xcclResult_t xcclKvReceiverCreate(xcclKvReceiver_t *receiver,
+                                  xcclComm_t comm,
+                                  const xcclKvConfig_t *config,
+                                  const void *pool,
+                                  const xcclPageLayout_t *layout);
+
+/**
+ * Gives the handle up: any further use of it is xcclInvalidArgument. Requests in flight are cancelled; while a sender may still
+ * write to the pool, it stays allocated. Does not block.
+ */
+xcclResult_t xcclKvReceiverDestroy(xcclKvReceiver_t receiver);
+
+/**
+ * Asks rank from, a sender, to fill the count pages at pages (may be null when count is 0) for the request id, which is the
+ * application's: of the last page the first last_page_bytes bytes, of the others all. Writes a ticket to *ticket, or
+ * XCCL_KV_TICKET_NULL when as many requests as may be are in flight from that sender: poll, and post again. The pages belong
+ * to the request until its end has been told. xcclInvalidArgument for a page that is none or has a request. Does not block.
+ */
+xcclResult_t xcclKvPost(int from,
+                        uint64_t id,
+                        const uint32_t *pages,
+                        size_t count,
+                        size_t last_page_bytes,
+                        xcclKvTicket_t *ticket,
+                        xcclKvReceiver_t receiver);
+
+/**
+ * Writes 1 to *ready when a layer of a request is complete: its pages may be read; otherwise 0. xcclRemoteError when it will
+ * not come any more. Does not block.
+ */
+xcclResult_t xcclKvLayerReady(xcclKvTicket_t ticket,
+                              size_t layer,
+                              int *ready,
+                              xcclKvReceiver_t receiver);
+
+/**
+ * Waits until a layer of a request is complete. Otherwise as xcclKvLayerReady. Blocks up to the deadline.
+ */
+xcclResult_t xcclKvWaitLayer(xcclKvTicket_t ticket, size_t layer, xcclKvReceiver_t receiver);
+
+/**
+ * Tells the sender to stop. The pages are free when the end of the request has been told, which may still be xcclKvDone. Does
+ * not block.
+ */
+xcclResult_t xcclKvReceiverCancel(xcclKvTicket_t ticket,
+                                  xcclKvReceiver_t receiver);
+
+/**
+ * Writes to *event which request has ended, and how, if one has that was not told yet (otherwise xcclKvNothing). Its pages are
+ * free. Does not block.
+ */
+xcclResult_t xcclKvReceiverPoll(xcclKvEvent_t *event,
+                                xcclKvReceiver_t receiver);
+
+/**
+ * Waits for a request to end, and writes it to *event. xcclInvalidUsage when none is in flight. Blocks up to the deadline.
+ */
+xcclResult_t xcclKvReceiverWait(xcclKvEvent_t *event,
+                                xcclKvReceiver_t receiver);
 
 /* ---- Experts: handles, and batches for kernels ----------------------------------------------------------------- */
 

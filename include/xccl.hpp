@@ -357,6 +357,119 @@ class Block {
   std::size_t size_;
 };
 
+/** Memory that every rank may read and write (xcclSharedAlloc). Its communicator must outlive it. */
+class SharedBlock {
+ public:
+  SharedBlock(void *data, std::size_t size, const xcclRemote_t &remote, xcclComm_t comm) noexcept
+      : held_(data, comm), size_(size), remote_(remote) {}
+  std::byte *data() const noexcept { return static_cast<std::byte *>(held_.get()); }
+  std::size_t size() const noexcept { return size_; }
+  /** The word at an offset, for signal_fetch and signal_wait. */
+  const std::uint64_t *word(std::size_t offset) const noexcept {
+    return reinterpret_cast<const std::uint64_t *>(data() + offset);
+  }
+  /** How other ranks name it, without its first bytes. */
+  xcclRemote_t remote(std::size_t skip = 0) const noexcept {
+    return {remote_.rank, remote_.offset + skip, skip < remote_.bytes ? remote_.bytes - skip : 0};
+  }
+
+ private:
+  detail::part<void *, xcclComm_t, xcclSharedFree> held_;
+  std::size_t size_;
+  xcclRemote_t remote_;
+};
+
+/** The shape of KV transfer. */
+struct KvConfig : xcclKvConfig_t {
+  KvConfig() : xcclKvConfig_t XCCL_KV_CONFIG_INITIALIZER {}
+  KvConfig(std::size_t layers, std::size_t page_bytes) : KvConfig() {
+    this->layers = layers;
+    this->page_bytes = page_bytes;
+  }
+};
+
+/** xcclKvSender_t. */
+template <class P>
+class basic_kv_sender {
+ public:
+  template <class T>
+  using result = typename P::template result<T>;
+
+  explicit basic_kv_sender(xcclKvSender_t sender) noexcept : held_(sender) {}
+
+  /** xcclKvSenderPoll. */
+  result<xcclKvEvent_t> poll() {
+    xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
+    return P::give(xcclKvSenderPoll(&event, get()), [&] { return event; });
+  }
+  /** xcclKvSenderWait. */
+  result<xcclKvEvent_t> wait() {
+    xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
+    return P::give(xcclKvSenderWait(&event, get()), [&] { return event; });
+  }
+  /** xcclKvSenderPages. */
+  result<void> pages(xcclKvTicket_t ticket, span<std::uint32_t> pages) {
+    return P::give(xcclKvSenderPages(ticket, pages.data(), pages.size(), get()), [] {});
+  }
+  /** xcclKvPush; whether the request is over. */
+  result<bool> push(xcclKvTicket_t ticket, std::size_t layer, span<const std::byte> pool, span<const xcclPagePair_t> pages) {
+    int over = 0;
+    return P::give(xcclKvPush(ticket, layer, pool.data(), pool.size(), pages.data(), pages.size(), &over, get()),
+                   [&] { return over != 0; });
+  }
+  /** xcclKvSenderCancel. */
+  result<void> cancel(xcclKvTicket_t ticket) {
+    return P::give(xcclKvSenderCancel(ticket, get()), [] {});
+  }
+  xcclKvSender_t get() const noexcept { return held_.get(); }
+
+ private:
+  detail::owned<xcclKvSender_t, xcclKvSenderDestroy> held_;
+};
+
+/** xcclKvReceiver_t. */
+template <class P>
+class basic_kv_receiver {
+ public:
+  template <class T>
+  using result = typename P::template result<T>;
+
+  explicit basic_kv_receiver(xcclKvReceiver_t receiver) noexcept : held_(receiver) {}
+
+  /** xcclKvPost; XCCL_KV_TICKET_NULL when it would block. */
+  result<xcclKvTicket_t> post(int from, std::uint64_t id, span<const std::uint32_t> pages, std::size_t last_page_bytes) {
+    xcclKvTicket_t ticket = XCCL_KV_TICKET_NULL;
+    return P::give(xcclKvPost(from, id, pages.data(), pages.size(), last_page_bytes, &ticket, get()), [&] { return ticket; });
+  }
+  /** xcclKvLayerReady. */
+  result<bool> layer_ready(xcclKvTicket_t ticket, std::size_t layer) {
+    int ready = 0;
+    return P::give(xcclKvLayerReady(ticket, layer, &ready, get()), [&] { return ready != 0; });
+  }
+  /** xcclKvWaitLayer. */
+  result<void> wait_layer(xcclKvTicket_t ticket, std::size_t layer) {
+    return P::give(xcclKvWaitLayer(ticket, layer, get()), [] {});
+  }
+  /** xcclKvReceiverCancel. */
+  result<void> cancel(xcclKvTicket_t ticket) {
+    return P::give(xcclKvReceiverCancel(ticket, get()), [] {});
+  }
+  /** xcclKvReceiverPoll. */
+  result<xcclKvEvent_t> poll() {
+    xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
+    return P::give(xcclKvReceiverPoll(&event, get()), [&] { return event; });
+  }
+  /** xcclKvReceiverWait. */
+  result<xcclKvEvent_t> wait() {
+    xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
+    return P::give(xcclKvReceiverWait(&event, get()), [&] { return event; });
+  }
+  xcclKvReceiver_t get() const noexcept { return held_.get(); }
+
+ private:
+  detail::owned<xcclKvReceiver_t, xcclKvReceiverDestroy> held_;
+};
+
 /** xcclComm_t. */
 template <class P>
 class basic_communicator {
@@ -458,6 +571,83 @@ class basic_communicator {
   result<Block> alloc(std::size_t bytes) {
     void *data = nullptr;
     return P::give(xcclMemAlloc(&data, bytes, get()), [&] { return Block(data, bytes, get()); });
+  }
+  /** xcclSharedAlloc, and xcclSharedRemote for the whole block. */
+  result<SharedBlock> shared_alloc(std::size_t bytes) {
+    void *data = nullptr;
+    xcclRemote_t remote = {};
+    xcclResult_t code = xcclSharedAlloc(&data, bytes, get());
+    if (code == xcclSuccess) code = xcclSharedRemote(data, bytes, &remote, get());
+    return P::give(code, [&] { return SharedBlock(data, bytes, remote, get()); });
+  }
+  /** xcclPut. */
+  result<void> put(const void *data, std::size_t bytes, const xcclRemote_t &to) {
+    return P::give(xcclPut(data, bytes, to, get()), [] {});
+  }
+  /** xcclGet. */
+  result<void> get(void *buffer, std::size_t bytes, const xcclRemote_t &from) {
+    return P::give(xcclGet(buffer, bytes, from, get()), [] {});
+  }
+  /** xcclPutSignal. */
+  result<void> put_signal(const void *data, std::size_t bytes, const xcclRemote_t &to, const xcclRemote_t &word,
+                          xcclUpdate_t op, std::uint64_t value) {
+    return P::give(xcclPutSignal(data, bytes, to, word, static_cast<std::uint32_t>(op), value, get()), [] {});
+  }
+  /** xcclSignal. */
+  result<void> signal(const xcclRemote_t &word, xcclUpdate_t op, std::uint64_t value) {
+    return P::give(xcclSignal(word, static_cast<std::uint32_t>(op), value, get()), [] {});
+  }
+  /** xcclSignalFetch. */
+  result<std::uint64_t> signal_fetch(const std::uint64_t *word) const {
+    std::uint64_t value = 0;
+    return P::give(xcclSignalFetch(word, &value, get()), [&] { return value; });
+  }
+  /** xcclSignalWait. */
+  result<std::uint64_t> signal_wait(const std::uint64_t *word, xcclUntil_t until, std::uint64_t value,
+                                    int source = XCCL_ANY_SOURCE) {
+    std::uint64_t found = 0;
+    return P::give(xcclSignalWait(word, static_cast<std::uint32_t>(until), value, source, &found, get()),
+                   [&] { return found; });
+  }
+  /** xcclAtomicFetch. */
+  result<std::uint64_t> atomic_fetch(const xcclRemote_t &word) {
+    std::uint64_t value = 0;
+    return P::give(xcclAtomicFetch(word, &value, get()), [&] { return value; });
+  }
+  /** xcclAtomicSwap; the value before. */
+  result<std::uint64_t> atomic_swap(const xcclRemote_t &word, std::uint64_t value) {
+    std::uint64_t before = 0;
+    return P::give(xcclAtomicSwap(word, value, &before, get()), [&] { return before; });
+  }
+  /** xcclAtomicFetchAdd; the value before. */
+  result<std::uint64_t> atomic_fetch_add(const xcclRemote_t &word, std::uint64_t value) {
+    std::uint64_t before = 0;
+    return P::give(xcclAtomicFetchAdd(word, value, &before, get()), [&] { return before; });
+  }
+  /** xcclAtomicCompareSwap; the value before. */
+  result<std::uint64_t> atomic_compare_swap(const xcclRemote_t &word, std::uint64_t expected, std::uint64_t value) {
+    std::uint64_t before = 0;
+    return P::give(xcclAtomicCompareSwap(word, expected, value, &before, get()), [&] { return before; });
+  }
+  /** xcclFence. */
+  result<void> fence(int rank) {
+    return P::give(xcclFence(rank, get()), [] {});
+  }
+  /** xcclQuiet. */
+  result<void> quiet() {
+    return P::give(xcclQuiet(get()), [] {});
+  }
+  /** xcclKvSenderCreate. */
+  result<basic_kv_sender<P>> kv_sender(const xcclKvConfig_t &config, const xcclPageLayout_t &layout) {
+    xcclKvSender_t sender = nullptr;
+    return P::give(xcclKvSenderCreate(&sender, get(), &config, &layout), [&] { return basic_kv_sender<P>(sender); });
+  }
+  /** xcclKvReceiverCreate. */
+  result<basic_kv_receiver<P>> kv_receiver(const xcclKvConfig_t &config, const SharedBlock &pool,
+                                           const xcclPageLayout_t &layout) {
+    xcclKvReceiver_t receiver = nullptr;
+    return P::give(xcclKvReceiverCreate(&receiver, get(), &config, pool.data(), &layout),
+                   [&] { return basic_kv_receiver<P>(receiver); });
   }
   /** xcclMoeCreate. */
   result<basic_moe<P>> moe(const xcclMoeConfig_t &config) {
@@ -647,6 +837,8 @@ using Communicator = basic_communicator<detail::returning>;
 using Request = basic_request<detail::returning>;
 using Moe = basic_moe<detail::returning>;
 using Exchange = basic_exchange<detail::returning>;
+using KvSender = basic_kv_sender<detail::returning>;
+using KvReceiver = basic_kv_receiver<detail::returning>;
 }  // namespace expected
 
 #if XCCL_HAS_EXCEPTIONS
@@ -654,6 +846,8 @@ using Communicator = basic_communicator<detail::throwing>;
 using Request = basic_request<detail::throwing>;
 using Moe = basic_moe<detail::throwing>;
 using Exchange = basic_exchange<detail::throwing>;
+using KvSender = basic_kv_sender<detail::throwing>;
+using KvReceiver = basic_kv_receiver<detail::throwing>;
 #endif
 
 }  // namespace xccl

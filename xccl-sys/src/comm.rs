@@ -1,10 +1,10 @@
 //! Communicators.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_char, c_int, c_void};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
-use xccl::{Communicator, HeapBuffer, UniqueId};
+use xccl::{Communicator, HeapBuffer, SharedBuffer, UniqueId};
 
 use crate::boundary::{Failure, Out, Outcome, SizedOut, guard, natural, text};
 use crate::config::{config_of, xcclConfig_t};
@@ -60,11 +60,17 @@ pub(crate) struct Live {
     requests: Mutex<Requests>,
     /// By address.
     blocks: Mutex<HashMap<usize, HeapBuffer>>,
+    /// By address, to find the one that an address lies in.
+    shared: Mutex<BTreeMap<usize, Arc<SharedBuffer>>>,
 }
 
 impl Live {
     pub(crate) fn requests(&self) -> MutexGuard<'_, Requests> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn shared(&self) -> MutexGuard<'_, BTreeMap<usize, Arc<SharedBuffer>>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn blocks(&self) -> MutexGuard<'_, HashMap<usize, HeapBuffer>> {
@@ -97,7 +103,7 @@ pub(crate) unsafe fn with<T>(comm: xcclComm_t, body: impl FnOnce(&Live) -> Outco
 }
 
 fn hand_out(comm: Communicator) -> xcclComm_t {
-    let live = Live { comm, requests: Mutex::default(), blocks: Mutex::default() };
+    let live = Live { comm, requests: Mutex::default(), blocks: Mutex::default(), shared: Mutex::default() };
     handle::hand_out(xcclComm { magic: Magic::of::<xcclComm>(), inner: RwLock::new(Some(live)) })
 }
 

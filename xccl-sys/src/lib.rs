@@ -12,14 +12,18 @@ mod boundary;
 mod comm;
 mod config;
 mod handle;
+mod kv;
 mod moe;
+mod onesided;
 mod p2p;
 mod result;
 
 pub use boundary::xcclGetLastError;
 pub use comm::*;
 pub use config::{XCCL_UNDEFINED, xcclConfig_t, xcclKernels_t, xcclMemory_t};
+pub use kv::*;
 pub use moe::*;
+pub use onesided::*;
 pub use p2p::{
     XCCL_ANY_SOURCE, XCCL_REQUEST_NULL, xcclIrecv, xcclIsend, xcclRecv, xcclRequest_t, xcclRequestFree, xcclSend,
     xcclStatus_t, xcclTest, xcclWait, xcclWaitAll,

@@ -90,7 +90,7 @@ fn destination(comm: &Communicator, peer: c_int) -> Outcome<usize> {
     natural(peer, "peer", format_args!("a rank, 0 to {}", comm.world_size() - 1))
 }
 
-fn source_of(comm: &Communicator, source: c_int) -> Outcome<Source> {
+pub(crate) fn source_of(comm: &Communicator, source: c_int) -> Outcome<Source> {
     if source == XCCL_ANY_SOURCE {
         return Ok(Source::Any);
     }

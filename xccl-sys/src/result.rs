@@ -79,6 +79,8 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         | Error::DuplicateExpert { .. }
         | Error::NotShared { .. }
         | Error::NoWord { .. }
+        | Error::KvPage { .. }
+        | Error::KvRole { .. }
         | Error::Shape { .. }
         | Error::DTypeMismatch { .. } => xcclInvalidArgument,
         Error::NotLaunched { .. } => xcclNotLaunched,
@@ -90,9 +92,11 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         | Error::CannotListen { .. }
         | Error::Refused { .. }
         | Error::Bootstrap { .. } => xcclJoinFailed,
-        Error::PeerDied { .. } | Error::PeerLeft { .. } | Error::PeerAbandoned { .. } | Error::Withdrawn { .. } => {
-            xcclRemoteError
-        }
+        Error::PeerDied { .. }
+        | Error::PeerLeft { .. }
+        | Error::PeerAbandoned { .. }
+        | Error::Withdrawn { .. }
+        | Error::KvCancelled { .. } => xcclRemoteError,
         Error::PeerRefused { .. } => xcclPeerRefused,
         Error::Aborted { .. } => xcclAborted,
         Error::Timeout { .. } => xcclTimeout,

@@ -17,7 +17,7 @@ fn built(dir: &Path, name: &str) -> String {
     }
 }
 
-const ALL: [&str; 4] = ["moe.c", "ring.c", "overlap.c", "engine.cpp"];
+const ALL: [&str; 5] = ["moe.c", "ring.c", "overlap.c", "put.c", "engine.cpp"];
 
 #[test]
 fn every_example_is_tested_and_built_by_cmake() {

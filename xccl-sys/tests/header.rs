@@ -16,7 +16,7 @@ fn header() -> PathBuf {
 fn header_is_current() {
     let config = cbindgen::Config::from_file(crate_dir().join("cbindgen.toml")).expect("cbindgen.toml");
     // In the order in which a reader wants them.
-    let sources = ["result.rs", "boundary.rs", "config.rs", "comm.rs", "p2p.rs", "moe/mod.rs"];
+    let sources = ["result.rs", "boundary.rs", "config.rs", "comm.rs", "p2p.rs", "onesided.rs", "kv.rs", "moe/mod.rs"];
     let builder = sources.iter().fold(cbindgen::Builder::new().with_config(config), |builder, source| {
         builder.with_src(crate_dir().join("src").join(source))
     });
@@ -34,11 +34,13 @@ fn header_is_current() {
 }
 
 /// The first function of each group, and what the group is about.
-const GROUPS: [(&str, &str); 8] = [
+const GROUPS: [(&str, &str); 10] = [
     ("xcclGetErrorString", "Results"),
     ("xcclGetVersion", "Communicators"),
     ("xcclMemAlloc", "Memory on the symmetric heap, and statistics"),
     ("xcclSend", "Messages"),
+    ("xcclSharedAlloc", "One-sided access to shared memory"),
+    ("xcclKvSenderCreate", "KV pages from prefill to decode ranks"),
     ("xcclMoeCreate", "Experts: handles, and batches for kernels"),
     ("xcclMoeInputRows", "Experts: an exchange in four halves"),
     ("xcclMoeDispatch", "Experts: an exchange in two calls"),
@@ -85,7 +87,9 @@ int main(void) {
   xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
   xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
   xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
-  size_t sizes = config.size + statistics.size + moe.size + batch.size + device.size;
+  xcclKvConfig_t kv = XCCL_KV_CONFIG_INITIALIZER;
+  xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
+  size_t sizes = kv.size + event.size + config.size + statistics.size + moe.size + batch.size + device.size;
   return XCCL_IN_PLACE != XCCL_SUMMED && sizes && input.ids_type == xcclInt32 ? 0 : 1;
 }
 "#;

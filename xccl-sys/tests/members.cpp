@@ -77,6 +77,81 @@ void messages(Communicator &comm) {
   TAKE_VOID(comm.barrier());
 }
 
+template <class Communicator>
+void one_sided(Communicator &comm) {
+  const int rank = take(comm.rank()), ranks = take(comm.size()), right = (rank + 1) % ranks;
+  auto block = take(comm.shared_alloc(4096));
+  EXPECT(block.size() == 4096 && block.remote().rank == static_cast<std::uint64_t>(rank) && block.remote(5000).bytes == 0);
+  for (std::size_t at = 0; at < 4096; at += 8) TAKE_VOID(comm.signal(block.remote(at), xcclUpdateSet, 0));
+  TAKE_VOID(comm.barrier());
+  auto theirs = [&](int other, std::size_t skip) {
+    auto remote = block.remote(skip);
+    remote.rank = static_cast<std::uint64_t>(other);  // all have allocated the same
+    return remote;
+  };
+  int word = rank, back = -1;
+  TAKE_VOID(comm.put_signal(&word, sizeof word, theirs(right, 64), theirs(right, 0), xcclUpdateAdd, 1));
+  EXPECT(take(comm.signal_wait(block.word(0), xcclUntilEq, 1)) == 1 && take(comm.signal_fetch(block.word(0))) == 1);
+  TAKE_VOID(comm.get(&back, sizeof back, block.remote(64)));
+  EXPECT(back == (rank + ranks - 1) % ranks);
+  TAKE_VOID(comm.put(&word, sizeof word, theirs(rank, 128)));
+  TAKE_VOID(comm.fence(right));
+  TAKE_VOID(comm.quiet());
+  EXPECT(*reinterpret_cast<const int *>(block.data() + 128) == rank);
+  EXPECT(take(comm.atomic_fetch_add(theirs(0, 8), 1)) < static_cast<std::uint64_t>(ranks));
+  TAKE_VOID(comm.barrier());
+  EXPECT(take(comm.atomic_fetch(theirs(0, 8))) == static_cast<std::uint64_t>(ranks));
+  EXPECT(take(comm.atomic_swap(block.remote(16), 5)) == 0 && take(comm.atomic_compare_swap(block.remote(16), 5, 6)) == 5);
+  TAKE_VOID(comm.barrier());
+}
+
+/** Rank 0 sends pages to all others. */
+template <class Communicator>
+void kv(Communicator &comm) {
+  const int rank = take(comm.rank()), ranks = take(comm.size());
+  constexpr std::size_t kPage = 100, kPages = 6, kLayers = 2;
+  xccl::KvConfig config(kLayers, kPage);
+  config.max_pages = 4;
+  const xcclPageLayout_t layout = {kPages, kPages * kPage, kPage};
+  if (rank == 0) {
+    std::vector<std::byte> pool(kLayers * kPages * kPage);
+    for (std::size_t i = 0; i < pool.size(); i++) pool[i] = std::byte(i / kPage + 1);
+    auto sender = take(comm.kv_sender(config, layout));
+    auto event = take(sender.poll());
+    for (int posted = 0; posted < 2 * (ranks - 1); event = posted < 2 * (ranks - 1) ? take(sender.wait()) : event) {
+      // One that its receiver has cancelled soon enough is not even heard of.
+      if (event.kind != xcclKvPosted || event.id == 9) continue;
+      posted++;
+      if (event.id == 8) {
+        TAKE_VOID(sender.cancel(event.ticket));
+        continue;
+      }
+      EXPECT(event.id == 7 && event.pages == 2 && event.last_page_bytes == 10);
+      std::vector<std::uint32_t> pages(event.pages);
+      TAKE_VOID(sender.pages(event.ticket, pages));
+      const std::vector<xcclPagePair_t> pairs = {{0, pages[0]}, {1, pages[1]}};
+      EXPECT(!take(sender.push(event.ticket, 0, pool, pairs)) && take(sender.push(event.ticket, 1, pool, pairs)));
+    }
+  } else {
+    auto pool = take(comm.shared_alloc(kLayers * kPages * kPage));
+    auto receiver = take(comm.kv_receiver(config, pool, layout));
+    const std::vector<std::uint32_t> pages = {5, 2}, other = {1};
+    const auto cancelled = take(receiver.post(0, 9, other, 1));
+    TAKE_VOID(receiver.cancel(cancelled));
+    auto event = take(receiver.wait());
+    EXPECT(event.kind == xcclKvCancelled && event.ticket == cancelled);
+    const auto ticket = take(receiver.post(0, 7, pages, 10));
+    TAKE_VOID(receiver.wait_layer(ticket, 0));
+    EXPECT(take(receiver.layer_ready(ticket, 0)) && pool.data()[5 * kPage] == std::byte(1));
+    event = take(receiver.wait());
+    EXPECT(event.kind == xcclKvDone && event.id == 7 && event.peer == 0 && event.result == xcclSuccess);
+    EXPECT(pool.data()[(kPages + 2) * kPage + 9] == std::byte(kPages + 2));
+    const auto second = take(receiver.post(0, 8, other, 1));
+    while ((event = take(receiver.poll())).kind == xcclKvNothing) std::this_thread::yield();
+    EXPECT(event.kind == xcclKvCancelled && event.ticket == second);
+  }
+}
+
 template <class Moe>
 void exchanges(Moe &moe, int rank, int ranks) {
   const std::size_t local = take(moe.local_experts());
@@ -248,6 +323,8 @@ template <class Communicator>
 void everything(Communicator comm) {
   const int rank = take(comm.rank()), ranks = take(comm.size());
   messages(comm);
+  one_sided(comm);
+  kv(comm);
   xccl::MoeConfig config(kTokens, kHidden, kTopk, kExperts, xcclFloat32);
   config.reduction = xcclReducePerRank;
   auto moe = take(comm.moe(config));

@@ -41,6 +41,12 @@ static uint64_t memory[1 << 14];      /* room for whatever a call with small siz
 static xcclExchange_t exchanges[4];   /* the last ones, and over ones among them */
 static xcclRequest_t requests[8];
 static void *blocks[8];
+static xcclKvSender_t sender, dead_sender;
+static xcclKvReceiver_t receiver, dead_receiver;
+static char *shared; /* 4096 bytes that any rank may write */
+static void *pool;   /* the receiver's pages */
+static xcclRemote_t shared_remote;
+enum { LAYERS = 2, PAGE_BYTES = 64, PAGES = 8, POOL = LAYERS * PAGES * PAGE_BYTES };
 static size_t turn;
 static int refused;
 static struct {
@@ -69,6 +75,40 @@ static xcclMoe_t any_moe(void) {
     default: return (xcclMoe_t)(void *)nothing;
   }
 }
+static xcclKvSender_t any_sender(void) {
+  if (!is_bad()) return sender;
+  switch (draw(5)) {
+    case 0: return NULL;
+    case 1: return dead_sender;
+    case 2: return (xcclKvSender_t)(void *)receiver;
+    case 3: return (xcclKvSender_t)(void *)((char *)sender + 1);
+    default: return (xcclKvSender_t)(void *)nothing;
+  }
+}
+static xcclKvReceiver_t any_receiver(void) {
+  if (!is_bad()) return receiver;
+  switch (draw(5)) {
+    case 0: return NULL;
+    case 1: return dead_receiver;
+    case 2: return (xcclKvReceiver_t)(void *)sender;
+    case 3: return (xcclKvReceiver_t)(void *)((char *)receiver + 1);
+    default: return (xcclKvReceiver_t)(void *)nothing;
+  }
+}
+/* Good ones, and those that name what is not shared, or not there. */
+static xcclRemote_t any_remote(void) {
+  xcclRemote_t remote = shared_remote;
+  const uint64_t skip = (uint64_t)PICK(0, 0, 8, 64, 4, 4088, 4096);
+  remote.offset += skip;
+  remote.bytes -= skip;
+  if (is_bad()) remote.rank = (uint64_t)PICK(0, 1, 99, -1, LLONG_MIN);
+  if (is_bad()) remote.offset = (uint64_t)PICK(0, 4096, 1, -1, -8, LLONG_MAX);
+  if (is_bad()) remote.bytes = (uint64_t)PICK(0, 7, 4097, -1, LLONG_MAX);
+  return remote;
+}
+static uint64_t *any_word(void) { return (uint64_t *)(void *)(is_bad() ? (draw(2) ? NULL : (char *)nothing) : shared + PICK(0, 8, 4, 4088, 4092, 4096)); }
+static uint32_t op(void) { return (uint32_t)PICK(0, 1, 0, 1, 2, 5, 6, -1); }
+static xcclKvTicket_t ticket(void) { return (xcclKvTicket_t)PICK(0, 1, -1, 1ll << 20, (1ll << 20) + 256, LLONG_MIN); }
 static void *out(void *good) {
   if (!is_bad()) return good;
   return draw(2) ? NULL : (char *)good + 1;
@@ -141,6 +181,34 @@ static xcclMoeInput_t any_input(void) {
   return input;
 }
 
+static xcclKvConfig_t good_pages(void) {
+  xcclKvConfig_t config = XCCL_KV_CONFIG_INITIALIZER;
+  config.layers = LAYERS;
+  config.page_bytes = PAGE_BYTES;
+  config.max_pages = 4;
+  config.max_requests = 2;
+  return config;
+}
+static xcclKvConfig_t any_pages(void) {
+  xcclKvConfig_t config = good_pages();
+  config.size = struct_size(sizeof config);
+  if (is_bad()) config.layers = (size_t)PICK(0, 1, 1 << 16, (1 << 16) + 1, -1);
+  if (is_bad()) config.page_bytes = (size_t)PICK(0, 1, 65, 1ll << 30, -1);
+  if (is_bad()) config.max_pages = (size_t)PICK(0, 1, 1 << 24, (1 << 24) + 1, -1);
+  if (is_bad()) config.max_requests = (size_t)PICK(0, 1, 256, 257, -1);
+  return config;
+}
+static xcclPageLayout_t good_layout(void) {
+  xcclPageLayout_t layout = {PAGES, PAGES * PAGE_BYTES, PAGE_BYTES};
+  return layout;
+}
+static xcclPageLayout_t any_layout(void) {
+  xcclPageLayout_t layout = good_layout();
+  if (is_bad()) layout.pages = (size_t)PICK(0, 1, 9, 1ll << 40, -1);
+  if (is_bad()) layout.layer_stride = (size_t)PICK(0, 1, PAGE_BYTES, LLONG_MAX, -1);
+  if (is_bad()) layout.page_stride = (size_t)PICK(0, 1, 2 * PAGE_BYTES, LLONG_MAX, -1);
+  return layout;
+}
 static xcclMoeEpilogue_t any_epilogue(void) {
   static float rows[TOKENS * HIDDEN], normed[TOKENS * HIDDEN];
   xcclMoeEpilogue_t epilogue = XCCL_MOE_EPILOGUE_INITIALIZER;
@@ -187,6 +255,14 @@ static void call(void) {
   xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
   xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
   xcclStatistics_t statistics = XCCL_STATISTICS_INITIALIZER;
+  xcclKvConfig_t pages = any_pages();
+  xcclPageLayout_t layout = any_layout();
+  xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
+  xcclKvSender_t made_sender = NULL;
+  xcclKvReceiver_t made_receiver = NULL;
+  xcclKvTicket_t posted = 0;
+  xcclRemote_t remote;
+  uint64_t found;
   xcclUniqueId id;
   xcclStatus_t status;
   xcclComm_t made = NULL;
@@ -206,6 +282,7 @@ static void call(void) {
   batch.size = struct_size(batch.size);
   device.size = struct_size(device.size);
   statistics.size = struct_size(statistics.size);
+  event.size = struct_size(event.size);
   bytes = size();
   /* Collective calls need the other ranks: alone they are tried with all arguments. */
   switch (which) {
@@ -236,6 +313,40 @@ static void call(void) {
         draw(2) ? NULL : (xcclStatus_t *)(void *)((char *)memory + (is_bad() ? 1 : 0)), any_comm());
     ONE(xcclTest, request(), int_out, (xcclStatus_t *)out(&status), any_comm());
     ONE(xcclRequestFree, request(), any_comm());
+    ONE(xcclSharedAlloc, is_bad() ? NULL : &at, (size_t)PICK(0, 1, 64, 4096, 1 << 30, -1), any_comm());
+    ONE(xcclSharedFree, (void *)(is_bad() ? NULL : draw(2) ? (char *)memory : shared + 8), any_comm());
+    ONE(xcclSharedRemote, any_word(), (size_t)PICK(0, 1, 8, 5000, -1), (xcclRemote_t *)out(&remote), any_comm());
+    ONE(xcclPut, data(), bytes, any_remote(), any_comm());
+    ONE(xcclGet, data(), bytes, any_remote(), any_comm());
+    ONE(xcclPutSignal, data(), bytes, any_remote(), any_remote(), op(), (uint64_t)draw(9), any_comm());
+    ONE(xcclSignal, any_remote(), op(), (uint64_t)draw(9), any_comm());
+    ONE(xcclSignalFetch, any_word(), (uint64_t *)out(&found), any_comm());
+    ONE(xcclSignalWait, any_word(), op(), (uint64_t)draw(3), number(), draw(2) ? NULL : (uint64_t *)out(&found), any_comm());
+    ONE(xcclAtomicFetch, any_remote(), (uint64_t *)out(&found), any_comm());
+    ONE(xcclAtomicSwap, any_remote(), 7, (uint64_t *)out(&found), any_comm());
+    ONE(xcclAtomicFetchAdd, any_remote(), (uint64_t)PICK(0, 1, -1), (uint64_t *)out(&found), any_comm());
+    ONE(xcclAtomicCompareSwap, any_remote(), 7, 8, (uint64_t *)out(&found), any_comm());
+    ONE(xcclFence, number(), any_comm());
+    ONE(xcclQuiet, any_comm());
+    ONE(xcclKvSenderCreate, is_bad() ? NULL : &made_sender, ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &pages,
+        (xcclPageLayout_t *)out(&layout));
+    ONE(xcclKvSenderDestroy, draw(2) ? dead_sender : (xcclKvSender_t)(void *)comm);
+    ONE(xcclKvSenderPoll, (xcclKvEvent_t *)out(&event), any_sender());
+    ONE(xcclKvSenderWait, (xcclKvEvent_t *)out(&event), any_sender());
+    ONE(xcclKvSenderPages, ticket(), (uint32_t *)data(), (size_t)PICK(0, 1, 8, -1), any_sender());
+    ONE(xcclKvPush, ticket(), (size_t)PICK(0, 1, 2, -1), data(), POOL, (const xcclPagePair_t *)data(), (size_t)PICK(0, 1, 8, -1),
+        int_out, any_sender());
+    ONE(xcclKvSenderCancel, ticket(), any_sender());
+    ONE(xcclKvReceiverCreate, is_bad() ? NULL : &made_receiver, ranks == 1 ? any_comm() : dead_comm,
+        is_bad() ? NULL : &pages, is_bad() ? memory : draw(2) ? (char *)pool + 8 : pool, (xcclPageLayout_t *)out(&layout));
+    ONE(xcclKvReceiverDestroy, draw(2) ? dead_receiver : (xcclKvReceiver_t)(void *)comm);
+    ONE(xcclKvPost, number(), 7, (const uint32_t *)data(), (size_t)PICK(0, 1, 4, 5, -1), (size_t)PICK(0, 1, PAGE_BYTES, -1),
+        is_bad() ? NULL : &posted, any_receiver());
+    ONE(xcclKvLayerReady, ticket(), (size_t)PICK(0, 1, 2, -1), int_out, any_receiver());
+    ONE(xcclKvWaitLayer, ticket(), (size_t)PICK(0, 1, 2, -1), any_receiver());
+    ONE(xcclKvReceiverCancel, ticket(), any_receiver());
+    ONE(xcclKvReceiverPoll, (xcclKvEvent_t *)out(&event), any_receiver());
+    ONE(xcclKvReceiverWait, (xcclKvEvent_t *)out(&event), any_receiver());
     ONE(xcclMoeCreate, is_bad() ? NULL : &made_moe, ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &shape);
     ONE(xcclMoeDestroy, draw(2) ? dead_moe : NULL);
     ONE(xcclMoeLocalExperts, any_moe(), size_out);
@@ -285,6 +396,9 @@ static void call(void) {
     if (*place) (void)xcclMemFree(*place, comm); /* perhaps freed before */
     *place = at;
   }
+  if (result == xcclSuccess && at && strcmp(function, "xcclSharedAlloc") == 0) CHECK(xcclSharedFree(at, comm));
+  if (made_sender) CHECK(xcclKvSenderDestroy(made_sender));
+  if (made_receiver) CHECK(xcclKvReceiverDestroy(made_receiver));
   if (made) CHECK(xcclCommDestroy(made));
   if (made_moe) CHECK(xcclMoeDestroy(made_moe));
 }
@@ -298,6 +412,8 @@ static void health(void) {
   CHECK(xcclSend(word, sizeof word, rank, HEALTH_TAG, comm));
   CHECK(xcclRecv(back, sizeof back, rank, HEALTH_TAG, NULL, comm));
   EXPECT(strcmp(word, back) == 0);
+  CHECK(xcclPutSignal(word, sizeof word, shared_remote, shared_remote, xcclUpdateSet, 5, comm));
+  CHECK(xcclSignalWait((uint64_t *)(void *)shared, xcclUntilEq, 5, rank, NULL, comm));
   for (i = 0; i < 8; i++) (void)xcclRequestFree(requests[i], comm);
   for (i = 0; i < 4; i++) (void)xcclMoeGiveUp(exchanges[i], moe);
   if (ranks == 1) {
@@ -458,6 +574,69 @@ static void wrong_orders(void) {
   GIVES(xcclOutOfMemory, "heap", xcclMemAlloc(&at, (size_t)1 << 40, comm));
 }
 
+/* One-sided access and KV pages: what is refused, and with which words. One rank. */
+static void one_sided(void) {
+  xcclRemote_t remote = shared_remote;
+  xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
+  xcclKvTicket_t request = 7;
+  xcclKvConfig_t config = good_pages();
+  xcclPageLayout_t layout = good_layout();
+  xcclKvReceiver_t other = NULL;
+  uint64_t found;
+  uint32_t page = 0;
+  void *own;
+  int over;
+  GIVES(xcclInvalidArgument, "at most 4096", xcclPut(memory, 4097, remote, comm));
+  GIVES(xcclInvalidArgument, "data is a null pointer", xcclPut(NULL, 1, remote, comm));
+  remote.bytes = 4;
+  GIVES(xcclInvalidArgument, "holds no word", xcclSignal(remote, xcclUpdateAdd, 1, comm));
+  remote = shared_remote;
+  GIVES(xcclInvalidArgument, "op is 2", xcclSignal(remote, 2, 1, comm));
+  GIVES(xcclInvalidArgument, "until is 6", xcclSignalWait((uint64_t *)(void *)shared, 6, 1, 0, NULL, comm));
+  GIVES(xcclTimeout, "signal_wait", xcclSignalWait((uint64_t *)(void *)shared, xcclUntilEq, 99, 0, NULL, comm));
+  GIVES(xcclInvalidArgument, "xcclSharedAlloc", xcclSignalFetch(nothing, &found, comm));
+  remote.rank = 3;
+  GIVES(xcclInvalidArgument, "rank 3", xcclGet(memory, 1, remote, comm));
+  GIVES(xcclInvalidArgument, "rank 3", xcclFence(3, comm));
+  /* Memory of xcclMemAlloc is nobody else's, whatever is said of it. */
+  CHECK(xcclMemAlloc(&own, 256, comm));
+  GIVES(xcclInvalidArgument, "xcclSharedAlloc", xcclSharedRemote(own, 8, &remote, comm));
+  remote = shared_remote;
+  remote.offset -= (uint64_t)(shared - (char *)own);
+  GIVES(xcclInvalidArgument, "not shared memory", xcclPut(memory, 8, remote, comm));
+  CHECK(xcclMemFree(own, comm));
+  GIVES(xcclInvalidArgument, "xcclSharedAlloc", xcclSharedFree(shared + 8, comm));
+  GIVES(xcclOutOfMemory, "heap", xcclSharedAlloc(&own, (size_t)1 << 40, comm));
+
+  GIVES(xcclInvalidArgument, "no KV sender", xcclKvPost(0, 1, &page, 1, 1, &request, receiver));
+  EXPECT(request == 7);
+  GIVES(xcclInvalidUsage, "in flight", xcclKvReceiverWait(&event, receiver));
+  GIVES(xcclInvalidUsage, "in flight", xcclKvWaitLayer(7, 0, receiver));
+  GIVES(xcclInvalidUsage, "it is over", xcclKvPush(7, 0, memory, POOL, NULL, 0, &over, sender));
+  GIVES(xcclTimeout, "kv send", xcclKvSenderWait(&event, sender));
+  CHECK(xcclKvSenderPoll(&event, sender));
+  EXPECT(event.kind == xcclKvNothing && event.ticket == XCCL_KV_TICKET_NULL && event.peer == -1);
+  GIVES(xcclInvalidArgument, "beginning of its block", xcclKvReceiverCreate(&other, comm, &config, (char *)pool + 64, &layout));
+  layout.pages = PAGES + 1;
+  layout.layer_stride = (PAGES + 1) * PAGE_BYTES;
+  GIVES(xcclInvalidArgument, "the pool's", xcclKvReceiverCreate(&other, comm, &config, pool, &layout));
+  layout.page_stride = 1;
+  GIVES(xcclInvalidArgument, "overlap", xcclKvReceiverCreate(&other, comm, &config, pool, &layout));
+  config.max_requests = 257;
+  GIVES(xcclInvalidArgument, "max_requests", xcclKvReceiverCreate(&other, comm, &config, pool, &layout));
+  GIVES(xcclInvalidArgument, "is not a receiver", xcclKvReceiverPoll(&event, (xcclKvReceiver_t)(void *)sender));
+}
+
+/* A sender here and a receiver on rank 1, if there is one; and the other way round. */
+static void make_kv(xcclKvSender_t *to, xcclKvReceiver_t *from, xcclComm_t of, void **pages, int rank) {
+  xcclKvConfig_t config = good_pages();
+  xcclPageLayout_t layout = good_layout();
+  CHECK(xcclSharedAlloc(pages, POOL, of));
+  if (rank == 0) CHECK(xcclKvSenderCreate(to, of, &config, &layout));
+  CHECK(xcclKvReceiverCreate(from, of, &config, *pages, &layout));
+  if (rank > 0) CHECK(xcclKvSenderCreate(to, of, &config, &layout));
+}
+
 /* A rank that does nothing wrong, while rank 0 does: each call has to end. */
 static void good_rank(void) {
   int i;
@@ -488,6 +667,11 @@ int main(void) {
   CHECK(xcclCommInitFromEnv(&dead_comm, &config));
   CHECK(xcclCommCount(dead_comm, &ranks));
   CHECK(xcclMoeCreate(&dead_moe, dead_comm, &shape));
+  CHECK(xcclCommUserRank(dead_comm, &rank));
+  make_kv(&dead_sender, &dead_receiver, dead_comm, &pool, rank);
+  CHECK(xcclKvSenderDestroy(dead_sender));
+  CHECK(xcclKvReceiverDestroy(dead_receiver));
+  EXPECT(xcclKvSenderDestroy(dead_sender) == xcclInvalidArgument && xcclKvReceiverDestroy(dead_receiver) == xcclInvalidArgument);
   CHECK(xcclBarrier(dead_comm));
   CHECK(xcclMoeDestroy(dead_moe));
   CHECK(xcclCommDestroy(dead_comm));
@@ -497,12 +681,18 @@ int main(void) {
   CHECK(xcclCommInitFromEnv(&comm, &config));
   CHECK(xcclCommUserRank(comm, &rank));
   CHECK(xcclMoeCreate(&moe, comm, &shape));
+  CHECK(xcclSharedAlloc((void **)&shared, 4096, comm));
+  CHECK(xcclSharedRemote(shared, 4096, &shared_remote, comm));
+  make_kv(&sender, &receiver, comm, &pool, rank);
   if (rank > 0) {
     good_rank();
     printf("rank %d: every call has ended\n", rank);
     return 0;
   }
-  if (ranks == 1) wrong_orders();
+  if (ranks == 1) {
+    wrong_orders();
+    one_sided();
+  }
   for (i = 0; i < CALLS; i++) {
     call();
     if (i % HEALTH_EVERY == 0) health();
@@ -516,6 +706,8 @@ int main(void) {
       fail(__LINE__, "a function was not tried often enough, or never refused anything");
     }
   }
+  CHECK(xcclKvSenderDestroy(sender));
+  CHECK(xcclKvReceiverDestroy(receiver));
   CHECK(xcclMoeDestroy(moe));
   CHECK(xcclCommDestroy(comm));
   return 0;

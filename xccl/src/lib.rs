@@ -50,7 +50,7 @@ pub use crate::{
     error::{Error, Result},
     fabric::NetworkProvider,
     kernels::Kernels,
-    kv::{KvConfig, KvEvent, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, KvTicket, PageLayout},
+    kv::{KvConfig, KvEvent, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, KvTicket, PageLayout, PagePair},
     memory::MemoryFlavour,
     moe::{
         Arrivals, BatchRow, Epilogue, Exchange, ExpertBatch, InputRows, Lanes, Moe, MoeConfig, Reduction, Residual,

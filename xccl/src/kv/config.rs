@@ -118,6 +118,27 @@ impl PageLayout {
     }
 }
 
+/// A page that is copied.
+///
+/// ```
+/// let pair = xccl::PagePair { source: 4, destination: 0 };
+/// assert_eq!(xccl::PagePair::from((4, 0)), pair);
+/// ```
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PagePair {
+    /// The sender's page.
+    pub source: u32,
+    /// The receiver's page.
+    pub destination: u32,
+}
+
+impl From<(u32, u32)> for PagePair {
+    fn from((source, destination): (u32, u32)) -> Self {
+        PagePair { source, destination }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

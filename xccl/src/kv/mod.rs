@@ -40,7 +40,7 @@ mod ticket;
 #[cfg(test)]
 mod tests;
 
-pub use config::{KvConfig, PageLayout};
+pub use config::{KvConfig, PageLayout, PagePair};
 pub use receiver::{KvEvent, KvOutcome, KvReceiver};
 pub use sender::{KvPosted, KvSender, KvSenderEvent};
 pub use ticket::KvTicket;

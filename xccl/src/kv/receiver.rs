@@ -36,7 +36,7 @@ const DURING: Operation = Operation::KvRecv;
 ///         let mut sender = KvSender::new(&comm, config, PageLayout::by_layer(&config, 10))?;
 ///         let KvSenderEvent::Posted(request) = sender.wait()? else { panic!("nothing else can come") };
 ///         for layer in 0..2 {
-///             sender.push(request.ticket, layer, &cache, &[(4, 0), (9, 3)])?; // own page, the receiver's page
+///             sender.push(request.ticket, layer, &cache, &[(4, 0).into(), (9, 3).into()])?; // own page, the receiver's page
 ///         }
 ///     } else {
 ///         let layout = PageLayout::by_layer(&config, 8);

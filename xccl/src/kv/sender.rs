@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 
-use super::config::{KvConfig, PageLayout};
+use super::config::{KvConfig, PageLayout, PagePair};
 use super::layout::{Closed, HEAD_WORDS, Mailbox, Signals, word};
 use super::setup::{self, Control, Role, Seldom};
 use super::ticket::KvTicket;
@@ -312,8 +312,8 @@ impl KvSender {
         }
     }
 
-    /// Copies pages of a layer from `pool`, this rank's pages, to the receiver: each from the first page of the pair, here, to the
-    /// second, there. Tells the receiver when the layer is complete with them; also of a request without pages every layer has
+    /// Copies pages of a layer from `pool`, this rank's pages, to the receiver: each from the pair's source, here, to its destination,
+    /// there. Tells the receiver when the layer is complete with them; also of a request without pages every layer has
     /// to be pushed. Says whether the whole request is complete, and over. `pool` may be reused when it returns; which does not
     /// block on a receiver of this machine.
     ///
@@ -322,7 +322,7 @@ impl KvSender {
     /// layer that is none or a pool that is too short: nothing was moved then. [`Error::KvCancelled`], [`Error::PeerLeft`],
     /// [`Error::PeerDied`]: the request is over, and `poll` does not tell of it again. [`Error::WrongOrder`] for one that is over
     /// already, [`Error::Aborted`].
-    pub fn push(&mut self, request: KvTicket, layer: usize, pool: &[u8], pages: &[(u32, u32)]) -> Result<bool> {
+    pub fn push(&mut self, request: KvTicket, layer: usize, pool: &[u8], pages: &[PagePair]) -> Result<bool> {
         self.check("push", request)?;
         let (to, at) = (request.peer(), request.slot());
         let asks_kernel = self.seldom.is_time();
@@ -340,7 +340,7 @@ impl KvSender {
     }
 
     /// Checks all pairs, and marks the receiver's pages as pushed; none when one is wrong.
-    fn mark(&mut self, to: usize, at: usize, layer: usize, pool: &[u8], pages: &[(u32, u32)]) -> Result<()> {
+    fn mark(&mut self, to: usize, at: usize, layer: usize, pool: &[u8], pages: &[PagePair]) -> Result<()> {
         let (config, layout) = (self.config, self.layout);
         if layer >= config.layers {
             let expected = format!("at most {}", config.layers - 1);
@@ -359,7 +359,7 @@ impl KvSender {
         let first = layer * slot.pages.len().div_ceil(64);
         let bit = |place: usize| (first + place / 64, 1u64 << (place % 64));
         let mut marked = 0;
-        let wrong = pages.iter().find_map(|&(source, page)| {
+        let wrong = pages.iter().find_map(|&PagePair { source, destination: page }| {
             if source as usize >= layout.pages {
                 return Some((source, "does not exist among this rank's pages"));
             }
@@ -378,8 +378,8 @@ impl KvSender {
             slot.lacking[layer] -= pages.len() as u32;
             return Ok(());
         };
-        for (_, page) in &pages[..marked] {
-            if let Ok(place) = slot.sorted.binary_search(page) {
+        for pair in &pages[..marked] {
+            if let Ok(place) = slot.sorted.binary_search(&pair.destination) {
                 let (word, bit) = bit(place);
                 slot.pushed[word] &= !bit;
             }
@@ -387,11 +387,11 @@ impl KvSender {
         Err(Error::KvPage { rank: to, id: slot.id, page, why })
     }
 
-    fn copy(&self, to: usize, at: usize, layer: usize, pool: &[u8], pages: &[(u32, u32)]) -> Result<()> {
+    fn copy(&self, to: usize, at: usize, layer: usize, pool: &[u8], pages: &[PagePair]) -> Result<()> {
         let Some(receiver) = &self.receivers[to] else { return Ok(()) };
         let slot = &receiver.slots[at];
         let (last, whole) = (slot.pages.last().copied(), self.config.page_bytes);
-        let pieces = pages.iter().map(|&(source, page)| {
+        let pieces = pages.iter().map(|&PagePair { source, destination: page }| {
             let bytes = if Some(page) == last { slot.last_page_bytes } else { whole };
             let from = self.layout.at(layer, source as usize);
             (receiver.layout.at(layer, page as usize), &pool[from..from + bytes])

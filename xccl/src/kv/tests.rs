@@ -42,8 +42,8 @@ fn receiver_pool(comm: &Communicator, config: &KvConfig, layout: PageLayout) -> 
 }
 
 /// All pages of a request of one layer.
-fn pairs(id: u64, pages: &[u32], own: usize) -> Vec<(u32, u32)> {
-    pages.iter().enumerate().map(|(place, &page)| (source_of(id, place, own) as u32, page)).collect()
+fn pairs(id: u64, pages: &[u32], own: usize) -> Vec<PagePair> {
+    pages.iter().enumerate().map(|(place, &page)| (source_of(id, place, own) as u32, page).into()).collect()
 }
 
 #[derive(Clone, Debug)]
@@ -276,6 +276,10 @@ fn pair(sender: impl Fn(KvSender, &[u8], &Communicator) + Sync, receiver: impl F
     });
 }
 
+fn list<const N: usize>(pairs: [(u32, u32); N]) -> [PagePair; N] {
+    pairs.map(PagePair::from)
+}
+
 fn next_posted(sender: &mut KvSender) -> KvPosted {
     match sender.wait().unwrap() {
         KvSenderEvent::Posted(posted) => posted,
@@ -290,12 +294,12 @@ fn a_layer_is_ready_before_the_next_has_come_and_a_full_pair_would_block() {
             let [first, second] = [next_posted(&mut sender), next_posted(&mut sender)];
             assert_eq!((first.id, first.pages, first.last_page_bytes, second.id), (7, 2, 10, 8));
             assert_eq!(sender.pages(first.ticket).unwrap(), [5, 1]);
-            assert!(!sender.push(first.ticket, 1, pool, &[(0, 5)]).unwrap());
+            assert!(!sender.push(first.ticket, 1, pool, &list([(0, 5)])).unwrap());
             comm.barrier().unwrap();
             comm.barrier().unwrap();
-            assert!(!sender.push(first.ticket, 1, pool, &[(1, 1)]).unwrap());
+            assert!(!sender.push(first.ticket, 1, pool, &list([(1, 1)])).unwrap());
             comm.barrier().unwrap();
-            assert!(sender.push(first.ticket, 0, pool, &[(0, 5), (1, 1)]).unwrap());
+            assert!(sender.push(first.ticket, 0, pool, &list([(0, 5), (1, 1)])).unwrap());
             for layer in 0..2 {
                 assert_eq!(sender.push(second.ticket, layer, pool, &[]).unwrap(), layer == 1);
             }
@@ -332,8 +336,10 @@ fn nothing_wrong_is_posted_or_pushed() {
     pair(
         |mut sender, pool, comm| {
             let posted = next_posted(&mut sender);
-            let bad =
-                |sender: &mut KvSender, layer, pages: &[(u32, u32)]| sender.push(posted.ticket, layer, pool, pages);
+            let bad = |sender: &mut KvSender, layer, pages: &[(u32, u32)]| {
+                let pages: Vec<_> = pages.iter().map(|&pair| pair.into()).collect();
+                sender.push(posted.ticket, layer, pool, &pages)
+            };
             for (pages, page) in
                 [(&[(0, 5), (0, 6)][..], 6), (&[(0, 5), (1, 5)], 5), (&[(8, 5)], 8), (&[(0, u32::MAX)], u32::MAX)]
             {
@@ -343,7 +349,7 @@ fn nothing_wrong_is_posted_or_pushed() {
                 }
             }
             assert!(matches!(bad(&mut sender, 2, &[(0, 5)]), Err(Error::Shape { given: 2, .. })));
-            let short = sender.push(posted.ticket, 0, &pool[1..], &[(0, 5)]);
+            let short = sender.push(posted.ticket, 0, &pool[1..], &list([(0, 5)]));
             assert!(matches!(short, Err(Error::Shape { .. })));
             for ticket in [0, u64::MAX, posted.ticket.to_bits() + 1, posted.ticket.to_bits() ^ 1 << 9] {
                 let ticket = KvTicket::from_bits(ticket);
@@ -352,9 +358,9 @@ fn nothing_wrong_is_posted_or_pushed() {
                 assert!(sender.pages(ticket).is_err());
             }
             // Nothing of all that has left a trace.
-            assert!(!sender.push(posted.ticket, 0, pool, &[(0, 5), (1, 1)]).unwrap());
+            assert!(!sender.push(posted.ticket, 0, pool, &list([(0, 5), (1, 1)])).unwrap());
             assert!(matches!(sender.push(posted.ticket, 0, pool, &[]), Err(Error::WrongOrder { .. })));
-            assert!(sender.push(posted.ticket, 1, pool, &[(0, 5), (1, 1)]).unwrap());
+            assert!(sender.push(posted.ticket, 1, pool, &list([(0, 5), (1, 1)])).unwrap());
             comm.barrier().unwrap();
         },
         |mut receiver, comm| {
@@ -393,7 +399,7 @@ fn a_sender_that_goes_cancels_what_was_posted_and_what_was_not_taken() {
     pair(
         |mut sender, pool, comm| {
             let posted = next_posted(&mut sender);
-            sender.push(posted.ticket, 0, pool, &[(0, 0)]).unwrap();
+            sender.push(posted.ticket, 0, pool, &list([(0, 0)])).unwrap();
             comm.barrier().unwrap();
             drop(sender);
             comm.barrier().unwrap();
@@ -423,7 +429,7 @@ fn a_receiver_that_goes_keeps_its_pool_while_somebody_may_write_there() {
             let posted = next_posted(&mut sender);
             comm.barrier().unwrap();
             comm.barrier().unwrap();
-            let err = sender.push(posted.ticket, 0, pool, &[(0, 0)]).unwrap_err();
+            let err = sender.push(posted.ticket, 0, pool, &list([(0, 0)])).unwrap_err();
             assert!(matches!(err, Error::PeerLeft { rank: 1, .. }), "{err:?}");
             assert_eq!(sender.in_flight(), 0);
             match sender.wait().unwrap() {

@@ -76,7 +76,7 @@ fn send(comm: &Communicator, senders: usize, victim: Option<usize>) -> Result<()
         }
         let (posted, layer) = open.remove(0);
         let pages = sender.pages(posted.ticket)?.iter().enumerate();
-        let pairs: Vec<_> = pages.map(|(place, &page)| (source_of(posted.id, place) as u32, page)).collect();
+        let pairs: Vec<_> = pages.map(|(place, &page)| (source_of(posted.id, place) as u32, page).into()).collect();
         pushes += 1;
         if victim == Some(rank) && pushes == 50 {
             die()?;
