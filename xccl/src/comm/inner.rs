@@ -140,7 +140,6 @@ impl CommInner {
             reserved: 0,
         };
         fabric.outbox.write(0, bytemuck::bytes_of(&header(rank)));
-        fabric.outbox.word64(layout.border).store(heap_bytes as u64, Release);
         fabric.outbox.word32(layout.state).store(RUNNING, Release);
 
         // Every header is written once everybody has sent its part.
@@ -392,33 +391,18 @@ impl CommInner {
         if let Some(by) = (0..self.world_size).find(|&r| self.state(r) == ABORTED) {
             return Err(Error::Aborted { by, during });
         }
-        let dead = match what.operation.is_of_a_pair() {
-            true => what.peer.filter(|&peer| self.has_died(peer)),
-            false => self.dead_rank(),
-        };
+        // What is between two ranks goes on whatever becomes of others.
+        let concerns = |rank: usize| !during.is_of_a_pair() || what.peer == Some(rank);
+        let dead = if during.is_of_a_pair() { what.peer.filter(|&r| self.has_died(r)) } else { self.dead_rank() };
         if let Some(rank) = dead {
             return Err(Error::PeerDied { rank, during, epoch: what.epoch });
         }
-        if self.fabric.far.is_some()
-            && let Some(rank) = self.lost_rank()
-        {
-            return Err(Error::PeerDied { rank, during, epoch: what.epoch });
-        }
-        let trouble = self.fabric.far.as_ref().and_then(|far| far.plane.trouble(|rank| self.state(rank) != LEFT));
-        match trouble {
-            Some(Trouble::Lost { rank, why }) => {
-                return Err(Error::PeerUnreachable { rank, during, epoch: what.epoch, why });
-            }
-            Some(Trouble::Corrupt { rank, what, value, limit }) => {
-                return Err(Error::Corrupt { rank, what, value, limit });
-            }
-            None => {}
-        }
+        self.check_plane(concerns, what)?;
         let others_left = || (0..self.world_size).find(|&r| r != self.rank && self.state(r) == LEFT);
         let all_left = || (0..self.world_size).all(|r| r == self.rank || self.state(r) == LEFT);
         let left = match what.peer {
             Some(peer) => (self.state(peer) == LEFT).then_some(peer),
-            None if !what.operation.is_of_a_pair() && all_left() => others_left(),
+            None if !during.is_of_a_pair() && all_left() => others_left(),
             None => None,
         };
         if let Some(rank) = left {
@@ -429,6 +413,21 @@ impl CommInner {
             return Err(self.timed_out(what, waited));
         }
         Ok(())
+    }
+
+    /// Whether the far ranks that `concerns` names can be reached.
+    fn check_plane(&self, concerns: impl Fn(usize) -> bool, what: &Waiting) -> Result<()> {
+        let Some(far) = &self.fabric.far else { return Ok(()) };
+        let (during, epoch) = (what.operation, what.epoch);
+        // A death first, which may also look as if the link were down.
+        if let Some(rank) = self.lost_rank().filter(|&rank| concerns(rank)) {
+            return Err(Error::PeerDied { rank, during, epoch });
+        }
+        match far.plane.trouble(|rank| concerns(rank) && self.state(rank) != LEFT) {
+            Some(Trouble::Lost { rank, why }) => Err(Error::PeerUnreachable { rank, during, epoch, why }),
+            Some(Trouble::Corrupt { rank, what, value, limit }) => Err(Error::Corrupt { rank, what, value, limit }),
+            None => Ok(()),
+        }
     }
 
     fn timed_out(&self, what: &Waiting, waited: Duration) -> Error {
@@ -450,10 +449,10 @@ impl CommInner {
     /// Whether anything can still be done to a rank's memory, as far as this rank knows without asking the kernel.
     pub(crate) fn check_partner(&self, rank: usize, during: Operation) -> Result<()> {
         match self.state(rank) {
-            RUNNING if self.first_dead.get() != Some(&rank) => {}
             ABORTED => return Err(Error::Aborted { by: rank, during }),
             LEFT => return Err(Error::PeerLeft { rank, during, epoch: 0 }),
-            _ => return Err(Error::PeerDied { rank, during, epoch: 0 }),
+            _ if self.first_dead.get() == Some(&rank) => return Err(Error::PeerDied { rank, during, epoch: 0 }),
+            _ => {}
         }
         match self.state(self.rank) {
             ABORTED => Err(Error::Aborted { by: self.rank, during }),
@@ -461,15 +460,25 @@ impl CommInner {
         }
     }
 
-    /// As [`check_partner`](Self::check_partner), but asks the kernel, which takes a system call.
+    /// As [`check_partner`](Self::check_partner), but asks the kernel or the network, which takes a while.
     pub(crate) fn check_partner_lives(&self, rank: usize, during: Operation) -> Result<()> {
         self.check_partner(rank, during)?;
-        if self.has_died(rank) { Err(Error::PeerDied { rank, during, epoch: 0 }) } else { Ok(()) }
+        if self.has_died(rank) {
+            return Err(Error::PeerDied { rank, during, epoch: 0 });
+        }
+        self.check_plane(|other| other == rank, &Waiting { operation: during, epoch: 0, peer: Some(rank) })
     }
 
     /// Whether the rank's process has ended without leaving.
     fn has_died(&self, rank: usize) -> bool {
         self.liveness.first_dead(|r| r == rank && self.state(r) != LEFT).is_some()
+    }
+
+    /// For who looks at words without waiting: takes what has come from far ranks.
+    pub(crate) fn look_around(&self) {
+        if let Some(far) = &self.fabric.far {
+            self.move_on(far);
+        }
     }
 
     fn state(&self, rank: usize) -> u32 {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use super::bounce::Bounce;
 use super::endpoint::{Access, Endpoint, Region, RemoteRegion};
 use super::plane::{Plane, Put, Update, Window};
 use super::progress::{Chores, Mover};
@@ -16,7 +17,6 @@ use crate::error::Result;
 /// The window of the landing zones: words of a rank's outbox.
 pub(crate) const OUTBOX: u16 = 0;
 /// The window of the symmetric heap.
-#[allow(dead_code)]
 pub(crate) const HEAP: u16 = 1;
 
 pub(crate) struct Far {
@@ -25,6 +25,8 @@ pub(crate) struct Far {
     outbox: Region,
     /// By rank, what it lets this one reach.
     reach: Vec<Option<Reach>>,
+    /// What one-sided puts leave from, and gets come to.
+    pub(crate) bounce: Bounce,
     pub(crate) chores: Arc<Chores>,
     /// Moves things on while this rank computes.
     pub(crate) mover: Mover,
@@ -58,6 +60,7 @@ impl Far {
 
         let outbox = plane.register(&fabric.outbox, 0..fabric.outbox.len(), Access::Local)?;
         let heap = plane.register(&fabric.heap, 0..fabric.heap.len(), Access::Remote)?.remote;
+        let bounce = Bounce::new(&plane)?;
         let mut offers = Vec::with_capacity(ranks);
         let (mut words, mut heaps) = (vec![None; ranks], vec![None; ranks]);
         for other in 0..ranks {
@@ -89,7 +92,12 @@ impl Far {
         star.exchange(&[], &[], deadline)?;
         let chores = Arc::new(Chores::default());
         let mover = mover(plane.clone(), chores.clone())?;
-        Ok(Far { plane, outbox, reach, chores, mover })
+        Ok(Far { plane, outbox, reach, bounce, chores, mover })
+    }
+
+    /// The heap of a far rank.
+    pub(crate) fn heap_of(&self, rank: usize) -> Option<RemoteRegion> {
+        self.reach[rank].as_ref().map(|reach| reach.heap)
     }
 
     /// Tells `to` that a word of this rank's outbox has changed.

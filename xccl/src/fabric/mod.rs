@@ -5,6 +5,7 @@
 //! - of a *near* rank, on the same node, the outbox itself is mapped ([`shm`]);
 //! - of a *far* one there is a landing zone on this node, which it puts what concerns this rank into ([`plane`]).
 
+pub(crate) mod bounce;
 pub(crate) mod cma;
 pub(crate) mod endpoint;
 pub(crate) mod far;

@@ -300,6 +300,7 @@ impl KvReceiver {
     /// will not come any more because one of the two has cancelled, [`Error::PeerLeft`] or [`Error::PeerDied`] (once this rank
     /// knows) because the sender has ended.
     pub fn layer_ready(&self, request: KvTicket, layer: usize) -> Result<bool> {
+        self.comm.look_around();
         self.look_for("layer_ready", request, layer).and_then(|ready| {
             if !ready {
                 self.comm.check_partner(request.peer(), DURING)?;
@@ -358,7 +359,7 @@ impl KvReceiver {
         let Some(sender) = &self.senders[from] else { return Ok(()) };
         match self.comm.signal(word(sender.mailbox, self.mailbox.cancelled(slot)), Update::Set(number)) {
             // Its end will be told by poll.
-            Err(Error::PeerDied { .. } | Error::PeerLeft { .. }) => Ok(()),
+            Err(Error::PeerDied { .. } | Error::PeerLeft { .. } | Error::PeerUnreachable { .. }) => Ok(()),
             other => other,
         }
     }
@@ -369,6 +370,7 @@ impl KvReceiver {
     /// # Errors
     /// [`Error::Aborted`].
     pub fn poll(&mut self) -> Result<Option<KvEvent>> {
+        self.comm.look_around();
         let asks_kernel = !self.in_flight.is_empty() && self.seldom.is_time();
         for _ in 0..self.in_flight.len() {
             self.next = (self.next + 1) % self.in_flight.len();

@@ -172,6 +172,7 @@ impl KvSender {
     /// # Errors
     /// [`Error::Aborted`].
     pub fn poll(&mut self) -> Result<Option<KvSenderEvent>> {
+        self.comm.look_around();
         for to in 0..self.receivers.len() {
             if let Some(event) = self.take_posted(to)? {
                 return Ok(Some(event));
@@ -320,7 +321,8 @@ impl KvSender {
     /// # Errors
     /// [`Error::KvPage`] for a page that is not the request's, was pushed already, or does not exist here, [`Error::Shape`] for a
     /// layer that is none or a pool that is too short: nothing was moved then. [`Error::KvCancelled`], [`Error::PeerLeft`],
-    /// [`Error::PeerDied`]: the request is over, and `poll` does not tell of it again. [`Error::WrongOrder`] for one that is over
+    /// [`Error::PeerDied`], and towards another node [`Error::Timeout`] and the like: the request is over, and `poll` does not tell of
+    /// it again. [`Error::WrongOrder`] for one that is over
     /// already, [`Error::Aborted`].
     pub fn push(&mut self, request: KvTicket, layer: usize, pool: &[u8], pages: &[PagePair]) -> Result<bool> {
         self.check("push", request)?;
@@ -335,7 +337,11 @@ impl KvSender {
             });
         }
         self.mark(to, at, layer, pool, pages)?;
-        self.copy(to, at, layer, pool, pages)?;
+        if let Err(err) = self.copy(to, at, layer, pool, pages) {
+            // Some may have been moved, and some not.
+            self.end(to, at, Closed::Cancelled)?;
+            return Err(err);
+        }
         self.tell(to, at, layer)
     }
 
@@ -397,7 +403,7 @@ impl KvSender {
             (receiver.layout.at(layer, page as usize), &pool[from..from + bytes])
         });
         let past_caches = pages.len().saturating_mul(whole) >= STREAMING_BYTES;
-        self.comm.put_pieces(receiver.pool, past_caches, pieces)
+        self.comm.put_pieces(receiver.pool, past_caches, pieces, DURING)
     }
 
     /// Tells the receiver what is complete.
@@ -410,7 +416,6 @@ impl KvSender {
         slot.lacking[layer] = TOLD;
         slot.layers -= 1;
         let (is_last, number) = (slot.layers == 0, slot.number);
-        self.comm.fence(to)?;
         self.comm.signal(word(receiver.signals, self.signals.layer(at, layer)), Update::Set(number))?;
         if is_last {
             self.end(to, at, Closed::Done)?;
@@ -432,10 +437,8 @@ impl KvSender {
         self.in_flight.retain(|&in_flight| in_flight != (to, at));
         let Some(receiver) = &mut self.receivers[to] else { return Ok(()) };
         let number = std::mem::take(&mut receiver.slots[at].number);
-        let told = self.comm.fence(to).and_then(|()| {
-            self.comm.signal(word(receiver.signals, self.signals.closed(at)), Update::Set(closed.word(number)))
-        });
-        told.or_else(only_aborted)
+        let signal = word(receiver.signals, self.signals.closed(at));
+        self.comm.signal(signal, Update::Set(closed.word(number))).or_else(only_aborted)
     }
 
     fn check(&self, call: &'static str, request: KvTicket) -> Result<()> {
@@ -493,7 +496,7 @@ impl KvSender {
 /// A peer that is gone need not be told anything, and will be noticed elsewhere.
 fn only_aborted(err: Error) -> Result<()> {
     match err {
-        Error::PeerDied { .. } | Error::PeerLeft { .. } => Ok(()),
+        Error::PeerDied { .. } | Error::PeerLeft { .. } | Error::PeerUnreachable { .. } => Ok(()),
         other => Err(other),
     }
 }

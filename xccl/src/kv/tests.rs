@@ -7,8 +7,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::Communicator;
+use crate::comm::far_tests::on_nodes;
 use crate::error::{Error, Result};
-use crate::onesided::tests::ranks;
+use crate::onesided::tests::{config, ranks};
 
 const UNTOUCHED: u8 = 0xee;
 
@@ -238,23 +239,38 @@ impl Scene {
     }
 }
 
+/// Plays a scene, the ranks on these nodes.
+fn play(scene: &Scene, nodes: &[usize], seed: u64) {
+    let done = AtomicUsize::new(0);
+    on_nodes(nodes, Some(seed), config(), |comm| {
+        let played = match comm.rank() < scene.senders {
+            true => scene.play_sender(&comm, &done),
+            false => scene.play_receiver(&comm, &done),
+        };
+        if let Err(err) = played {
+            // Nobody is to wait for this rank until the deadline.
+            comm.abort();
+            panic!("rank {}: {err}", comm.rank());
+        }
+    });
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { max_shrink_iters: 40, ..ProptestConfig::with_cases(60) })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 20, ..ProptestConfig::with_cases(40) })]
 
     #[test]
     fn every_page_arrives_and_no_other_byte_changes(scene in scene()) {
-        let done = AtomicUsize::new(0);
-        ranks(scene.senders + scene.requests.len(), |comm| {
-            let played = match comm.rank() < scene.senders {
-                true => scene.play_sender(comm, &done),
-                false => scene.play_receiver(comm, &done),
-            };
-            if let Err(err) = &played {
-                // Nobody is to wait for this rank until the deadline.
-                comm.abort();
-                panic!("rank {}: {err}", comm.rank());
-            }
-        });
+        play(&scene, &vec![0; scene.senders + scene.requests.len()], 0);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 5, ..ProptestConfig::with_cases(10) })]
+
+    #[test]
+    fn every_page_arrives_across_nodes(scene in scene(), seed in 0u64..1000) {
+        let nodes: Vec<usize> = (0..scene.senders + scene.requests.len()).map(|rank| rank % 2).collect();
+        play(&scene, &nodes, seed);
     }
 }
 

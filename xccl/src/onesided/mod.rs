@@ -14,13 +14,15 @@
 //! - [`put_signal`](crate::Communicator::put_signal) changes its signal after all of its own data has arrived, no matter about
 //!   other puts;
 //! - [`fence`](crate::Communicator::fence): what this rank puts, signals or changes by atomics at a rank afterwards, arrives there
-//!   after what it did before. It does not wait for anything, and says nothing of other ranks;
+//!   after what it did before. It says nothing of other ranks;
 //! - [`quiet`](crate::Communicator::quiet): all of it has arrived, at every rank, and is visible to every rank;
 //! - a get and an atomic that gives a value are over when they return; puts to the same place are not waited for, unless by `quiet`.
 //!
-//! As there, a barrier implies `quiet`. Beyond OpenSHMEM, every change of a word wakes who waits for it, and concurrent accesses
+//! A barrier says that what was put to a rank before is visible to that rank; for a third one, `quiet` has to come before it.
+//! Beyond OpenSHMEM, every change of a word wakes who waits for it, and concurrent accesses
 //! to the same bytes are never undefined behaviour: they mix.
 
+mod far;
 pub(crate) mod ops;
 mod remote;
 mod shared_buffer;
@@ -173,16 +175,17 @@ impl Communicator {
         self.inner.atomic_compare_swap(word, expected, value)
     }
 
-    /// Puts, signals and atomics of this rank at `rank` after this call arrive there after those before it. Does not block.
+    /// Puts, signals and atomics of this rank at `rank` after this call arrive there after those before it. Does not block for a
+    /// rank of this node; for another one, until that has all that was put before, up to the deadline.
     ///
     /// # Errors
-    /// [`Error::InvalidRank`](crate::Error::InvalidRank).
+    /// [`Error::InvalidRank`](crate::Error::InvalidRank) and what waiting can meet.
     pub fn fence(&self, rank: usize) -> Result<()> {
         self.inner.fence(rank)
     }
 
     /// Waits until all that this rank has put, signalled and changed is visible to every rank. Blocks up to the deadline;
-    /// for ranks on this machine it is so at once.
+    /// for ranks of this node it is so at once.
     ///
     /// # Errors
     /// What waiting can meet.

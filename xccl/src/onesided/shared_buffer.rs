@@ -111,6 +111,7 @@ impl SharedBuffer {
     /// [`Error::Shape`] when it is not in the block, [`Error::NoWord`] when it is not at a multiple of 8.
     pub fn signal_fetch(&self, offset: usize) -> Result<u64> {
         let at = self.word(offset)?;
+        self.comm.look_around();
         Ok(self.comm.own_word(at).load(Acquire))
     }
 
@@ -149,7 +150,7 @@ impl SharedBuffer {
     }
 
     fn heap(&self) -> &Mapping {
-        &self.comm.fabric.peer(self.comm.rank).heap
+        &self.comm.fabric.heap
     }
 
     fn place(&self, offset: usize, bytes: usize) -> Result<usize> {

@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::comm::Config;
+use crate::comm::far_tests::on_nodes;
 use crate::error::Error;
 use crate::p2p::Source;
 use crate::sync::signal::Until;
@@ -10,7 +11,7 @@ use crate::{HeapBuffer, UniqueId};
 
 const HEAP: usize = 1 << 20;
 
-fn config() -> Config {
+pub(crate) fn config() -> Config {
     Config::default().heap_bytes(HEAP).timeout(Some(Duration::from_secs(20)))
 }
 
@@ -18,15 +19,19 @@ fn alone() -> Communicator {
     Communicator::init(0, 1, &UniqueId::new().unwrap(), config()).unwrap()
 }
 
-/// Ranks that are threads of this process.
+/// Ranks that are threads of this process: first on one node, then on several, on a network that reorders and delays.
 pub(crate) fn ranks(n: usize, play: impl Fn(&Communicator) + Sync) {
-    let id = UniqueId::new().unwrap();
-    std::thread::scope(|s| {
-        for rank in 0..n {
-            let (id, play) = (&id, &play);
-            s.spawn(move || play(&Communicator::init(rank, n, id, config()).unwrap()));
-        }
-    });
+    let alone: Vec<usize> = (0..n).collect();
+    let mixed: Vec<usize> = (0..n).map(|rank| rank % 2).collect();
+    let nodes = [vec![0; n], alone, mixed];
+    for (seed, nodes) in nodes.into_iter().enumerate().take(n.max(1)) {
+        on_nodes(&nodes, Some(7 + seed as u64), config(), |comm| play(&comm));
+    }
+}
+
+/// The same on one node alone.
+fn near(n: usize, play: impl Fn(&Communicator) + Sync) {
+    on_nodes(&vec![0; n], Some(1), config(), |comm| play(&comm));
 }
 
 #[test]
@@ -38,6 +43,7 @@ fn what_is_put_is_read_and_got() {
         for len in [0, 1, 8, 63, 64, 65, 5000, 9000] {
             let data = |rank: usize| (0..len).map(|i| (i * 7 + rank) as u8).collect::<Vec<u8>>();
             comm.put(block.remote().of(right).skip(1000), &data(comm.rank())).unwrap();
+            comm.quiet().unwrap();
             comm.barrier().unwrap();
             let (mut here, mut there) = (vec![0; len], vec![0; len]);
             block.read(1000, &mut here).unwrap();
@@ -78,7 +84,7 @@ fn a_signal_comes_after_its_data_and_wakes_who_sleeps() {
 
 #[test]
 fn atomics_of_all_ranks_add_up_and_no_two_get_the_same_ticket() {
-    const EACH: u64 = 1000;
+    const EACH: u64 = 200;
     let seen = std::sync::Mutex::new(vec![]);
     ranks(3, |comm| {
         let words = comm.shared_alloc(64).unwrap();
@@ -108,9 +114,10 @@ fn atomics_of_all_ranks_add_up_and_no_two_get_the_same_ticket() {
         }
         comm.barrier().unwrap();
     });
+    // Of each of the three times that it was played.
     let mut seen = seen.into_inner().unwrap();
     seen.sort();
-    assert_eq!(seen, (0..3 * EACH).collect::<Vec<_>>());
+    assert_eq!(seen, (0..9 * EACH).map(|i| i / 3).collect::<Vec<_>>());
 }
 
 #[test]
@@ -196,9 +203,39 @@ fn a_block_given_back_is_never_lent_as_its_owners() {
 }
 
 #[test]
+fn what_is_told_of_by_a_third_rank_is_found_and_what_is_not_shared_is_refused_across_nodes() {
+    ranks(3, |comm| {
+        let (rank, mut told) = (comm.rank(), [0; 24]);
+        // From 0 to 1, from there to 2, which may not have heard of 0's memory yet.
+        let block = (rank == 0).then(|| comm.shared_alloc(300_000).unwrap());
+        match rank {
+            0 => comm.send(1, 1, &block.as_ref().unwrap().remote().to_bytes()).unwrap(),
+            1 => {
+                comm.recv(0, 1, &mut told).unwrap();
+                comm.send(2, 1, &told).unwrap();
+            }
+            _ => {
+                comm.recv(1, 1, &mut told).unwrap();
+                let there = Remote::from_bytes(&told);
+                let data: Vec<u8> = (0..there.bytes).map(|i| (i * 7 + (i >> 8)) as u8).collect();
+                comm.put(there, &data).unwrap();
+                comm.quiet().unwrap();
+                let mut back = vec![0; data.len()];
+                comm.get(there, &mut back).unwrap();
+                assert!(back == data);
+                let below = Remote { offset: there.offset - 8, bytes: 8, ..there };
+                assert!(matches!(comm.put(below, &[1]), Err(Error::NotShared { rank: 0, .. })));
+                assert!(matches!(comm.put(below.of(1), &[1]), Err(Error::NotShared { rank: 1, .. })));
+            }
+        }
+        comm.barrier().unwrap();
+    });
+}
+
+#[test]
 fn whoever_left_can_be_read_but_not_written_and_an_abort_ends_all() {
     let together = Barrier::new(2);
-    ranks(2, |comm| {
+    near(2, |comm| {
         let twin = comm.duplicate().unwrap();
         let block = twin.shared_alloc(64).unwrap();
         let in_both = comm.shared_alloc(64).unwrap();

@@ -297,6 +297,19 @@ impl Plane {
         lock(&self.state).is_settled(to)
     }
 
+    /// The number of the last batch to `to`.
+    pub(crate) fn started(&self, to: usize) -> u64 {
+        lock(&self.state).peers[to].as_ref().map_or(0, |peer| peer.started)
+    }
+
+    /// Whether `to` has applied its batch `number`: the memory that was put from may change. Otherwise as
+    /// [`is_settled`](Self::is_settled).
+    pub(crate) fn is_applied(&self, to: usize, number: u64) -> bool {
+        let mut state = lock(&self.state);
+        let applied = state.peers[to].as_ref().is_none_or(|peer| peer.taken >= number);
+        applied || state.is_settled(to)
+    }
+
     /// Moves everything on, if no other thread is at it. Then `heard` is told each rank that has changed words here. Says
     /// whether anything has happened.
     pub(crate) fn progress(&self, mut heard: impl FnMut(usize)) -> bool {
