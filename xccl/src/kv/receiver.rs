@@ -63,7 +63,7 @@ pub struct KvReceiver {
     comm: Arc<CommInner>,
     config: KvConfig,
     layout: PageLayout,
-    pool: Option<Arc<SharedBuffer>>,
+    pool: Arc<SharedBuffer>,
     control: Control,
     mailbox: Mailbox,
     signals: Signals,
@@ -160,7 +160,7 @@ impl KvReceiver {
             next: 0,
             letter: Vec::with_capacity(mailbox.bytes),
             seldom: Seldom::new(),
-            pool: Some(pool),
+            pool,
             comm,
             config,
             layout,
@@ -189,8 +189,8 @@ impl KvReceiver {
 
     /// The pool. Of its pages, those of ready layers may be read in place ([`SharedBuffer::as_slice`] says under which
     /// conditions), and those of no request may be used for anything.
-    pub fn pool(&self) -> Option<&Arc<SharedBuffer>> {
-        self.pool.as_ref()
+    pub fn pool(&self) -> &Arc<SharedBuffer> {
+        &self.pool
     }
 
     /// Where its pages lie.
@@ -218,7 +218,7 @@ impl KvReceiver {
         if to.len() > self.config.page_bytes {
             return Err(shape("the buffer for a page", to.len(), self.config.page_bytes));
         }
-        self.pool.as_ref().map_or(Ok(()), |pool| pool.read(self.layout.at(layer, page as usize), to))
+        self.pool.read(self.layout.at(layer, page as usize), to)
     }
 
     /// Asks a sender to fill pages for the request `id`, which is the application's: of the last page the first `last_page_bytes`
@@ -480,7 +480,7 @@ impl Drop for KvReceiver {
         }
         if !self.in_flight.is_empty() {
             // A sender that has not heard of it yet may still write there.
-            std::mem::forget(self.pool.take());
+            self.pool.keep();
         }
     }
 }

@@ -59,18 +59,19 @@ pub(super) fn part(rank: usize, offset: usize, bytes: usize, peer: usize) -> Rem
 }
 
 /// Memory for words of peers, who may write there as long as the communicator lives: never given back.
-pub(super) struct Control(std::mem::ManuallyDrop<SharedBuffer>);
+pub(super) struct Control(Remote);
 
 impl Control {
     pub(super) fn new(comm: &Arc<CommInner>, bytes: usize) -> Result<Self> {
         let block = SharedBuffer::new(comm.clone(), bytes)?;
-        // An earlier handle's block, perhaps.
+        // Somebody's block before, perhaps.
         block.write(0, &vec![0; bytes])?;
-        Ok(Control(std::mem::ManuallyDrop::new(block)))
+        block.keep();
+        Ok(Control(block.remote()))
     }
 
     pub(super) fn remote(&self) -> Remote {
-        self.0.remote()
+        self.0
     }
 }
 

@@ -456,7 +456,7 @@ fn a_receiver_that_goes_keeps_its_pool_while_somebody_may_write_there() {
             comm.barrier().unwrap();
         },
         |mut receiver, comm| {
-            let pool = receiver.pool().unwrap().remote();
+            let pool = receiver.pool().remote();
             receiver.post(0, 1, &[0], 64).unwrap().unwrap();
             comm.barrier().unwrap();
             drop(receiver);
@@ -464,6 +464,25 @@ fn a_receiver_that_goes_keeps_its_pool_while_somebody_may_write_there() {
             assert!(other.offset + other.bytes <= pool.offset || pool.offset + pool.bytes <= other.offset);
             comm.barrier().unwrap();
             comm.barrier().unwrap();
+        },
+    );
+}
+
+#[test]
+fn handles_that_are_dropped_let_go_of_the_communicator() {
+    pair(
+        |sender, _, comm| {
+            let inner = std::sync::Arc::downgrade(&comm.inner);
+            comm.barrier().unwrap();
+            drop(sender);
+            assert_eq!(inner.strong_count(), 1);
+        },
+        |mut receiver, comm| {
+            let inner = std::sync::Arc::downgrade(&comm.inner);
+            receiver.post(0, 1, &[0], 64).unwrap().unwrap();
+            comm.barrier().unwrap();
+            drop(receiver);
+            assert_eq!(inner.strong_count(), 1);
         },
     );
 }

@@ -1,7 +1,8 @@
 //! A block of the symmetric heap's part that every rank may write.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use super::Remote;
 use crate::comm::inner::{CommInner, lock};
@@ -37,12 +38,14 @@ pub struct SharedBuffer {
     comm: Arc<CommInner>,
     offset: usize,
     bytes: usize,
+    /// It stays allocated, whatever becomes of this value.
+    is_kept: AtomicBool,
 }
 
 impl SharedBuffer {
     pub(crate) fn new(comm: Arc<CommInner>, bytes: usize) -> Result<Self> {
         let offset = comm.allocate_shared(bytes)?;
-        Ok(SharedBuffer { comm, offset, bytes })
+        Ok(SharedBuffer { comm, offset, bytes, is_kept: AtomicBool::new(false) })
     }
 
     /// Its bytes.
@@ -144,6 +147,11 @@ impl SharedBuffer {
         }
     }
 
+    /// Lets its memory stay allocated as long as the communicator: somebody may still write there.
+    pub(crate) fn keep(&self) {
+        self.is_kept.store(true, Relaxed);
+    }
+
     /// Whether it belongs to this communicator.
     pub(crate) fn is_of(&self, comm: &Arc<CommInner>) -> bool {
         Arc::ptr_eq(&self.comm, comm)
@@ -167,6 +175,8 @@ impl SharedBuffer {
 
 impl Drop for SharedBuffer {
     fn drop(&mut self) {
-        lock(&self.comm.heap).release_shared(self.offset, self.bytes);
+        if !self.is_kept.load(Relaxed) {
+            lock(&self.comm.heap).release_shared(self.offset, self.bytes);
+        }
     }
 }
