@@ -4,11 +4,13 @@ mod compare;
 mod epilogue;
 mod figures;
 mod growth;
+mod kv;
 mod lanes;
 mod moe;
 mod p2p;
 mod pair;
 mod process;
+mod put;
 mod quantized;
 mod wait;
 
@@ -27,6 +29,10 @@ use crate::run::{self, RunOptions};
 pub enum Bench {
     /// Messages between rank 0 and rank 1
     P2p(p2p::P2pArgs),
+    /// Puts from rank 0 into the memory of rank 1: latency with a signal, bandwidth
+    Put(put::PutArgs),
+    /// Pages of a KV cache from rank 0 to rank 1
+    Kv(kv::KvArgs),
     /// Dispatch and combine of a mixture-of-experts layer
     Moe(moe::MoeArgs),
     /// The same tokens by more and more ranks: processor time per token, start-up, memory
@@ -62,6 +68,8 @@ impl Bench {
     pub fn run(self) -> Result<u8> {
         match self {
             Bench::P2p(args) => with_ranks(&args.common, |comm| args.measure(comm)),
+            Bench::Put(args) => with_ranks(&args.common, |comm| args.measure(comm)),
+            Bench::Kv(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             Bench::Moe(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             Bench::Wait(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             // It starts its own jobs, one after another.
