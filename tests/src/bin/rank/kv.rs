@@ -95,14 +95,13 @@ fn send(comm: &Communicator, senders: usize, victim: Option<usize>) -> Result<()
 
 /// Only requests with the victim may fail, and by its death.
 fn failed(victim: Option<usize>, peer: usize, err: &Error) -> Result<()> {
-    ensure!(
-        victim == Some(peer) && matches!(err, Error::PeerDied { rank, .. } if *rank == peer),
-        "rank {peer}: {err:?}"
-    );
+    let is_death = matches!(err, Error::PeerDied { rank, .. } | Error::PeerUnreachable { rank, .. } if *rank == peer);
+    ensure!(victim == Some(peer) && is_death, "rank {peer}: {err:?}");
     Ok(())
 }
 
 struct Waiting {
+    from: usize,
     ticket: KvTicket,
     pages: Vec<u32>,
 }
@@ -117,8 +116,8 @@ fn receive(comm: &Communicator, senders: usize, victim: Option<usize>) -> Result
     let mut next = vec![0; senders];
     let mut ended = 0;
     while next.iter().any(|&n| n < REQUESTS) || receiver.in_flight() > 0 {
-        for sender in 0..senders {
-            let id = next[sender];
+        for (sender, next) in next.iter_mut().enumerate() {
+            let id = *next;
             let count = (id as usize * 3 + sender) % (config.max_pages + 1);
             if id == REQUESTS || free.len() < count {
                 continue;
@@ -127,8 +126,8 @@ fn receive(comm: &Communicator, senders: usize, victim: Option<usize>) -> Result
             match receiver.post(sender, id, &pages, last_bytes(id))? {
                 None => free.extend(pages),
                 Some(ticket) => {
-                    next[sender] += 1;
-                    waiting.push(Waiting { ticket, pages });
+                    *next += 1;
+                    waiting.push(Waiting { from: sender, ticket, pages });
                     if victim == Some(rank) && ended == 20 {
                         die()?;
                     }
@@ -142,7 +141,7 @@ fn receive(comm: &Communicator, senders: usize, victim: Option<usize>) -> Result
             && let Err(err) = receiver.wait_layer(first.ticket, 0)
             && !matches!(err, Error::WrongOrder { .. })
         {
-            ensure!(matches!(err, Error::PeerDied { rank: 0, .. }) && victim == Some(0), "{err:?}");
+            failed(victim, first.from, &err)?;
         }
         let end = receiver.wait()?;
         let at = waiting.iter().position(|w| w.ticket == end.ticket);
