@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
@@ -13,11 +13,12 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 
 use super::library::{Infos, Library, string};
 use super::probe::Probe;
-use super::{Options, abi, providers};
+use super::{Options, abi, providers, watched};
 use crate::error::{Error, Result};
 use crate::fabric::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
 use crate::fabric::{decode, encode};
@@ -34,6 +35,9 @@ const KEY_TRIES: usize = 8;
 
 /// How long a rank takes nothing before its port is asked whether anybody is there, and between two such questions.
 const DOUBT: Duration = Duration::from_millis(200);
+
+/// How long closing waits for the connections to end. It takes as long as the provider needs to read what they hold.
+const HANG_UP: Duration = Duration::from_secs(1);
 
 /// An open object of libfabric, closed when dropped.
 struct Handle<T: Object> {
@@ -385,12 +389,12 @@ impl OfiEndpoint {
             };
             match outcome {
                 None => {}
-                // It is only slow.
-                Some(Ok(())) => (peer.probe, peer.held_up) = (None, Some(now)),
-                Some(Err(err)) => {
+                Some(Err(err)) if err.kind() == ErrorKind::ConnectionRefused => {
                     let event = self.lose(rank, format!("nobody is at {port} any more: {err}"));
                     events.push(event);
                 }
+                // It is only slow; or nothing is known, as while a link is down.
+                Some(_) => (peer.probe, peer.held_up) = (None, Some(now)),
             }
         }
     }
@@ -498,6 +502,33 @@ impl OfiEndpoint {
         let get = self.gets.get_mut(slot)?.take()?;
         self.free_slots.push(slot);
         Some(get)
+    }
+}
+
+impl Drop for OfiEndpoint {
+    /// Ends the connections before the endpoint is closed.
+    ///
+    /// `tcp;ofi_rxm` of libfabric 1.17 dereferences a null pointer when it closes a connection that has brought half of a put: it
+    /// reports the put as an error of an operation that nobody has posted. A connection that ends by itself is cleaned up well, so
+    /// all are shut down here, and moved on until the provider has let go of them.
+    fn drop(&mut self) {
+        let Some(wake) = self.wake_fd.filter(|_| providers::speaks_tcp(&self.provider)) else { return };
+        let (start, mut events) = (Instant::now(), Vec::new());
+        loop {
+            let connections = watched::connections(wake);
+            if connections.is_empty() {
+                return;
+            }
+            for connection in connections {
+                // An error says that it has ended already.
+                let _ = shutdown(connection, Shutdown::Both);
+            }
+            events.clear();
+            if self.poll(&mut events).is_err() || start.elapsed() > HANG_UP {
+                tracing::debug!("connections are still open while the network endpoint is closed");
+                return;
+            }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The plane between nodes, by libfabric: an [`Endpoint`] on any of its providers with reliable datagrams and remote writes.
 //!
 //! `library` loads it, `abi` says what its structures look like, `providers` chooses one, `endpoint` is the place on the network,
-//! `probe` finds out whether anybody is still there.
+//! `probe` finds out whether anybody is still there, `watched` which connections there are.
 //!
 //! *Environment.* Providers read their own `FI_…` variables when the library is first used; `fi_info -e` lists them. A process
 //! that forks while an endpoint is open must not use it in the child; for `verbs` and `efa` set `RDMAV_FORK_SAFE=1` too, or the
@@ -16,6 +16,7 @@ mod probe;
 mod providers;
 #[cfg(test)]
 mod tests;
+mod watched;
 
 use std::net::IpAddr;
 
@@ -36,7 +37,8 @@ pub(crate) struct Options {
     /// The number of ranks.
     pub(crate) ranks: usize,
     /// Whether somebody is going to sleep until the endpoint wakes it. With `tcp;ofi_rxm` that makes each put to it dearer, 5.6 us
-    /// where 4.7 (half round trips of 8 bytes, loopback): its epoll descriptors are nested.
+    /// where 4.7 (half round trips of 8 bytes, loopback): its epoll descriptors are nested. Without, `tcp;ofi_rxm` of libfabric 1.17 crashes when
+    /// it is closed while a put is halfway in: for measurements.
     pub(crate) wakes: bool,
 }
 

@@ -498,3 +498,35 @@ fn a_process_that_is_killed_while_puts_and_gets_are_on_their_way_to_it_fails_the
         drop(endpoint);
     }
 }
+
+#[test]
+fn an_endpoint_is_closed_while_a_put_is_halfway_into_its_memory() {
+    if without_library() {
+        return;
+    }
+    let mut ranks = ranks(2, "127.0.0.1", 16 << 20);
+    let mut seen = vec![Vec::new(); 2];
+    let target = ranks[1].region.remote;
+    ranks[0].memory.write(0, &vec![7; 16 << 20]);
+    let put = |ranks: &mut [Rank]| ranks[0].endpoint.put(1, (ranks[0].region, 0..16 << 20), (target, 0), 1).unwrap();
+    insist(&mut ranks, &mut seen, put);
+    // Its first byte is here and its last is not.
+    let start = Instant::now();
+    let byte = |ranks: &[Rank], at: usize| {
+        let mut byte = [0];
+        ranks[1].memory.read(at, &mut byte);
+        byte[0]
+    };
+    while byte(&ranks, 0) != 7 {
+        assert!(start.elapsed() < LONGEST, "nothing comes");
+        ranks[0].endpoint.poll(&mut seen[0]).unwrap();
+        ranks[1].endpoint.poll(&mut seen[1]).unwrap();
+    }
+    assert_ne!(byte(&ranks, (16 << 20) - 1), 7, "a socket holds 16 MiB here: the test needs a longer put");
+    drop(ranks.pop());
+    while seen[0].is_empty() {
+        assert!(start.elapsed() < LONGEST, "nothing is said of the rank that has gone");
+        ranks[0].endpoint.poll(&mut seen[0]).unwrap();
+    }
+    assert!(matches!(seen[0][..], [Event::Failed { to: Some(1), .. }]), "{seen:?}");
+}
