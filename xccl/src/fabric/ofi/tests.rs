@@ -400,8 +400,8 @@ fn a_rank_that_is_there_but_does_not_poll_for_long_is_waited_for() {
     assert_eq!(seen, [vec![], vec![Event::Arrived { immediate: 5 }]]);
 }
 
-/// Not a test: the process that `a_process_that_is_killed…` kills. It says its address and its memory, takes the other's address,
-/// and polls until it is killed, or its input ends.
+/// Not a test: the process that `a_process_that_is_killed…` kills. It says its address and its memory, takes the other's,
+/// and puts into it until it is killed.
 #[test]
 #[ignore = "a process of another test"]
 fn the_process_to_be_killed() {
@@ -413,9 +413,12 @@ fn the_process_to_be_killed() {
     println!("\nTELL {}", hex(&crate::fabric::encode(&(endpoint.address().unwrap(), region.remote)).unwrap()));
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).unwrap();
-    endpoint.connect(&[Some(unhex(line.trim())), None]).unwrap();
+    let (address, target): (Vec<u8>, RemoteRegion) = crate::fabric::decode(&unhex(line.trim())).unwrap();
+    endpoint.connect(&[Some(address), None]).unwrap();
     let (start, mut events) = (Instant::now(), Vec::new());
     while start.elapsed() < LONGEST {
+        // Whether it is taken or not: this only keeps the way busy.
+        let _ = endpoint.put(0, (region, 0..1 << 20), (target, 0), 2).unwrap();
         endpoint.poll(&mut events).unwrap();
     }
 }
@@ -470,7 +473,8 @@ fn a_process_that_is_killed_while_puts_and_gets_are_on_their_way_to_it_fails_the
         let segment = OwnSegment::create(MemoryFlavour::Memfd, Writers::Anyone, 1 << 20, false).unwrap();
         let region = endpoint.register(&Arc::new(segment.mapping), 0..1 << 20, Access::Remote).unwrap();
         endpoint.connect(&[None, Some(address)]).unwrap();
-        writeln!(victim.0.stdin.as_mut().unwrap(), "{}", hex(&endpoint.address().unwrap())).unwrap();
+        let tell = crate::fabric::encode(&(endpoint.address().unwrap(), region.remote)).unwrap();
+        writeln!(victim.0.stdin.as_mut().unwrap(), "{}", hex(&tell)).unwrap();
 
         let (start, mut events, mut posted) = (Instant::now(), Vec::new(), 0);
         let mut killed = false;
