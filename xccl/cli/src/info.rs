@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::Args;
-use xccl::{Communicator, Config, DType, MoeConfig, UniqueId};
+use xccl::{Communicator, Config, DType, Error, Launch, MoeConfig, UniqueId};
 
 use crate::say::say;
 
@@ -31,6 +31,7 @@ impl InfoArgs {
         let ranks = self.n as usize;
         say!("xccl {}", env!("CARGO_PKG_VERSION"));
         say!("cores usable here        {}", std::thread::available_parallelism()?);
+        say!("launcher                 {}", launcher());
         // One rank is enough to try what the machine permits.
         let alone = Communicator::init(0, 1, &UniqueId::new()?, config.clone())?;
         let cma = if alone.cma_readable_by(0)? { "permitted" } else { "not permitted (large messages are pipelined)" };
@@ -59,6 +60,22 @@ impl InfoArgs {
         }
         Ok(())
     }
+}
+
+/// Which rank the environment makes of a process, and where it would meet the others.
+fn launcher() -> String {
+    let launch = match Launch::from_env() {
+        Ok(launch) => launch,
+        Err(Error::NotLaunched { .. }) => {
+            return "none: ranks are started by xccl run, torchrun, mpirun or srun".to_owned();
+        }
+        Err(why) => return format!("incomplete: {why}"),
+    };
+    let meet = match &launch.rendezvous {
+        Some((host, port)) => format!("meeting at port {port} of {host}"),
+        None => "all on this machine".to_owned(),
+    };
+    format!("rank {} of {} ({}), {meet}", launch.rank, launch.world_size, launch.origin)
 }
 
 /// What can carry rows between nodes.

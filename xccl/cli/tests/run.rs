@@ -481,3 +481,25 @@ fn hosts_that_cannot_be_are_named_with_what_is_expected() {
         assert!(text(&out.stderr).contains(says), "{options:?}: {}", text(&out.stderr));
     }
 }
+
+#[test]
+fn ranks_of_two_launchers_meet() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let bench = ["--timeout", "60", "--", env!("CARGO_BIN_EXE_xccl"), "bench", "p2p", "--sizes", "8", "--iters", "5"];
+    let start = |host: &str| {
+        let master = port.to_string();
+        let mut command = xccl(&["-n", "1", "--nnodes", "2", "--node-rank", host, "--master", &master]);
+        command.args(bench).env("XCCL_JOB", format!("two launchers {}", std::process::id()));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let launchers = ["0", "1"].map(start);
+    let [first, second] = launchers.map(|launcher| launcher.wait_with_output().unwrap());
+    for out in [&first, &second] {
+        assert!(out.status.success(), "{}{}", text(&out.stdout), text(&out.stderr));
+    }
+    assert!(
+        text(&first.stdout).lines().any(|line| line.starts_with("[0]") && line.contains('8')),
+        "{}",
+        text(&first.stdout)
+    );
+}

@@ -192,6 +192,23 @@ fn bench_p2p_verifies_small_and_large_messages() {
 }
 
 #[test]
+fn info_shows_which_rank_the_environment_makes_of_a_process_and_where_it_meets_the_others() {
+    let launcher = |variables: &[(&str, &str)]| {
+        let mut command = xccl(&["info"]);
+        let others = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_STEP_ID", "XCCL_WORLD_SIZE", "XCCL_NODE_ID"];
+        others.iter().for_each(|name| _ = command.env_remove(name));
+        let out = command.envs(variables.iter().copied()).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        text.lines().find_map(|line| line.strip_prefix("launcher ")).unwrap_or(&text).trim().to_owned()
+    };
+    assert!(launcher(&[]).starts_with("none"));
+    let rank = [("XCCL_RANK", "1"), ("XCCL_WORLD_SIZE", "4"), ("XCCL_LOCAL_WORLD_SIZE", "2"), ("XCCL_JOB", "j")];
+    assert!(launcher(&rank).starts_with("incomplete: XCCL_MASTER_ADDR"));
+    let met = [&rank[..], &[("MASTER_ADDR", "node0"), ("MASTER_PORT", "29500")]].concat();
+    assert_eq!(launcher(&met), "rank 1 of 4 (XCCL_RANK), meeting at port 29501 of node0");
+}
+
+#[test]
 fn info_shows_every_option_with_its_origin() {
     let out = xccl(&["info"]).env("XCCL_HEAP", "1M").output().unwrap();
     let text = stdout(&out);

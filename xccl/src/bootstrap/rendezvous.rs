@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn an_address_of_another_host_cannot_be_listened_at() {
         // Of a range kept for documentation (RFC 5737), so nobody's.
-        let id = UniqueId::new_at("192.0.2.1:7".parse().unwrap()).unwrap();
+        let id = UniqueId::new_at("198.51.100.1:7".parse().unwrap()).unwrap();
         let rendezvous = Rendezvous::from(&id);
         let place = rendezvous.place.clone().unwrap();
         let error = rendezvous.listen(&place, Instant::now() + Duration::from_secs(20)).err().unwrap();

@@ -285,7 +285,7 @@ fn twenty_jobs_over_tcp_never_meet() {
 fn an_address_that_nobody_has_is_an_error_at_the_deadline_that_says_who_was_tried() {
     let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     // The latter is of a range kept for documentation (RFC 5737), so nobody's.
-    for address in [refused, "192.0.2.1:29500".parse::<SocketAddr>().unwrap()] {
+    for address in [refused, "198.51.100.1:29500".parse::<SocketAddr>().unwrap()] {
         let rendezvous = Rendezvous::from(&UniqueId::new_at(address).unwrap());
         let error = join(&rendezvous, 1, &[0, 1], Instant::now() + Duration::from_millis(300)).err().unwrap();
         let text = error.to_string();
