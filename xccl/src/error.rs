@@ -509,6 +509,34 @@ pub enum Error {
         epoch: u64,
     },
 
+    /// Two ranks make different collective calls, so that none can go on.
+    #[error(
+        "rank {rank} calls {theirs} where rank {other} calls {others} (collective {epoch}): every rank has to make the same calls in the same order; build another communicator"
+    )]
+    CallMismatch {
+        /// The number of the call, counted from 1 on every rank.
+        epoch: u64,
+        /// One of the two ranks.
+        rank: usize,
+        /// Its call, with what it asks for.
+        theirs: String,
+        /// The other rank.
+        other: usize,
+        /// Its call.
+        others: String,
+    },
+
+    /// A rank has given a collective up before it was over.
+    #[error("rank {rank} gave up {during} (collective {epoch}): build another communicator")]
+    GivenUp {
+        /// The rank that gave up.
+        rank: usize,
+        /// The collective that it gave up.
+        during: Operation,
+        /// Its number, counted from 1 on every rank.
+        epoch: u64,
+    },
+
     /// A peer's memory holds a value that cannot be.
     #[error(
         "rank {rank}'s memory holds {what} = {value}, the limit is {limit}: that process is broken or runs another version"
@@ -531,6 +559,9 @@ fn after_timeout(during: &Operation) -> &'static str {
         Operation::Init | Operation::Setup => "what was being set up is given up on every rank",
         Operation::Send => "a request can be waited for again, a blocking send has given its message up",
         Operation::CombineRecv => "the exchange is given up",
+        collective if collective.is_collective() => {
+            "a request can be waited for again, a blocking call has given up this communicator's collectives"
+        }
         _ => "nothing was lost, the call may be repeated",
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! - [`Communicator`]: a group of ranks; how they find each other ([`UniqueId`], launchers' environments), `split`, barrier.
 //! - [`Moe`]: dispatch each token to the ranks that hold its experts, combine what comes back.
+//! - Collectives: [`Communicator::all_reduce`], [`Communicator::all_gather`] and the like, at once or in the background.
 //! - Point to point: [`Communicator::send`], [`Communicator::recv`].
 //! - One-sided: [`Communicator::put`], [`Communicator::get`], signals and atomics on [`SharedBuffer`]s of other ranks.
 //! - KV cache: [`KvSender`] and [`KvReceiver`] move pages from prefill to decode ranks, layer by layer.
@@ -45,6 +46,7 @@ mod sync;
 #[cfg(not(loom))]
 pub use crate::{
     bootstrap::{Launch, UniqueId},
+    collectives::{Collective, DataType, RawCollective, ReduceOp, Value},
     comm::{Communicator, Config, HeapBuffer, MemoryPlan, Origin, Setting, Statistics},
     dtype::{DType, Element, ExpertId},
     error::{Error, Result},
@@ -57,7 +59,7 @@ pub use crate::{
         RmsNorm, Routing, ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
     },
     onesided::{Remote, SharedBuffer},
-    p2p::{Calibration, CalibrationPoint, RawRequest, Request, Scope, Source, Status, wait_all},
+    p2p::{Calibration, CalibrationPoint, CollectiveRequest, RawRequest, Request, Scope, Source, Status, wait_all},
     sync::{CoreSharing, Operation, Until, Update},
 };
 

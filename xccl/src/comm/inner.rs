@@ -12,6 +12,8 @@ use super::Config;
 use super::bells::Bells;
 use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC};
 use crate::bootstrap::{Rendezvous, Star};
+use crate::collectives;
+use crate::collectives::engine::Collectives;
 use crate::error::{Error, Result};
 use crate::fabric::far::Far;
 use crate::fabric::plane::Trouble;
@@ -68,6 +70,7 @@ pub(crate) struct CommInner {
     pub(crate) heap: Mutex<Heap>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) p2p: P2p,
+    pub(crate) collectives: Collectives,
     pub(crate) calibration: Calibration,
     star: Mutex<Star>,
     barriers: Mutex<u64>,
@@ -196,6 +199,7 @@ impl CommInner {
             rank,
             world_size,
             p2p: P2p::new(world_size),
+            collectives: Collectives::new(rank, world_size),
             heap: Mutex::new(Heap::new(HEAP_START, heap_bytes - HEAP_START)),
             counters: Arc::default(),
             star: Mutex::new(star),
@@ -397,6 +401,11 @@ impl CommInner {
         if let Some(rank) = dead {
             return Err(Error::PeerDied { rank, during, epoch: what.epoch });
         }
+        if during.is_collective()
+            && let Some(told) = collectives::failure::told_by_anyone(self)
+        {
+            return Err(told);
+        }
         self.check_plane(concerns, what)?;
         let others_left = || (0..self.world_size).find(|&r| r != self.rank && self.state(r) == LEFT);
         let all_left = || (0..self.world_size).all(|r| r == self.rank || self.state(r) == LEFT);
@@ -550,9 +559,14 @@ impl CommInner {
     /// Says that this rank takes no further part; what it has published stays readable.
     fn end(&self, state: u32) {
         self.fabric.outbox.word32(self.layout.state).store(state, Release);
+        self.ring_all();
+        self.fabric.far().for_each(|(rank, far)| far.tell32(rank, self.layout.state, state));
+    }
+
+    /// Wakes every rank of this node, to look at what this one has published.
+    pub(crate) fn ring_all(&self) {
         bell::publish_fence();
         self.bells.ring_all();
-        self.fabric.far().for_each(|(rank, far)| far.tell32(rank, self.layout.state, state));
     }
 
     /// Waits until far ranks have what was sent to them, since nobody moves it on afterwards: not for those that have left or

@@ -4,6 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::Config;
 use crate::bootstrap::MAX_WORLD_SIZE;
+use crate::collectives::slots::Slots;
 use crate::memory::layout::{LINE, Layout};
 
 /// Changes whenever a layout in shared memory or a protocol changes.
@@ -65,6 +66,8 @@ pub(crate) struct CommLayout {
     /// Per destination, the payload ring.
     payload: usize,
     pub(crate) ring_bytes: usize,
+    /// What collectives are made with; its own table says who reads what.
+    pub(crate) collectives: Slots,
     pub(crate) bytes: usize,
 }
 
@@ -81,6 +84,7 @@ impl CommLayout {
         let slots = layout.add_aligned(world_size * SLOTS * LINE, 4096);
         let ring_bytes = config.p2p_ring_bytes;
         let payload = layout.add_aligned(world_size * ring_bytes, 4096);
+        let collectives = Slots::new(&mut layout);
         let bytes = layout.bytes();
         CommLayout {
             state,
@@ -97,6 +101,7 @@ impl CommLayout {
             slots,
             payload,
             ring_bytes,
+            collectives,
             bytes,
         }
     }
@@ -149,6 +154,7 @@ mod tests {
             let mut areas = vec![(0, size_of::<Header>())];
             areas.extend([layout.state, layout.sleep, layout.progress, layout.barrier].map(|at| (at, LINE)));
             areas.push((layout.cma, world));
+            areas.extend(layout.collectives.areas());
             for peer in 0..world {
                 areas.push((layout.consumed(peer), LINE));
                 areas.push((layout.payload(peer), layout.ring_bytes));

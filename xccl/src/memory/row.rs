@@ -68,3 +68,67 @@ impl Mapping {
         Row { at, len: n, memory: PhantomData }
     }
 }
+
+/// Plain bytes that are writable for `'a`, though another process, or another view of this kind, may reach them too: never a
+/// reference, only copies.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    at: *mut u8,
+    len: usize,
+    memory: PhantomData<&'a Mapping>,
+}
+
+impl<'a> Target<'a> {
+    /// # Safety
+    /// `len` bytes at `at` are writable for `'a`; no reference to them is used meanwhile.
+    pub(crate) unsafe fn new(at: *mut u8, len: usize) -> Self {
+        Target { at, len, memory: PhantomData }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address of the first byte: valid for `len` bytes, not for a reference.
+    pub(crate) fn as_mut_ptr(&self) -> *mut u8 {
+        self.at
+    }
+
+    /// Copies bytes in, which may be these very ones.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    pub(crate) fn copy_from(&self, from: Row<'_, u8>) {
+        assert_eq!(from.len(), self.len, "a row's length");
+        // SAFETY: readable and writable for `len` bytes, by the constructors; they may overlap.
+        unsafe { std::ptr::copy(from.as_ptr(), self.at, self.len) }
+    }
+
+    /// As [`copy_from`](Self::copy_from), past the caches. The bytes lie elsewhere; `end_streaming` has to follow.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    pub(crate) fn stream_from(&self, from: Row<'_, u8>) {
+        // SAFETY: writable for `len` bytes by the constructors, and no other view of them is used during this call.
+        super::stream::stream(from, unsafe { std::slice::from_raw_parts_mut(self.at, self.len) });
+    }
+}
+
+impl<'a> Row<'a, u8> {
+    /// # Safety
+    /// `len` bytes at `at` are readable for `'a`.
+    pub(crate) unsafe fn from_raw(at: *const u8, len: usize) -> Self {
+        Row { at, len, memory: PhantomData }
+    }
+}
+
+impl Mapping {
+    /// `n` bytes at `offset` of this rank's own segment.
+    ///
+    /// # Panics
+    /// As [`at_mut`](Self::at_mut).
+    pub(crate) fn target(&self, offset: usize, n: usize) -> Target<'_> {
+        // SAFETY: inside the mapping and writable, as `at_mut` has checked; references to it are never made.
+        unsafe { Target::new(self.at_mut(offset, n), n) }
+    }
+}

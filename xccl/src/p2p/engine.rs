@@ -136,6 +136,7 @@ impl P2p {
             // A long message is many short waits: who helps to move one must not get tired of it, yield and sleep. Past the
             // deadline that ends, so that others' messages never hold up the error.
             let over = comm.wait_in(&mut call, what, || {
+                comm.collectives.progress(comm);
                 if let Some(result) = self.test(comm, ticket).transpose() {
                     return Some(Some(result));
                 }
@@ -180,6 +181,11 @@ impl P2p {
         let mut out = lock(&self.outgoing[to]);
         self.push(comm, to, &mut out);
         out.is_over(comm, to, number)
+    }
+
+    /// Moves sends on, as far as it goes. For calls that wait for something else.
+    pub(crate) fn progress(&self, comm: &CommInner) {
+        self.push_waiting(comm);
     }
 
     fn push_waiting(&self, comm: &CommInner) {

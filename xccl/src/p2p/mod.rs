@@ -20,7 +20,7 @@ mod slot;
 
 pub use calibration::{Calibration, CalibrationPoint};
 pub use raw::RawRequest;
-pub use scope::{Request, Scope, wait_all};
+pub use scope::{CollectiveRequest, Request, Scope, wait_all};
 
 use crate::comm::Communicator;
 use crate::error::Result;

@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 
 use super::engine::Ticket;
 use super::{Source, Status};
+use crate::collectives::{self, Collective, Value};
 use crate::comm::Communicator;
 use crate::error::Result;
 
@@ -11,6 +12,7 @@ use crate::error::Result;
 pub struct Scope<'scope, 'env: 'scope> {
     comm: &'scope Communicator,
     tickets: std::cell::RefCell<Vec<Ticket>>,
+    collectives: std::cell::RefCell<Vec<collectives::engine::Ticket>>,
     scope: PhantomData<&'scope mut &'scope ()>,
     env: PhantomData<&'env mut &'env ()>,
 }
@@ -36,6 +38,30 @@ impl Request<'_> {
     /// As [`Communicator::send`] and [`Communicator::recv`].
     pub fn test(&mut self) -> Result<Option<Status>> {
         self.comm.inner.p2p.test(&self.comm.inner, self.ticket)
+    }
+}
+
+/// A collective on its way. Forgetting it does no harm: the scope's end waits for it.
+pub struct CollectiveRequest<'scope> {
+    comm: &'scope Communicator,
+    ticket: collectives::engine::Ticket,
+}
+
+impl CollectiveRequest<'_> {
+    /// Blocks until this rank's part is over. After [`Error::Timeout`](crate::Error::Timeout) the collective is still on its way.
+    ///
+    /// # Errors
+    /// As [`Communicator::collective`].
+    pub fn wait(&mut self) -> Result<()> {
+        self.comm.inner.collectives.wait(&self.comm.inner, self.ticket)
+    }
+
+    /// Looks whether this rank's part is over, without blocking, and moves it on.
+    ///
+    /// # Errors
+    /// As [`Communicator::collective`].
+    pub fn test(&mut self) -> Result<bool> {
+        self.comm.inner.collectives.test(&self.comm.inner, self.ticket)
     }
 }
 
@@ -75,6 +101,36 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         Ok(self.request(ticket))
     }
 
+    /// Starts a collective; its buffers are borrowed until the scope ends, which waits for it. Several may be on their way: they
+    /// are made in the order in which they were started, each moved on by whoever waits in this communicator.
+    ///
+    /// ```
+    /// # use xccl::{Collective, Communicator, Config, ReduceOp, UniqueId};
+    /// # fn main() -> xccl::Result<()> {
+    /// # let comm = Communicator::init(0, 1, &UniqueId::new()?, Config::default())?;
+    /// let (mut sums, mut token) = ([1.0f32; 8], [7i32]);
+    /// comm.scope(|scope| {
+    ///     let mut sum = scope.start(Collective::AllReduce { send: None, recv: &mut sums, op: ReduceOp::Sum })?;
+    ///     let mut next = scope.start(Collective::Broadcast { send: None, recv: &mut token, root: 0 })?;
+    ///     next.wait()?;
+    ///     sum.wait()
+    /// })?;
+    /// assert_eq!((sums[0], token[0]), (comm.world_size() as f32, 7));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Communicator::collective`].
+    pub fn start<T: Value>(&self, collective: Collective<'env, T>) -> Result<CollectiveRequest<'scope>> {
+        let comm = &self.comm.inner;
+        // SAFETY: the buffers are borrowed for 'env, which outlives the scope, and the scope's end waits for what is on its way.
+        let ask = unsafe { collective.ask(comm) }?;
+        let ticket = comm.collectives.start(comm, ask)?;
+        self.collectives.borrow_mut().push(ticket);
+        Ok(CollectiveRequest { comm: self.comm, ticket })
+    }
+
     fn request(&self, ticket: Ticket) -> Request<'scope> {
         self.tickets.borrow_mut().push(ticket);
         Request { comm: self.comm, ticket }
@@ -86,6 +142,9 @@ impl Drop for Scope<'_, '_> {
         for ticket in self.tickets.get_mut().drain(..) {
             self.comm.inner.p2p.cancel(&self.comm.inner, ticket);
         }
+        for ticket in self.collectives.get_mut().drain(..) {
+            self.comm.inner.collectives.settle(&self.comm.inner, ticket);
+        }
     }
 }
 
@@ -93,7 +152,8 @@ impl Communicator {
     /// Runs `f` with a scope for non-blocking requests, as `std::thread::scope` does for threads: buffers that outlive the
     /// scope may be lent to requests. Requests that were not waited for are cancelled at the end: a receive takes no message
     /// any more, a send that the receiver may have seen the beginning of is finished from a copy, or withdrawn
-    /// ([`Error::Withdrawn`](crate::Error::Withdrawn)) where the receiver was to copy it.
+    /// ([`Error::Withdrawn`](crate::Error::Withdrawn)) where the receiver was to copy it. Collectives are waited for: the other
+    /// ranks need this one's part.
     ///
     /// ```
     /// # use xccl::{Communicator, Config, UniqueId};
@@ -113,7 +173,13 @@ impl Communicator {
     /// # Errors
     /// What `f` returns.
     pub fn scope<'env, R>(&self, f: impl for<'scope> FnOnce(&Scope<'scope, 'env>) -> Result<R>) -> Result<R> {
-        let scope = Scope { comm: self, tickets: Default::default(), scope: PhantomData, env: PhantomData };
+        let scope = Scope {
+            comm: self,
+            tickets: Default::default(),
+            collectives: Default::default(),
+            scope: PhantomData,
+            env: PhantomData,
+        };
         f(&scope)
     }
 }

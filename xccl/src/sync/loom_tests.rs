@@ -6,7 +6,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use loom::thread;
 
-use super::{bell, epoch, pieces, ring, signal};
+use super::{bell, epoch, pieces, ring, signal, steps};
 
 /// Two buffers in turn; the reader's own word frees a buffer for the epoch after next.
 #[test]
@@ -262,4 +262,52 @@ fn loom_signals_add_up_and_carry_their_data() {
         }
         writers.into_iter().for_each(|writer| writer.join().unwrap());
     });
+}
+
+/// Ranks of a collective: each has two slots, fills one per step and reads the other rank's as `reads` says.
+fn steps_are_read_before_their_slots_are_filled_again(reads: [bool; 2]) {
+    const SLOTS: u64 = 2;
+    const STEPS: u64 = 3;
+    #[derive(Default)]
+    struct Rank {
+        turns: [AtomicU64; SLOTS as usize],
+        data: [loom::cell::UnsafeCell<u64>; SLOTS as usize],
+    }
+    fn play(me: &Rank, other: &Rank, reads: bool) {
+        for step in 1..=STEPS {
+            let (needed, slot) = (steps::needed(step, SLOTS), (step % SLOTS) as usize);
+            while needed > 0 && !steps::has(&other.turns[(needed % SLOTS) as usize], needed) {
+                thread::yield_now();
+            }
+            // SAFETY: loom's cell itself checks that no access is concurrent.
+            me.data[slot].with_mut(|data| unsafe { *data = step * 10 });
+            steps::publish(&me.turns[slot], step);
+            if reads {
+                while !steps::has(&other.turns[slot], step) {
+                    thread::yield_now();
+                }
+                // SAFETY: as above.
+                assert_eq!(other.data[slot].with(|data| unsafe { *data }), step * 10);
+            }
+        }
+    }
+    loom::model(move || {
+        let ranks = Arc::new([Rank::default(), Rank::default()]);
+        let other = {
+            let ranks = ranks.clone();
+            thread::spawn(move || play(&ranks[1], &ranks[0], reads[1]))
+        };
+        play(&ranks[0], &ranks[1], reads[0]);
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn loom_ranks_that_read_each_other_step_by_step_see_what_was_written_for_the_step() {
+    steps_are_read_before_their_slots_are_filled_again([true, true]);
+}
+
+#[test]
+fn loom_a_rank_that_only_writes_does_not_overtake_its_reader() {
+    steps_are_read_before_their_slots_are_filled_again([false, true]);
 }

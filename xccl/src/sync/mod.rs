@@ -14,6 +14,7 @@ pub(crate) mod pieces;
 pub(crate) mod progress;
 pub(crate) mod ring;
 pub(crate) mod signal;
+pub(crate) mod steps;
 #[cfg(not(loom))]
 pub(crate) mod wait;
 

@@ -35,6 +35,24 @@ pub enum Operation {
     CombineRecv = 8,
     /// Building another communicator, or a handle that needs memory of its own.
     Setup = 9,
+    /// A broadcast.
+    Broadcast = 10,
+    /// A gather.
+    Gather = 11,
+    /// An all-gather.
+    AllGather = 12,
+    /// A scatter.
+    Scatter = 13,
+    /// A reduction to one rank.
+    Reduce = 14,
+    /// A reduction whose result is scattered.
+    ReduceScatter = 15,
+    /// A reduction whose result every rank gets.
+    AllReduce = 16,
+    /// An exchange of equal blocks.
+    AllToAll = 17,
+    /// An exchange of blocks of different sizes.
+    AllToAllV = 18,
     /// A put, a get or an atomic operation on a rank's shared memory.
     OneSided = 20,
     /// Waiting for a signal.
@@ -45,31 +63,49 @@ pub enum Operation {
     KvRecv = 23,
 }
 
+/// All of them.
+const ALL: [Operation; 23] = {
+    use Operation::*;
+    [
+        Computing,
+        Init,
+        Barrier,
+        Send,
+        Recv,
+        DispatchSend,
+        DispatchRecv,
+        CombineSend,
+        CombineRecv,
+        Setup,
+        Broadcast,
+        Gather,
+        AllGather,
+        Scatter,
+        Reduce,
+        ReduceScatter,
+        AllReduce,
+        AllToAll,
+        AllToAllV,
+        OneSided,
+        SignalWait,
+        KvSend,
+        KvRecv,
+    ]
+};
+
 impl Operation {
     /// Whether it concerns this rank and the one waited for, whatever becomes of others.
     pub(crate) fn is_of_a_pair(self) -> bool {
         matches!(self, Operation::KvSend | Operation::KvRecv)
     }
 
-    fn from_word(word: u32) -> Option<Self> {
-        use Operation::*;
-        let all = [
-            Computing,
-            Init,
-            Barrier,
-            Send,
-            Recv,
-            DispatchSend,
-            DispatchRecv,
-            CombineSend,
-            CombineRecv,
-            Setup,
-            OneSided,
-            SignalWait,
-            KvSend,
-            KvRecv,
-        ];
-        all.into_iter().find(|&operation| operation as u32 == word)
+    pub(crate) fn from_word(word: u32) -> Option<Self> {
+        ALL.into_iter().find(|&operation| operation as u32 == word)
+    }
+
+    /// Whether it is one of those that go through the collectives' slots.
+    pub(crate) fn is_collective(self) -> bool {
+        (Operation::Broadcast as u32..=Operation::AllToAllV as u32).contains(&(self as u32))
     }
 }
 
@@ -86,6 +122,15 @@ impl fmt::Display for Operation {
             Operation::CombineSend => "combine_send",
             Operation::CombineRecv => "combine_recv",
             Operation::Setup => "set-up",
+            Operation::Broadcast => "broadcast",
+            Operation::Gather => "gather",
+            Operation::AllGather => "all_gather",
+            Operation::Scatter => "scatter",
+            Operation::Reduce => "reduce",
+            Operation::ReduceScatter => "reduce_scatter",
+            Operation::AllReduce => "all_reduce",
+            Operation::AllToAll => "all_to_all",
+            Operation::AllToAllV => "all_to_all_v",
             Operation::OneSided => "one-sided access",
             Operation::SignalWait => "signal_wait",
             Operation::KvSend => "kv send",

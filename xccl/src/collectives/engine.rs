@@ -1,0 +1,462 @@
+//! Collectives on their way, and who moves them on.
+//!
+//! They are done in the order in which they were started, step by step ([`steps`](crate::sync::steps)), each by whoever waits for
+//! one, or asks whether it is done. Nobody works in the background.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::failure::{Failure, difference};
+use super::group::{Group, View};
+use super::pattern::{Pattern, Plan, Sources};
+use super::slots::Slots;
+use super::types::{Call, ReduceOp};
+use super::varied::{Parts, Varied};
+use crate::comm::inner::{Call as Waits, CommInner, lock};
+use crate::error::{Error, Result};
+use crate::memory::lent::LentPair;
+use crate::sync::progress::{Operation, Waiting};
+
+/// A call whose arguments have been checked.
+pub(crate) struct Ask {
+    pub(super) call: Call,
+    pub(super) buffers: LentPair,
+    /// Where in the output this rank's own block begins, for those that give it one.
+    pub(super) output_at: usize,
+    /// For an exchange of parts of different sizes.
+    pub(super) parts: Option<Parts>,
+}
+
+/// Names a collective: its number, counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ticket {
+    number: u64,
+    operation: Operation,
+}
+
+pub(crate) struct Collectives {
+    engine: Mutex<Engine>,
+    /// Collectives that are not over: spares others the look.
+    pending: AtomicUsize,
+    /// Lists of parts, to be used again.
+    spare: Mutex<Vec<Parts>>,
+}
+
+struct Engine {
+    group: Group,
+    queue: VecDeque<Op>,
+    started: u64,
+    finished: u64,
+    /// Steps published.
+    step: u64,
+    /// All others have published at least so many.
+    known: u64,
+    /// Of all calls started.
+    digest: u64,
+    broken: Option<Broken>,
+}
+
+/// Why no collective can go on, to be told again.
+#[derive(Clone, Copy)]
+enum Broken {
+    Failure(Failure),
+    Died(usize),
+    Left(usize),
+    Aborted(usize),
+}
+
+struct Op {
+    number: u64,
+    call: Call,
+    digest: u64,
+    buffers: LentPair,
+    work: Work,
+    /// Steps done.
+    at: u64,
+    phase: Phase,
+}
+
+/// What is done in the steps.
+enum Work {
+    Even(Plan),
+    Varied(Varied),
+}
+
+enum Phase {
+    Fill,
+    /// Has published, and taken from so many sources.
+    Take(usize),
+}
+
+/// What an operation waits for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Stuck {
+    number: u64,
+    step: u64,
+    operation: Operation,
+    /// A member of the group.
+    member: usize,
+}
+
+impl Collectives {
+    pub(crate) fn new(rank: usize, world_size: usize) -> Self {
+        let engine = Engine {
+            group: Group::of(rank, &vec![0; world_size]),
+            queue: VecDeque::new(),
+            started: 0,
+            finished: 0,
+            step: 0,
+            known: 0,
+            digest: 0,
+            broken: None,
+        };
+        Collectives { engine: Mutex::new(engine), pending: AtomicUsize::new(0), spare: Mutex::default() }
+    }
+
+    /// Empty lists of parts.
+    pub(super) fn spare_parts(&self) -> Parts {
+        lock(&self.spare).pop().unwrap_or_default()
+    }
+
+    /// Starts a collective and waits for it.
+    pub(crate) fn run(&self, comm: &CommInner, ask: Ask) -> Result<()> {
+        let mut engine = lock(&self.engine);
+        let ticket = engine.start(comm, ask)?;
+        // The lock is kept for less than it takes to get it again.
+        let is_over = || match engine.advance(comm, ticket.number) {
+            Ok(None) => Some(Ok(())),
+            Ok(Some(_)) => None,
+            Err(err) => Some(Err(err)),
+        };
+        let soon = comm.briefly(is_over);
+        drop(engine);
+        let result = soon.unwrap_or_else(|| self.wait_on(comm, ticket));
+        if let Err(err) = &result {
+            lock(&self.engine).stop(comm, ticket, err);
+        }
+        result
+    }
+
+    /// Starts a collective, to be waited for.
+    pub(crate) fn start(&self, comm: &CommInner, ask: Ask) -> Result<Ticket> {
+        let mut engine = lock(&self.engine);
+        let ticket = engine.start(comm, ask)?;
+        // What can be done at once is: others may be waiting for it.
+        let begun = engine.advance(comm, ticket.number);
+        self.pending.store(engine.queue.len(), Relaxed);
+        begun.map(|_| ticket)
+    }
+
+    /// Waits; after a deadline the collective is still on its way.
+    pub(crate) fn wait(&self, comm: &CommInner, ticket: Ticket) -> Result<()> {
+        let result = self.wait_on(comm, ticket);
+        if let Err(err) = &result
+            && !matches!(err, Error::Timeout { .. })
+        {
+            lock(&self.engine).stop(comm, ticket, err);
+        }
+        self.pending.store(lock(&self.engine).queue.len(), Relaxed);
+        result
+    }
+
+    /// Looks whether it is over, and moves it on.
+    pub(crate) fn test(&self, comm: &CommInner, ticket: Ticket) -> Result<bool> {
+        let mut engine = lock(&self.engine);
+        let over = engine.advance(comm, ticket.number).map(|stuck| stuck.is_none());
+        self.pending.store(engine.queue.len(), Relaxed);
+        over
+    }
+
+    /// Waits once more, and if that fails gives all collectives up: the buffers are nobody's afterwards.
+    pub(crate) fn settle(&self, comm: &CommInner, ticket: Ticket) {
+        if let Err(err) = self.wait_on(comm, ticket) {
+            lock(&self.engine).stop(comm, ticket, &err);
+        }
+        self.pending.store(lock(&self.engine).queue.len(), Relaxed);
+    }
+
+    /// Moves on what others wait for, as far as it goes. For calls that wait for something else.
+    pub(crate) fn progress(&self, comm: &CommInner) {
+        if self.pending.load(Relaxed) > 0
+            && let Ok(mut engine) = self.engine.try_lock()
+        {
+            // What goes wrong is told to whoever asks for the collective.
+            let last = engine.started;
+            let _ = engine.advance(comm, last);
+            self.pending.store(engine.queue.len(), Relaxed);
+        }
+    }
+
+    fn wait_on(&self, comm: &CommInner, ticket: Ticket) -> Result<()> {
+        let mut waits = Waits::default();
+        loop {
+            let (stuck, peer) = {
+                let mut engine = lock(&self.engine);
+                let Some(stuck) = engine.advance(comm, ticket.number)? else { return Ok(()) };
+                (stuck, engine.group.rank(stuck.member))
+            };
+            let what = Waiting { operation: stuck.operation, epoch: stuck.number, peer: Some(peer) };
+            // Whoever gets a step further begins to wait anew, and does not get tired.
+            comm.wait_in(&mut waits, what, || {
+                comm.p2p.progress(comm);
+                match lock(&self.engine).advance(comm, ticket.number) {
+                    Ok(Some(same)) if same == stuck => None,
+                    Ok(_) => Some(Ok(())),
+                    Err(err) => Some(Err(err)),
+                }
+            })??;
+        }
+    }
+}
+
+impl Engine {
+    fn start(&mut self, comm: &CommInner, ask: Ask) -> Result<Ticket> {
+        if let Some(broken) = self.broken {
+            return Err(broken.error(ask.call.operation, self.started + 1));
+        }
+        let Ask { call, buffers, output_at, parts } = ask;
+        self.started += 1;
+        let number = self.started;
+        for word in call.words() {
+            // Odd, with about as many ones as zeros: 2^64 divided by the golden ratio.
+            self.digest = (self.digest ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            self.digest ^= self.digest >> 31;
+        }
+        comm.layout.collectives.log(&comm.fabric.outbox, number, &call);
+        let members = self.group.len();
+        let block = call.count * call.dtype.size();
+        let reduction = (call.dtype, call.op.unwrap_or(ReduceOp::Sum));
+        let work = match parts {
+            Some(parts) => Work::Varied(Varied::new(parts, number)),
+            None => {
+                let pattern = pattern_of(&call, block, &self.group);
+                Work::Even(Plan::new(pattern, reduction, block, output_at, members))
+            }
+        };
+        let digest = self.digest;
+        self.queue.push_back(Op { number, call, digest, buffers, work, at: 0, phase: Phase::Fill });
+        Ok(Ticket { number, operation: call.operation })
+    }
+
+    /// Goes on until a number is over, or something has to be waited for.
+    fn advance(&mut self, comm: &CommInner, number: u64) -> Result<Option<Stuck>> {
+        while self.finished < number {
+            if let Some(broken) = self.broken {
+                return Err(broken.error(Operation::Computing, number));
+            }
+            let Some(mut op) = self.queue.pop_front() else { break };
+            let end = self.advance_one(comm, &mut op);
+            match end {
+                Ok(None) => {
+                    self.finished = op.number;
+                    if let Work::Varied(work) = op.work {
+                        lock(&comm.collectives.spare).push(work.parts);
+                    }
+                }
+                Ok(stuck) => {
+                    self.queue.push_front(op);
+                    return Ok(stuck);
+                }
+                Err(failure) => {
+                    let number = op.number;
+                    self.break_off(comm, failure);
+                    return Err(Broken::Failure(failure).error(op.call.operation, number));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn advance_one(&mut self, comm: &CommInner, op: &mut Op) -> std::result::Result<Option<Stuck>, Failure> {
+        while op.at < op.work.steps(op.at, self.group.len()) {
+            let stuck = match op.phase {
+                Phase::Fill => self.fill(comm, op),
+                Phase::Take(taken) => self.take(comm, op, taken)?,
+            };
+            if let Some((member, step)) = stuck {
+                return Ok(Some(Stuck { number: op.number, step, operation: op.call.operation, member }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Fills this rank's slot and publishes it, or says whom it waits for, and for which step.
+    fn fill(&mut self, comm: &CommInner, op: &mut Op) -> Option<(usize, u64)> {
+        let view = View { comm, group: &self.group };
+        let step = self.step + 1;
+        let bytes = op.work.payload(op.at, &self.group);
+        let needed = Slots::needed(step, bytes);
+        if self.known < needed {
+            // Those that keep up have come much further: then the next steps need not look.
+            let far = [step - 1, step - (step - needed) / 2];
+            let furthest = far.into_iter().find(|&far| far > needed && lags(view, far).is_none());
+            if furthest.is_none()
+                && let Some(member) = lags(view, needed)
+            {
+                return Some((member, needed));
+            }
+            self.known = furthest.unwrap_or(needed);
+        }
+        op.work.fill(view, &op.buffers, op.at, step);
+        view.slots().publish(view.own(), step, op.digest);
+        comm.notify_all();
+        self.step = step;
+        op.phase = Phase::Take(0);
+        None
+    }
+
+    /// Takes from the sources that have published, and when it has all, ends the step.
+    fn take(
+        &mut self,
+        comm: &CommInner,
+        op: &mut Op,
+        taken: usize,
+    ) -> std::result::Result<Option<(usize, u64)>, Failure> {
+        let view = View { comm, group: &self.group };
+        let (step, sources) = (self.step, op.work.sources(op.at, &self.group));
+        let source = |k: usize| match sources {
+            Sources::Nobody => None,
+            Sources::One(member) => (k == 0).then_some(member),
+            Sources::All => self.group.other(k),
+        };
+        let mut k = taken;
+        while let Some(member) = source(k) {
+            let outbox = view.outbox(member);
+            if !view.slots().has(outbox, step) {
+                op.phase = Phase::Take(k);
+                return Ok(Some((member, step)));
+            }
+            if op.at == 0 && view.slots().digest(outbox, step) != op.digest {
+                let own = (comm.rank, view.own());
+                return Err(difference(view.slots(), own, (self.group.rank(member), outbox), op.number));
+            }
+            op.work.take(view, &op.buffers, member, op.at, step)?;
+            k += 1;
+        }
+        if let Work::Even(plan) = &op.work {
+            plan.join(view, &op.buffers, op.at, step);
+        }
+        if sources == Sources::All {
+            self.known = step;
+        }
+        op.at += 1;
+        op.phase = Phase::Fill;
+        Ok(None)
+    }
+
+    /// Ends all collectives, for a reason that other ranks cannot see by themselves.
+    fn break_off(&mut self, comm: &CommInner, failure: Failure) {
+        self.queue.clear();
+        self.broken.get_or_insert(Broken::Failure(failure));
+        failure.publish(comm);
+    }
+
+    /// Ends all collectives after an error of `ticket`: nobody touches their buffers any more.
+    fn stop(&mut self, comm: &CommInner, ticket: Ticket, err: &Error) {
+        self.queue.clear();
+        if self.broken.is_some() {
+            return;
+        }
+        match *err {
+            Error::PeerDied { rank, .. } => self.broken = Some(Broken::Died(rank)),
+            Error::PeerLeft { rank, .. } => self.broken = Some(Broken::Left(rank)),
+            Error::Aborted { by, .. } => self.broken = Some(Broken::Aborted(by)),
+            Error::Timeout { .. } => {
+                let Ticket { number, operation } = ticket;
+                self.break_off(comm, Failure::GivenUp { number, rank: comm.rank, during: operation });
+            }
+            // Another rank has told why.
+            _ => {
+                let told = (0..comm.world_size).find_map(|rank| Failure::told_by(comm, rank));
+                self.broken = told.map(Broken::Failure);
+            }
+        }
+    }
+}
+
+impl Work {
+    /// How many there are, as far as is known in step `at`.
+    fn steps(&self, at: u64, members: usize) -> u64 {
+        match self {
+            Work::Even(plan) => plan.steps,
+            Work::Varied(varied) => varied.steps(at, members),
+        }
+    }
+
+    /// Bytes that this rank has to say in step `at`.
+    fn payload(&self, at: u64, group: &Group) -> usize {
+        match self {
+            Work::Even(plan) if plan.fills(group) => plan.payload(at, group.len()),
+            Work::Even(_) => 0,
+            Work::Varied(varied) => varied.payload(at, group.len()),
+        }
+    }
+
+    fn sources(&self, at: u64, group: &Group) -> Sources {
+        match self {
+            Work::Even(plan) => plan.sources(at, group),
+            Work::Varied(varied) => varied.sources(group.len()),
+        }
+    }
+
+    fn fill(&self, view: View<'_>, buffers: &LentPair, at: u64, step: u64) {
+        match self {
+            Work::Even(plan) => plan.fill(view, buffers, at, step),
+            Work::Varied(varied) => varied.fill(view, buffers, at, step),
+        }
+    }
+
+    fn take(
+        &mut self,
+        view: View<'_>,
+        buffers: &LentPair,
+        member: usize,
+        at: u64,
+        step: u64,
+    ) -> std::result::Result<(), Failure> {
+        match self {
+            Work::Even(plan) => plan.take(view, buffers, member, at, step),
+            Work::Varied(varied) => return varied.take(view, buffers, member, at, step),
+        }
+        Ok(())
+    }
+}
+
+/// A member that has not published `step`, which is not 0.
+fn lags(view: View<'_>, step: u64) -> Option<usize> {
+    let others = (0..).map_while(|k| view.group.other(k));
+    others.into_iter().find(|&member| !view.slots().has(view.outbox(member), step))
+}
+
+impl Broken {
+    fn error(self, during: Operation, epoch: u64) -> Error {
+        match self {
+            Broken::Failure(failure) => failure.error(),
+            Broken::Died(rank) => Error::PeerDied { rank, during, epoch },
+            Broken::Left(rank) => Error::PeerLeft { rank, during, epoch },
+            Broken::Aborted(by) => Error::Aborted { by, during },
+        }
+    }
+}
+
+/// From so many bytes on a reduction is two-shot: one-shot, each rank joins all of it.
+fn two_shot_from(_members: usize) -> usize {
+    16 << 10
+}
+
+fn pattern_of(call: &Call, block: usize, group: &Group) -> Pattern {
+    let root = call.root.map(|root| group.place(root));
+    match (call.operation, root) {
+        (Operation::Broadcast, Some(root)) => Pattern::Broadcast { root },
+        (Operation::Scatter, Some(root)) => Pattern::Scatter { root },
+        (Operation::Gather | Operation::AllGather, root) => Pattern::Gather { root },
+        (Operation::ReduceScatter, _) => Pattern::ReduceScatter,
+        (Operation::Reduce | Operation::AllReduce, root) if block < two_shot_from(group.len()) => {
+            Pattern::OneShot { root }
+        }
+        (Operation::Reduce | Operation::AllReduce, root) => Pattern::TwoShot { root },
+        _ => Pattern::Exchange,
+    }
+}

@@ -1,0 +1,168 @@
+//! The collectives' part of the outbox: slots, the log of calls, and why this rank takes part no more.
+//!
+//! | | writer | readers |
+//! | --- | --- | --- |
+//! | failure line | its owner, once, before it takes part no more | whoever waits in a collective |
+//! | log: the last [`LOG`] calls | its owner | a rank that has found that the calls differ |
+//! | [`SMALL_SLOTS`] slots: a line (turn, digest, 48 bytes of payload) and 4 KiB | its owner | all |
+//! | [`LARGE_SLOTS`] large payloads | its owner | all |
+//!
+//! Which slot a step uses, and when it may be filled again, is told in [`steps`]. A step whose payload is large uses the
+//! large one of its number as well; there are fewer of these, so it waits for more.
+//!
+//! The digest is of all calls up to this one. Equal digests are equal histories; from different ones the log tells where they part.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use super::types::Call;
+use crate::memory::layout::{LINE, Layout};
+use crate::memory::mapping::Mapping;
+use crate::memory::row::{Row, Target};
+use crate::sync::steps;
+
+/// Calls that the log keeps.
+const LOG: u64 = 64;
+/// So many steps may a rank that only writes be ahead of its readers. With eight ranks on two cores those come in turn, and each
+/// reads what is there: broadcasts of 8 bytes one after another get cheaper until there are about 16.
+const SMALL_SLOTS: u64 = 16;
+/// Payload of a slot's line, and of the whole slot. The stride is no power of two: slots of the same number in all outboxes would
+/// fall into the same sets of the caches.
+const INLINE: usize = 48;
+const SMALL: usize = 4096;
+const STRIDE: usize = LINE + SMALL;
+const LARGE_SLOTS: u64 = 4;
+/// Bytes of a large payload: a line more than a piece, so that 4096 ranks find room for a line each and a result.
+pub(super) const LARGE: usize = PIECE + LINE;
+/// Bytes that go in one step.
+pub(super) const PIECE: usize = 256 << 10;
+
+/// Words of a slot's line.
+const TURN: usize = 0;
+const DIGEST: usize = 8;
+const PAYLOAD: usize = 16;
+
+/// Where the parts lie in the outbox.
+#[derive(Clone, Debug)]
+pub(crate) struct Slots {
+    failure: usize,
+    log: usize,
+    small: usize,
+    large: usize,
+}
+
+impl Slots {
+    /// Adds them to an outbox.
+    pub(crate) fn new(layout: &mut Layout) -> Self {
+        let failure = layout.add_aligned(LINE, 4096);
+        let log = layout.add(LOG as usize * 32);
+        let small = layout.add_aligned(SMALL_SLOTS as usize * STRIDE, 4096);
+        let large = layout.add_aligned(LARGE_SLOTS as usize * LARGE, 4096);
+        Slots { failure, log, small, large }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn areas(&self) -> [(usize, usize); 4] {
+        [
+            (self.failure, LINE),
+            (self.log, LOG as usize * 32),
+            (self.small, SMALL_SLOTS as usize * STRIDE),
+            (self.large, LARGE_SLOTS as usize * LARGE),
+        ]
+    }
+
+    fn line(&self, step: u64) -> usize {
+        self.small + (step % SMALL_SLOTS) as usize * STRIDE
+    }
+
+    /// Where a step has its payload of `bytes` bytes.
+    fn payload(&self, step: u64, bytes: usize) -> usize {
+        if bytes <= INLINE {
+            self.line(step) + PAYLOAD
+        } else if bytes <= SMALL {
+            self.line(step) + LINE
+        } else {
+            self.large + (step % LARGE_SLOTS) as usize * LARGE
+        }
+    }
+
+    /// What all others must have published before step `step` with so many bytes may be filled.
+    pub(super) fn needed(step: u64, bytes: usize) -> u64 {
+        steps::needed(step, if bytes > SMALL { LARGE_SLOTS } else { SMALL_SLOTS })
+    }
+
+    fn turn<'m>(&self, of: &'m Mapping, step: u64) -> &'m AtomicU64 {
+        of.word64(self.line(step) + TURN)
+    }
+
+    /// Whether the owner of an outbox has published `step`, which is at most `SMALL_SLOTS` back.
+    #[inline]
+    pub(super) fn has(&self, of: &Mapping, step: u64) -> bool {
+        steps::has(self.turn(of, step), step)
+    }
+
+    /// Publishes a step, whose payload has been written.
+    #[inline]
+    pub(super) fn publish(&self, own: &Mapping, step: u64, digest: u64) {
+        own.word64(self.line(step) + DIGEST).store(digest, Relaxed);
+        steps::publish(self.turn(own, step), step);
+    }
+
+    /// The digest of a published step.
+    #[inline]
+    pub(super) fn digest(&self, of: &Mapping, step: u64) -> u64 {
+        of.word64(self.line(step) + DIGEST).load(Relaxed)
+    }
+
+    /// `len` bytes at `at` of a step's payload of `bytes` bytes, to be written.
+    pub(super) fn fill<'m>(&self, own: &'m Mapping, (step, bytes): (u64, usize), at: usize, len: usize) -> Target<'m> {
+        assert!(at + len <= bytes && bytes <= LARGE, "{len} bytes at {at} of a payload of {bytes}");
+        own.target(self.payload(step, bytes) + at, len)
+    }
+
+    /// `len` bytes at `at` of a published step's payload of `bytes` bytes.
+    pub(super) fn read<'m>(&self, of: &'m Mapping, (step, bytes): (u64, usize), at: usize, len: usize) -> Row<'m, u8> {
+        assert!(at + len <= bytes && bytes <= LARGE, "{len} bytes at {at} of a payload of {bytes}");
+        of.row(self.payload(step, bytes) + at, len)
+    }
+
+    /// Notes the `number`-th call.
+    pub(super) fn log(&self, own: &Mapping, number: u64, call: &Call) {
+        let at = self.log + (number % LOG) as usize * 32;
+        for (i, word) in [number].into_iter().chain(call.words()).enumerate() {
+            own.word64(at + i * 8).store(word, Relaxed);
+        }
+    }
+
+    /// The words of a rank's `number`-th call, if its log has it.
+    pub(super) fn logged(&self, of: &Mapping, number: u64) -> Option<[u64; 2]> {
+        let at = self.log + (number % LOG) as usize * 32;
+        let [found, what, count] = [0, 8, 16].map(|i| of.word64(at + i).load(Relaxed));
+        (found == number).then_some([what, count])
+    }
+
+    /// The oldest call that a log may have when `number` is the last one.
+    pub(super) fn oldest(number: u64) -> u64 {
+        (number + 1).saturating_sub(LOG).max(1)
+    }
+
+    /// Says why this rank takes part no more. The first reason stays.
+    pub(super) fn fail(&self, own: &Mapping, reason: [u64; 8]) {
+        let line = own.line(self.failure);
+        if line[0].load(Relaxed) == 0 {
+            line[1..].iter().zip(&reason[1..]).for_each(|(word, &value)| word.store(value, Relaxed));
+            line[0].store(reason[0], Release);
+        }
+    }
+
+    /// Why a rank takes part no more.
+    pub(super) fn failure(&self, of: &Mapping) -> Option<[u64; 8]> {
+        let line = of.line(self.failure);
+        let kind = line[0].load(Acquire);
+        (kind != 0).then(|| {
+            let mut reason = line.each_ref().map(|word| word.load(Relaxed));
+            reason[0] = kind;
+            reason
+        })
+    }
+}
