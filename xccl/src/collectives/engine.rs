@@ -45,17 +45,22 @@ pub(crate) struct Collectives {
 }
 
 struct Engine {
-    group: Group,
+    steps: Steps,
     queue: VecDeque<Op>,
     started: u64,
     finished: u64,
+    /// Of all calls started.
+    digest: u64,
+    broken: Option<Broken>,
+}
+
+/// How far this rank and the others are.
+struct Steps {
+    group: Group,
     /// Steps published.
     step: u64,
     /// All others have published at least so many.
     known: u64,
-    /// Of all calls started.
-    digest: u64,
-    broken: Option<Broken>,
 }
 
 /// Why no collective can go on, to be told again.
@@ -103,12 +108,10 @@ struct Stuck {
 impl Collectives {
     pub(crate) fn new(rank: usize, world_size: usize) -> Self {
         let engine = Engine {
-            group: Group::of(rank, &vec![0; world_size]),
+            steps: Steps { group: Group::of(rank, &vec![0; world_size]), step: 0, known: 0 },
             queue: VecDeque::new(),
             started: 0,
             finished: 0,
-            step: 0,
-            known: 0,
             digest: 0,
             broken: None,
         };
@@ -195,7 +198,7 @@ impl Collectives {
             let (stuck, peer) = {
                 let mut engine = lock(&self.engine);
                 let Some(stuck) = engine.advance(comm, ticket.number)? else { return Ok(()) };
-                (stuck, engine.group.rank(stuck.member))
+                (stuck, engine.steps.group.rank(stuck.member))
             };
             let what = Waiting { operation: stuck.operation, epoch: stuck.number, peer: Some(peer) };
             // Whoever gets a step further begins to wait anew, and does not get tired.
@@ -225,13 +228,13 @@ impl Engine {
             self.digest ^= self.digest >> 31;
         }
         comm.layout.collectives.log(&comm.fabric.outbox, number, &call);
-        let members = self.group.len();
+        let members = self.steps.group.len();
         let block = call.count * call.dtype.size();
         let reduction = (call.dtype, call.op.unwrap_or(ReduceOp::Sum));
         let work = match parts {
             Some(parts) => Work::Varied(Varied::new(parts, number)),
             None => {
-                let pattern = pattern_of(&call, block, &self.group);
+                let pattern = pattern_of(&call, block, &self.steps.group);
                 Work::Even(Plan::new(pattern, reduction, block, output_at, members))
             }
         };
@@ -246,30 +249,58 @@ impl Engine {
             if let Some(broken) = self.broken {
                 return Err(broken.error(Operation::Computing, number));
             }
-            let Some(mut op) = self.queue.pop_front() else { break };
-            let end = self.advance_one(comm, &mut op);
-            match end {
+            let Some(op) = self.queue.front_mut() else { break };
+            match self.steps.advance(comm, op) {
                 Ok(None) => {
                     self.finished = op.number;
-                    if let Work::Varied(work) = op.work {
+                    if let Some(Op { work: Work::Varied(work), .. }) = self.queue.pop_front() {
                         lock(&comm.collectives.spare).push(work.parts);
                     }
                 }
-                Ok(stuck) => {
-                    self.queue.push_front(op);
-                    return Ok(stuck);
-                }
+                Ok(stuck) => return Ok(stuck),
                 Err(failure) => {
-                    let number = op.number;
+                    let (number, operation) = (op.number, op.call.operation);
                     self.break_off(comm, failure);
-                    return Err(Broken::Failure(failure).error(op.call.operation, number));
+                    return Err(Broken::Failure(failure).error(operation, number));
                 }
             }
         }
         Ok(None)
     }
 
-    fn advance_one(&mut self, comm: &CommInner, op: &mut Op) -> std::result::Result<Option<Stuck>, Failure> {
+    /// Ends all collectives, for a reason that other ranks cannot see by themselves.
+    fn break_off(&mut self, comm: &CommInner, failure: Failure) {
+        self.queue.clear();
+        self.broken.get_or_insert(Broken::Failure(failure));
+        failure.publish(comm);
+    }
+
+    /// Ends all collectives after an error of `ticket`: nobody touches their buffers any more.
+    fn stop(&mut self, comm: &CommInner, ticket: Ticket, err: &Error) {
+        self.queue.clear();
+        if self.broken.is_some() {
+            return;
+        }
+        match *err {
+            Error::PeerDied { rank, .. } => self.broken = Some(Broken::Died(rank)),
+            Error::PeerLeft { rank, .. } => self.broken = Some(Broken::Left(rank)),
+            Error::Aborted { by, .. } => self.broken = Some(Broken::Aborted(by)),
+            Error::Timeout { .. } => {
+                let Ticket { number, operation } = ticket;
+                self.break_off(comm, Failure::GivenUp { number, rank: comm.rank, during: operation });
+            }
+            // Another rank has told why.
+            _ => {
+                let told = (0..comm.world_size).find_map(|rank| Failure::told_by(comm, rank));
+                self.broken = told.map(Broken::Failure);
+            }
+        }
+    }
+}
+
+impl Steps {
+    /// Goes on with one operation until it is over, or says what has to be waited for.
+    fn advance(&mut self, comm: &CommInner, op: &mut Op) -> std::result::Result<Option<Stuck>, Failure> {
         while op.at < op.work.steps(op.at, self.group.len()) {
             let stuck = match op.phase {
                 Phase::Fill => self.fill(comm, op),
@@ -301,7 +332,11 @@ impl Engine {
         }
         op.work.fill(view, &op.buffers, op.at, step);
         view.slots().publish(view.own(), step, op.digest);
-        comm.notify_all();
+        if bytes > 0 {
+            comm.notify_all();
+        } else {
+            comm.notify_all_loosely();
+        }
         self.step = step;
         op.phase = Phase::Take(0);
         None
@@ -344,35 +379,6 @@ impl Engine {
         op.at += 1;
         op.phase = Phase::Fill;
         Ok(None)
-    }
-
-    /// Ends all collectives, for a reason that other ranks cannot see by themselves.
-    fn break_off(&mut self, comm: &CommInner, failure: Failure) {
-        self.queue.clear();
-        self.broken.get_or_insert(Broken::Failure(failure));
-        failure.publish(comm);
-    }
-
-    /// Ends all collectives after an error of `ticket`: nobody touches their buffers any more.
-    fn stop(&mut self, comm: &CommInner, ticket: Ticket, err: &Error) {
-        self.queue.clear();
-        if self.broken.is_some() {
-            return;
-        }
-        match *err {
-            Error::PeerDied { rank, .. } => self.broken = Some(Broken::Died(rank)),
-            Error::PeerLeft { rank, .. } => self.broken = Some(Broken::Left(rank)),
-            Error::Aborted { by, .. } => self.broken = Some(Broken::Aborted(by)),
-            Error::Timeout { .. } => {
-                let Ticket { number, operation } = ticket;
-                self.break_off(comm, Failure::GivenUp { number, rank: comm.rank, during: operation });
-            }
-            // Another rank has told why.
-            _ => {
-                let told = (0..comm.world_size).find_map(|rank| Failure::told_by(comm, rank));
-                self.broken = told.map(Broken::Failure);
-            }
-        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! The loops that join elements of several ranks.
 //!
 //! Each is one plain loop, compiled once per instruction set and chosen at run time; all give the same bits. Elements are taken
-//! a tile at a time: those of the first input widened, those of each further one joined to them, in order, and rounded once. So
-//! each input is read once, front to back, however many there are.
+//! a tile at a time: those of the first two inputs widened and joined, those of each further one joined to them, in order, and
+//! rounded once. So each input is read once, front to back, however many there are.
 
 use std::mem::MaybeUninit;
 
@@ -76,22 +76,61 @@ trait Join<T> {
     fn join(a: Self::Wide, b: Self::Wide) -> Self::Wide;
     fn finish(a: Self::Wide, inputs: usize) -> T;
 
-    /// Widens many; for those where a single one is not fast.
+    /// Joins two inputs of `n` elements, which are all.
+    ///
+    /// # Safety
+    /// `a` and `b` are readable, `to` writable for `n` elements, at any address. So it is for the others.
     #[inline(always)]
-    fn widen_all(from: &[T], to: &mut [Self::Wide])
-    where
-        T: Copy,
-    {
-        to.iter_mut().zip(from).for_each(|(to, &from)| *to = Self::widen(from));
+    unsafe fn join_two(a: *const T, b: *const T, to: *mut T, n: usize) {
+        for i in 0..n {
+            // SAFETY: by the caller's promise; so it is below.
+            unsafe {
+                let [a, b] = [a, b].map(|x| Self::widen(x.add(i).read_unaligned()));
+                to.add(i).write(Self::finish(Self::join(a, b), 2));
+            }
+        }
     }
 
-    /// Finishes many.
+    /// Joins the first two inputs of several.
+    ///
+    /// # Safety
+    /// As for [`join_two`](Self::join_two).
     #[inline(always)]
-    fn finish_all(from: &[Self::Wide], to: &mut [T], inputs: usize)
-    where
-        T: Copy,
-    {
-        to.iter_mut().zip(from).for_each(|(to, &from)| *to = Self::finish(from, inputs));
+    unsafe fn begin(a: *const T, b: *const T, to: *mut Self::Wide, n: usize) {
+        for i in 0..n {
+            // SAFETY: as above.
+            unsafe {
+                let [a, b] = [a, b].map(|x| Self::widen(x.add(i).read_unaligned()));
+                to.add(i).write(Self::join(a, b));
+            }
+        }
+    }
+
+    /// Joins one more.
+    ///
+    /// # Safety
+    /// As for [`join_two`](Self::join_two).
+    #[inline(always)]
+    unsafe fn go_on(to: *mut Self::Wide, more: *const T, n: usize) {
+        for i in 0..n {
+            // SAFETY: as above.
+            unsafe { *to.add(i) = Self::join(*to.add(i), Self::widen(more.add(i).read_unaligned())) };
+        }
+    }
+
+    /// Joins the last one.
+    ///
+    /// # Safety
+    /// As for [`join_two`](Self::join_two).
+    #[inline(always)]
+    unsafe fn end(joined: *const Self::Wide, last: *const T, to: *mut T, n: usize, inputs: usize) {
+        for i in 0..n {
+            // SAFETY: as above.
+            unsafe {
+                let all = Self::join(*joined.add(i), Self::widen(last.add(i).read_unaligned()));
+                to.add(i).write(Self::finish(all, inputs));
+            }
+        }
     }
 }
 
@@ -155,7 +194,34 @@ macro_rules! floats {
 floats!(f32, |x| x, |x| x);
 floats!(bf16, of_bf16, to_bf16);
 
-/// f16 is converted many at a time: the `half` crate looks for the instruction at each call.
+/// Elements of f16 that are converted at a time: the `half` crate looks for the instruction at each call.
+const HALVES: usize = 64;
+
+/// Widens up to [`HALVES`] elements at `at` of `n`.
+///
+/// # Safety
+/// `from` is readable for `n` elements.
+#[inline(always)]
+unsafe fn widen_halves(from: *const f16, at: usize, n: usize) -> [f32; HALVES] {
+    let (mut copy, mut wide, n) = ([f16::ZERO; HALVES], [0.0; HALVES], HALVES.min(n - at));
+    // SAFETY: by the caller's promise; the copy has as many.
+    unsafe { std::ptr::copy_nonoverlapping(from.add(at).cast::<u8>(), copy.as_mut_ptr().cast(), n * 2) };
+    copy.convert_to_f32_slice(&mut wide);
+    wide
+}
+
+/// Rounds up to [`HALVES`] elements to `at` of `n`.
+///
+/// # Safety
+/// `to` is writable for `n` elements.
+#[inline(always)]
+unsafe fn narrow_halves(wide: &[f32; HALVES], to: *mut f16, at: usize, n: usize) {
+    let (mut narrow, n) = ([f16::ZERO; HALVES], HALVES.min(n - at));
+    narrow.convert_from_f32_slice(wide);
+    // SAFETY: by the caller's promise; the source has as many.
+    unsafe { std::ptr::copy_nonoverlapping(narrow.as_ptr(), to.add(at), n) };
+}
+
 macro_rules! halves {
     ($op:ident, $join:expr, $end:expr) => {
         impl Join<f16> for $op {
@@ -173,16 +239,48 @@ macro_rules! halves {
                 f16::from_f32(($end)(a, inputs))
             }
             #[inline(always)]
-            fn widen_all(from: &[f16], to: &mut [f32]) {
-                from.convert_to_f32_slice(to);
+            unsafe fn join_two(a: *const f16, b: *const f16, to: *mut f16, n: usize) {
+                for at in (0..n).step_by(HALVES) {
+                    // SAFETY: by the caller's promise.
+                    unsafe {
+                        let (mut a, b) = (widen_halves(a, at, n), widen_halves(b, at, n));
+                        a.iter_mut().zip(b).for_each(|(a, b)| *a = ($end)(($join)(*a, b), 2));
+                        narrow_halves(&a, to, at, n);
+                    }
+                }
             }
             #[inline(always)]
-            fn finish_all(from: &[f32], to: &mut [f16], inputs: usize) {
-                let mut ended = [0.0; 64];
-                for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
-                    let ended = &mut ended[..from.len()];
-                    ended.iter_mut().zip(from).for_each(|(e, &x)| *e = ($end)(x, inputs));
-                    to.convert_from_f32_slice(ended);
+            unsafe fn begin(a: *const f16, b: *const f16, to: *mut f32, n: usize) {
+                for at in (0..n).step_by(HALVES) {
+                    // SAFETY: by the caller's promise.
+                    unsafe {
+                        let (mut a, b) = (widen_halves(a, at, n), widen_halves(b, at, n));
+                        a.iter_mut().zip(b).for_each(|(a, b)| *a = ($join)(*a, b));
+                        std::ptr::copy_nonoverlapping(a.as_ptr(), to.add(at), HALVES.min(n - at));
+                    }
+                }
+            }
+            #[inline(always)]
+            unsafe fn go_on(to: *mut f32, more: *const f16, n: usize) {
+                for at in (0..n).step_by(HALVES) {
+                    // SAFETY: by the caller's promise.
+                    let (more, to) = unsafe {
+                        let to = std::slice::from_raw_parts_mut(to.add(at), HALVES.min(n - at));
+                        (widen_halves(more, at, n), to)
+                    };
+                    to.iter_mut().zip(more).for_each(|(a, b)| *a = ($join)(*a, b));
+                }
+            }
+            #[inline(always)]
+            unsafe fn end(joined: *const f32, last: *const f16, to: *mut f16, n: usize, inputs: usize) {
+                for at in (0..n).step_by(HALVES) {
+                    // SAFETY: by the caller's promise.
+                    unsafe {
+                        let joined = std::slice::from_raw_parts(joined.add(at), HALVES.min(n - at));
+                        let mut all = widen_halves(last, at, n);
+                        all.iter_mut().zip(joined).for_each(|(b, &a)| *b = ($end)(($join)(a, *b), inputs));
+                        narrow_halves(&all, to, at, n);
+                    }
                 }
             }
         }
@@ -262,63 +360,39 @@ fn portable<'a, T: Value, J: Join<T>>(
     outputs: Outputs<'_>,
 ) {
     let (elements, size) = (bytes / size_of::<T>(), size_of::<T>());
-    // A peer might be writing its input, against the protocol: so elements are copied first, then looked at.
-    let (mut copy, mut wide) = ([MaybeUninit::<T>::uninit(); TILE], [MaybeUninit::<J::Wide>::uninit(); TILE]);
+    let (mut joined, mut wide) = ([MaybeUninit::<T>::uninit(); TILE], [MaybeUninit::<J::Wide>::uninit(); TILE]);
     let mut at = 0;
     while at < elements {
         let n = TILE.min(elements - at);
-        // SAFETY: the first `n` elements of both are written before they are read: `copy` by each `take`, `wide` by the first
-        // input, of which there is one. Any bytes are a valid `T`.
-        let (copy, wide) = unsafe {
-            (std::slice::from_raw_parts_mut(copy.as_mut_ptr().cast::<T>(), n), first_wide::<T, J>(&mut wide, n))
-        };
-        for i in 0..inputs {
+        let part = |i: usize| {
             let row = input(i);
             assert_eq!(row.len(), bytes, "an input's length");
-            // SAFETY: `n` elements at `at` lie inside the row, as just checked; `copy` holds `n`.
-            unsafe {
-                let from = row.as_ptr().add(at * size);
-                std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr().cast::<u8>(), n * size);
+            // SAFETY: `n` elements at `at` lie inside the row, as just checked, and are read as plain numbers: a peer that writes
+            // them, against the protocol, makes the result another number.
+            unsafe { row.as_ptr().add(at * size).cast::<T>() }
+        };
+        // SAFETY: `part` gives `n` elements; `wide` is written by the first inputs before it is read, and `joined` by the last.
+        let joined = unsafe {
+            let (wide, joined) = (wide.as_mut_ptr().cast::<J::Wide>(), joined.as_mut_ptr().cast::<T>());
+            match inputs {
+                1 => std::ptr::copy_nonoverlapping(part(0).cast::<u8>(), joined.cast::<u8>(), n * size),
+                2 => J::join_two(part(0), part(1), joined, n),
+                _ => {
+                    J::begin(part(0), part(1), wide, n);
+                    (2..inputs - 1).for_each(|i| J::go_on(wide, part(i), n));
+                    J::end(wide, part(inputs - 1), joined, n, inputs);
+                }
             }
-            if i == 0 {
-                J::widen_all(copy, wide);
-            } else {
-                join_all::<T, J>(copy, wide);
-            }
-        }
-        J::finish_all(wide, copy, inputs);
+            std::slice::from_raw_parts(joined.cast_const(), n)
+        };
         for (i, to) in outputs.to.iter().enumerate() {
             let Some(to) = to else { continue };
             // SAFETY: `n` elements at `at` lie inside the target, whose length was checked by `reduce`.
             let piece = unsafe { Target::new(to.as_mut_ptr().add(at * size), n * size) };
-            let from = Row::from(bytemuck::cast_slice(&*copy));
+            let from = Row::from(bytemuck::cast_slice(joined));
             if i == 0 && outputs.streaming { piece.stream_from(from) } else { piece.copy_from(from) }
         }
         at += n;
-    }
-}
-
-/// # Safety
-/// They are written before they are read.
-#[inline(always)]
-unsafe fn first_wide<T: Value, J: Join<T>>(wide: &mut [MaybeUninit<J::Wide>; TILE], n: usize) -> &mut [J::Wide] {
-    // SAFETY: at most `TILE`; the rest is the caller's promise.
-    unsafe { std::slice::from_raw_parts_mut(wide.as_mut_ptr().cast(), n) }
-}
-
-#[inline(always)]
-fn join_all<T: Value, J: Join<T>>(from: &[T], to: &mut [J::Wide]) {
-    if T::TYPE == DataType::F16 {
-        // Widened many at a time.
-        let mut wide = [const { MaybeUninit::<J::Wide>::uninit() }; 64];
-        for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
-            // SAFETY: at most 64 elements, which `widen_all` writes before they are read.
-            let wide = unsafe { std::slice::from_raw_parts_mut(wide.as_mut_ptr().cast::<J::Wide>(), from.len()) };
-            J::widen_all(from, wide);
-            to.iter_mut().zip(wide).for_each(|(to, x)| *to = J::join(*to, *x));
-        }
-    } else {
-        to.iter_mut().zip(from).for_each(|(to, &x)| *to = J::join(*to, J::widen(x)));
     }
 }
 

@@ -264,6 +264,12 @@ impl CommInner {
     /// To be called after publishing a word that any rank of this node may wait for.
     pub(crate) fn notify_all(&self) {
         bell::publish_fence();
+        self.notify_all_loosely();
+    }
+
+    /// As [`notify_all`](Self::notify_all) without its fence, for words that hardly anybody waits for: a rank that falls asleep at
+    /// this very moment may be missed, and looks again when its slice is over.
+    pub(crate) fn notify_all_loosely(&self) {
         let rung = self.bells.ring_waiting(self.rank);
         if rung > 0 {
             self.counters.wake_ups.fetch_add(rung, Relaxed);

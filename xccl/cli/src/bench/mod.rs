@@ -1,5 +1,6 @@
 //! `xccl bench`: measure, and verify every byte in a pass of its own.
 
+mod collectives;
 mod compare;
 mod epilogue;
 mod figures;
@@ -23,6 +24,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use xccl::{Communicator, Error, Launch};
 
+use self::collectives::{CollectiveArgs, What};
 use crate::run::{self, RunOptions};
 
 #[derive(Subcommand)]
@@ -38,6 +40,20 @@ pub enum Bench {
     /// The same tokens by more and more ranks: processor time per token, start-up, memory
     Growth(growth::GrowthArgs),
     Compare(compare::CompareArgs),
+    /// All ranks' elements joined, for all, in nccl-tests' columns
+    #[command(name = "all_reduce")]
+    AllReduce(CollectiveArgs),
+    /// Every rank's block for all
+    #[command(name = "all_gather")]
+    AllGather(CollectiveArgs),
+    /// All ranks' elements joined, a block for each
+    #[command(name = "reduce_scatter")]
+    ReduceScatter(CollectiveArgs),
+    /// A block from each rank for each
+    #[command(name = "all_to_all")]
+    AllToAll(CollectiveArgs),
+    /// One rank's elements for all
+    Broadcast(CollectiveArgs),
     /// From a peer's store to the waiter's return, spinning, yielding and asleep; processor time of idle ranks
     Wait(wait::WaitArgs),
 }
@@ -72,6 +88,11 @@ impl Bench {
             Bench::Kv(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             Bench::Moe(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             Bench::Wait(args) => with_ranks(&args.common, |comm| args.measure(comm)),
+            Bench::AllReduce(args) => with_ranks(&args.common, |comm| args.measure(What::AllReduce, comm)),
+            Bench::AllGather(args) => with_ranks(&args.common, |comm| args.measure(What::AllGather, comm)),
+            Bench::ReduceScatter(args) => with_ranks(&args.common, |comm| args.measure(What::ReduceScatter, comm)),
+            Bench::AllToAll(args) => with_ranks(&args.common, |comm| args.measure(What::AllToAll, comm)),
+            Bench::Broadcast(args) => with_ranks(&args.common, |comm| args.measure(What::Broadcast, comm)),
             // It starts its own jobs, one after another.
             Bench::Growth(args) => args.run(),
             Bench::Compare(args) => args.run(),
