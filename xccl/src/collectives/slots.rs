@@ -34,7 +34,8 @@ const STRIDE: usize = LINE + SMALL;
 const LARGE_SLOTS: u64 = 4;
 /// Bytes of a large payload: a line more than a piece, so that 4096 ranks find room for a line each and a result.
 pub(super) const LARGE: usize = PIECE + LINE;
-/// Bytes that go in one step.
+/// Bytes that go in one step. All-reduces of two ranks, us for 1 / 64 MiB, with pieces of 32, 64, 128 and 256 KiB: 66 / 13100, 60 / 7540, 55 /
+/// -, 52 / 7580; broadcasts 39, 35, 32 and 29 for 1 MiB; with eight ranks on two cores 64 MiB take 38, 34 and 32 ms with the last three.
 pub(super) const PIECE: usize = 256 << 10;
 
 /// Words of a slot's line.
@@ -106,6 +107,24 @@ impl Slots {
     pub(super) fn publish(&self, own: &Mapping, step: u64, digest: u64) {
         own.word64(self.line(step) + DIGEST).store(digest, Relaxed);
         steps::publish(self.turn(own, step), step);
+    }
+
+    /// Gets the lines of the next step, probably of as many bytes, which the readers of the step that used them before still
+    /// share: while this rank waits or computes, instead of when they are written. Broadcasts of 64 bytes take so 170 ns where 210,
+    /// of 1 KiB 290 where 360 (a line takes about 170 ns); of 4 KiB more than before, 700 where 570.
+    pub(super) fn prepare(&self, own: &Mapping, step: u64, bytes: usize) {
+        if bytes <= SMALL / 4 {
+            let (line, more) = (self.line(step), if bytes > INLINE { bytes } else { 0 });
+            (0..=more).step_by(LINE).for_each(|at| own.fetch_to_write(line + at));
+        }
+    }
+
+    /// Gets what a peer has published for a step, or is about to. Broadcasts of 8 bytes take so 140 ns where 170; longer ones take
+    /// as long or longer.
+    pub(super) fn look_ahead(&self, of: &Mapping, step: u64, bytes: usize) {
+        if bytes <= INLINE {
+            of.fetch(self.line(step));
+        }
     }
 
     /// The digest of a published step.

@@ -88,6 +88,27 @@ impl Mapping {
         fetch::to_read(self.at(offset, 1));
     }
 
+    /// Asks the processor for the line at `offset` of this rank's own segment, which is going to be written soon.
+    ///
+    /// # Panics
+    /// As [`at`](Self::at).
+    #[inline]
+    pub(crate) fn fetch_to_write(&self, offset: usize) {
+        let at = self.at(offset, 1);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: fetching ahead changes nothing and faults on no address; processors without the instruction ignore it.
+        unsafe {
+            std::arch::asm!("prefetchw [{at}]", at = in(reg) at, options(nostack, readonly, preserves_flags));
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        unsafe {
+            std::arch::asm!("prfm pstl1keep, [{at}]", at = in(reg) at, options(nostack, readonly, preserves_flags));
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let _ = at;
+    }
+
     /// The 64-bit word at `offset`. On a read-only mapping it may only be loaded.
     pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
         let at = self.at(offset, 8);
