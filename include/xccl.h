@@ -104,7 +104,7 @@ typedef enum {
    */
   xcclInvalidArgument = 4,
   /**
-   * A call at the wrong time, or a handle that another thread is using.
+   * A call at the wrong time, or a handle that another thread is using; a collective that ranks call with different arguments.
    */
   xcclInvalidUsage = 5,
   /**
@@ -154,26 +154,53 @@ typedef enum {
  */
 typedef enum {
   /**
-   * Signed integer, 4 bytes: for expert ids.
+   * Unsigned integer, 1 byte, or any byte: for collectives.
+   */
+  xcclUint8 = 1,
+  /**
+   * Signed integer, 4 bytes: for expert ids and collectives.
    */
   xcclInt32 = 2,
   /**
-   * Signed integer, 8 bytes: for expert ids.
+   * Signed integer, 8 bytes: for expert ids and collectives.
    */
   xcclInt64 = 4,
   /**
-   * IEEE 754 half precision, 2 bytes: for rows.
+   * IEEE 754 half precision, 2 bytes: for rows and collectives.
    */
   xcclFloat16 = 6,
   /**
-   * IEEE 754 single precision, 4 bytes: for rows.
+   * IEEE 754 single precision, 4 bytes: for rows and collectives.
    */
   xcclFloat32 = 7,
   /**
-   * bfloat16, 2 bytes: for rows.
+   * bfloat16, 2 bytes: for rows and collectives.
    */
   xcclBfloat16 = 9,
 } xcclDataType_t;
+
+/**
+ * How elements of several ranks become one: in ascending order of rank, so that every rank gets the same bits. f16 and bf16 are
+ * *  joined in f32 and rounded once. The numbers are fixed, and NCCL's.
+ */
+typedef enum {
+  /**
+   * The sum; integers wrap around.
+   */
+  xcclSum = 0,
+  /**
+   * The largest; NaN if one is NaN.
+   */
+  xcclMax = 2,
+  /**
+   * The smallest; NaN if one is NaN.
+   */
+  xcclMin = 3,
+  /**
+   * The sum divided by the number of ranks; integers are rounded toward zero.
+   */
+  xcclAvg = 4,
+} xcclRedOp_t;
 
 /**
  * Where the weighted sum over a token's experts is formed. The numbers are fixed.
@@ -508,7 +535,8 @@ typedef struct {
 } xcclStatus_t;
 
 /**
- * A message on its way: made by xcclIsend and xcclIrecv, over when xcclWait or xcclTest says so, or with xcclRequestFree.
+ * A message or a collective on its way: made by xcclIsend, xcclIrecv, xcclIAllReduce and the like, over when xcclWait or
+ * xcclTest says so, or with xcclRequestFree.
  * A number, never used again, so that a request that is over is recognised.
  */
 typedef uint64_t xcclRequest_t;
@@ -1162,7 +1190,7 @@ xcclResult_t xcclIrecv(void *buffer,
 
 /**
  * Waits until the request's buffer may be used again; writes to *status as xcclRecv does (for a send: the own rank, the tag
- * and the length) unless status is null. Blocks up to the deadline. The request is over then, but not after xcclTimeout. A
+ * and the length; for a collective zeros) unless status is null. Blocks up to the deadline. The request is over then, but not after xcclTimeout. A
  * message that was too long for its buffer (xcclTruncated) is kept for another receive.
  */
 xcclResult_t xcclWait(xcclRequest_t request,
@@ -1186,7 +1214,8 @@ xcclResult_t xcclTest(xcclRequest_t request, int *done, xcclStatus_t *status, xc
 
 /**
  * Gives a request up: its buffer may be used again. A receive takes no message any more; a send whose beginning the receiver
- * may have seen is finished from a copy. Does not block.
+ * may have seen is finished from a copy. Does not block for messages; a collective is waited for, up to the deadline: the other
+ * ranks need this one's part.
  */
 xcclResult_t xcclRequestFree(xcclRequest_t request,
                              xcclComm_t comm);
@@ -1441,6 +1470,227 @@ xcclResult_t xcclKvReceiverPoll(xcclKvEvent_t *event,
  */
 xcclResult_t xcclKvReceiverWait(xcclKvEvent_t *event,
                                 xcclKvReceiver_t receiver);
+/* ---- Collectives ----------------------------------------------------------------------------------------------- */
+
+/**
+ * Joins the count elements at sendbuff of all ranks and writes the result to recvbuff on all. In place when sendbuff is
+ * recvbuff. Every rank has to call it, with the same count, datatype, op (xcclInvalidUsage on all ranks otherwise).
+ * datatype is an xcclDataType_t, op an xcclRedOp_t. After a failure other than xcclInvalidArgument the communicator makes
+ * no collectives any more. Blocks until this rank's part is over, up to the deadline.
+ */
+xcclResult_t xcclAllReduce(const void *sendbuff,
+                           void *recvbuff,
+                           size_t count,
+                           uint32_t datatype,
+                           uint32_t op,
+                           xcclComm_t comm);
+
+/**
+ * Starts what xcclAllReduce does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIAllReduce(const void *sendbuff,
+                            void *recvbuff,
+                            size_t count,
+                            uint32_t datatype,
+                            uint32_t op,
+                            xcclComm_t comm,
+                            xcclRequest_t *request);
+
+/**
+ * As xcclAllReduce, but only rank root gets the result: recvbuff is not used on the others. Every rank has to call it,
+ * with the same count, datatype, op, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is
+ * over, up to the deadline.
+ */
+xcclResult_t xcclReduce(const void *sendbuff,
+                        void *recvbuff,
+                        size_t count,
+                        uint32_t datatype,
+                        uint32_t op,
+                        int root,
+                        xcclComm_t comm);
+
+/**
+ * Starts what xcclReduce does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left alone
+ * until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIReduce(const void *sendbuff,
+                         void *recvbuff,
+                         size_t count,
+                         uint32_t datatype,
+                         uint32_t op,
+                         int root,
+                         xcclComm_t comm,
+                         xcclRequest_t *request);
+
+/**
+ * Joins the elements at sendbuff of all ranks, a block of recvcount for each rank, and writes this rank's block of the
+ * result to recvbuff. In place when recvbuff is sendbuff + rank * recvcount. Every rank has to call it, with the same
+ * count, datatype, op (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
+ * deadline.
+ */
+xcclResult_t xcclReduceScatter(const void *sendbuff,
+                               void *recvbuff,
+                               size_t recvcount,
+                               uint32_t datatype,
+                               uint32_t op,
+                               xcclComm_t comm);
+
+/**
+ * Starts what xcclReduceScatter does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be
+ * left alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIReduceScatter(const void *sendbuff,
+                                void *recvbuff,
+                                size_t recvcount,
+                                uint32_t datatype,
+                                uint32_t op,
+                                xcclComm_t comm,
+                                xcclRequest_t *request);
+
+/**
+ * Gives the sendcount elements at sendbuff of every rank to all: those of rank r become block r of recvbuff. In place when
+ * sendbuff is recvbuff + rank * sendcount. Every rank has to call it, with the same count, datatype (xcclInvalidUsage on
+ * all ranks otherwise). Blocks until this rank's part is over, up to the deadline.
+ */
+xcclResult_t xcclAllGather(const void *sendbuff,
+                           void *recvbuff,
+                           size_t sendcount,
+                           uint32_t datatype,
+                           xcclComm_t comm);
+
+/**
+ * Starts what xcclAllGather does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIAllGather(const void *sendbuff,
+                            void *recvbuff,
+                            size_t sendcount,
+                            uint32_t datatype,
+                            xcclComm_t comm,
+                            xcclRequest_t *request);
+
+/**
+ * As xcclAllGather, but only rank root gets the blocks: recvbuff is not used on the others. Every rank has to call it,
+ * with the same count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up
+ * to the deadline.
+ */
+xcclResult_t xcclGather(const void *sendbuff,
+                        void *recvbuff,
+                        size_t sendcount,
+                        uint32_t datatype,
+                        int root,
+                        xcclComm_t comm);
+
+/**
+ * Starts what xcclGather does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left alone
+ * until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIGather(const void *sendbuff,
+                         void *recvbuff,
+                         size_t sendcount,
+                         uint32_t datatype,
+                         int root,
+                         xcclComm_t comm,
+                         xcclRequest_t *request);
+
+/**
+ * Gives block r of rank root's sendbuff, recvcount elements, to rank r, which gets it in recvbuff. sendbuff is not used on
+ * the others. In place on root when recvbuff is sendbuff + rank * recvcount. Every rank has to call it, with the same
+ * count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
+ * deadline.
+ */
+xcclResult_t xcclScatter(const void *sendbuff,
+                         void *recvbuff,
+                         size_t recvcount,
+                         uint32_t datatype,
+                         int root,
+                         xcclComm_t comm);
+
+/**
+ * Starts what xcclScatter does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIScatter(const void *sendbuff,
+                          void *recvbuff,
+                          size_t recvcount,
+                          uint32_t datatype,
+                          int root,
+                          xcclComm_t comm,
+                          xcclRequest_t *request);
+
+/**
+ * Gives the count elements at rank root's sendbuff to all, in recvbuff. sendbuff is not used on the others. In place when
+ * sendbuff is recvbuff. Rank root may return before the others have called. Every rank has to call it, with the same
+ * count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
+ * deadline.
+ */
+xcclResult_t xcclBroadcast(const void *sendbuff,
+                           void *recvbuff,
+                           size_t count,
+                           uint32_t datatype,
+                           int root,
+                           xcclComm_t comm);
+
+/**
+ * Starts what xcclBroadcast does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIBroadcast(const void *sendbuff,
+                            void *recvbuff,
+                            size_t count,
+                            uint32_t datatype,
+                            int root,
+                            xcclComm_t comm,
+                            xcclRequest_t *request);
+
+/**
+ * Gives block r of sendbuff, count elements, to rank r, and gets block r of recvbuff from it. In place when sendbuff is
+ * recvbuff. Every rank has to call it, with the same count, datatype (xcclInvalidUsage on all ranks otherwise). Blocks
+ * until this rank's part is over, up to the deadline.
+ */
+xcclResult_t xcclAllToAll(const void *sendbuff, void *recvbuff, size_t count, uint32_t datatype, xcclComm_t comm);
+
+/**
+ * Starts what xcclAllToAll does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIAllToAll(const void *sendbuff,
+                           void *recvbuff,
+                           size_t count,
+                           uint32_t datatype,
+                           xcclComm_t comm,
+                           xcclRequest_t *request);
+
+/**
+ * As xcclAllToAll, with blocks of different sizes: rank r gets the sendcounts[r] elements at sendbuff + sdispls[r], and
+ * those from rank r, recvcounts[r], go to recvbuff + rdispls[r]. All four are [nranks], in elements. What one rank sends
+ * another has to be what that one expects (xcclInvalidUsage on all ranks otherwise). In place when sendbuff is recvbuff,
+ * and counts and displacements are the same. Every rank has to call it, with the same datatype. Blocks until this rank's
+ * part is over, up to the deadline.
+ */
+xcclResult_t xcclAllToAllv(const void *sendbuff,
+                           const size_t *sendcounts,
+                           const size_t *sdispls,
+                           void *recvbuff,
+                           const size_t *recvcounts,
+                           const size_t *rdispls,
+                           uint32_t datatype,
+                           xcclComm_t comm);
+
+/**
+ * Starts what xcclAllToAllv does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIAllToAllv(const void *sendbuff,
+                            const size_t *sendcounts,
+                            const size_t *sdispls,
+                            void *recvbuff,
+                            const size_t *recvcounts,
+                            const size_t *rdispls,
+                            uint32_t datatype,
+                            xcclComm_t comm,
+                            xcclRequest_t *request);
 
 /* ---- Experts: handles, and batches for kernels ----------------------------------------------------------------- */
 

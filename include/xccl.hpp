@@ -70,7 +70,7 @@ class span {
 };
 #endif
 
-/** Which xcclDataType_t a type of rows is. Specialize it for your own 16-bit types. */
+/** Which xcclDataType_t a type of rows or of a collective's buffers is. Specialize it for your own 16-bit types. */
 template <class T>
 struct data_type;
 template <>
@@ -79,6 +79,8 @@ struct data_type<float> : std::integral_constant<xcclDataType_t, xcclFloat32> {}
 template <>
 struct data_type<_Float16> : std::integral_constant<xcclDataType_t, xcclFloat16> {};
 #endif
+template <>
+struct data_type<std::uint8_t> : std::integral_constant<xcclDataType_t, xcclUint8> {};
 template <>
 struct data_type<std::int32_t> : std::integral_constant<xcclDataType_t, xcclInt32> {};
 template <>
@@ -567,6 +569,110 @@ class basic_communicator {
     }
     return P::give(code, [&] { return std::move(statuses); });
   }
+
+  /* Collectives: the same buffer twice, or as the C function says, means in place. Those with an i in front return a request, and
+     the buffers must be left alone until it is over; dropping it waits for it. */
+  /** xcclAllReduce. */
+  template <class T>
+  result<void> all_reduce(const T *send, T *recv, std::size_t count, xcclRedOp_t op = xcclSum) {
+    return P::give(xcclAllReduce(send, recv, count, type<T>(), op, get()), [] {});
+  }
+  /** xcclIAllReduce. */
+  template <class T>
+  result<request> iall_reduce(const T *send, T *recv, std::size_t count, xcclRedOp_t op = xcclSum) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIAllReduce(send, recv, count, type<T>(), op, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclReduce. */
+  template <class T>
+  result<void> reduce(const T *send, T *recv, std::size_t count, xcclRedOp_t op, int root) {
+    return P::give(xcclReduce(send, recv, count, type<T>(), op, root, get()), [] {});
+  }
+  /** xcclIReduce. */
+  template <class T>
+  result<request> ireduce(const T *send, T *recv, std::size_t count, xcclRedOp_t op, int root) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIReduce(send, recv, count, type<T>(), op, root, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclReduceScatter. */
+  template <class T>
+  result<void> reduce_scatter(const T *send, T *recv, std::size_t recv_count, xcclRedOp_t op = xcclSum) {
+    return P::give(xcclReduceScatter(send, recv, recv_count, type<T>(), op, get()), [] {});
+  }
+  /** xcclIReduceScatter. */
+  template <class T>
+  result<request> ireduce_scatter(const T *send, T *recv, std::size_t recv_count, xcclRedOp_t op = xcclSum) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIReduceScatter(send, recv, recv_count, type<T>(), op, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclAllGather. */
+  template <class T>
+  result<void> all_gather(const T *send, T *recv, std::size_t send_count) {
+    return P::give(xcclAllGather(send, recv, send_count, type<T>(), get()), [] {});
+  }
+  /** xcclIAllGather. */
+  template <class T>
+  result<request> iall_gather(const T *send, T *recv, std::size_t send_count) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIAllGather(send, recv, send_count, type<T>(), get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclGather. */
+  template <class T>
+  result<void> gather(const T *send, T *recv, std::size_t send_count, int root) {
+    return P::give(xcclGather(send, recv, send_count, type<T>(), root, get()), [] {});
+  }
+  /** xcclIGather. */
+  template <class T>
+  result<request> igather(const T *send, T *recv, std::size_t send_count, int root) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIGather(send, recv, send_count, type<T>(), root, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclScatter. */
+  template <class T>
+  result<void> scatter(const T *send, T *recv, std::size_t recv_count, int root) {
+    return P::give(xcclScatter(send, recv, recv_count, type<T>(), root, get()), [] {});
+  }
+  /** xcclIScatter. */
+  template <class T>
+  result<request> iscatter(const T *send, T *recv, std::size_t recv_count, int root) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIScatter(send, recv, recv_count, type<T>(), root, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclBroadcast. */
+  template <class T>
+  result<void> broadcast(const T *send, T *recv, std::size_t count, int root) {
+    return P::give(xcclBroadcast(send, recv, count, type<T>(), root, get()), [] {});
+  }
+  /** xcclIBroadcast. */
+  template <class T>
+  result<request> ibroadcast(const T *send, T *recv, std::size_t count, int root) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIBroadcast(send, recv, count, type<T>(), root, get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclAllToAll. */
+  template <class T>
+  result<void> all_to_all(const T *send, T *recv, std::size_t count) {
+    return P::give(xcclAllToAll(send, recv, count, type<T>(), get()), [] {});
+  }
+  /** xcclIAllToAll. */
+  template <class T>
+  result<request> iall_to_all(const T *send, T *recv, std::size_t count) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIAllToAll(send, recv, count, type<T>(), get(), &started), [&] { return request(started, get()); });
+  }
+  /** xcclAllToAllv. */
+  template <class T>
+  result<void> all_to_all_v(const T *send, const std::size_t *send_counts, const std::size_t *send_displs, T *recv,
+                            const std::size_t *recv_counts, const std::size_t *recv_displs) {
+    return P::give(xcclAllToAllv(send, send_counts, send_displs, recv, recv_counts, recv_displs, type<T>(), get()), [] {});
+  }
+  /** xcclIAllToAllv. */
+  template <class T>
+  result<request> iall_to_all_v(const T *send, const std::size_t *send_counts, const std::size_t *send_displs, T *recv,
+                            const std::size_t *recv_counts, const std::size_t *recv_displs) {
+    xcclRequest_t started = XCCL_REQUEST_NULL;
+    return P::give(xcclIAllToAllv(send, send_counts, send_displs, recv, recv_counts, recv_displs, type<T>(), get(), &started), [&] { return request(started, get()); });
+  }
   /** xcclMemAlloc. */
   result<Block> alloc(std::size_t bytes) {
     void *data = nullptr;
@@ -657,6 +763,10 @@ class basic_communicator {
   xcclComm_t get() const noexcept { return held_.get(); }
 
  private:
+  template <class T>
+  static constexpr xcclDataType_t type() noexcept {
+    return data_type<T>::value;
+  }
   detail::owned<xcclComm_t, xcclCommDestroy> held_;
 };
 

@@ -9,6 +9,7 @@
 #![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::missing_safety_doc)]
 
 mod boundary;
+mod collectives;
 mod comm;
 mod config;
 mod handle;
@@ -19,6 +20,7 @@ mod p2p;
 mod result;
 
 pub use boundary::xcclGetLastError;
+pub use collectives::*;
 pub use comm::*;
 pub use config::{XCCL_UNDEFINED, xcclConfig_t, xcclKernels_t, xcclMemory_t};
 pub use kv::*;

@@ -2,7 +2,7 @@
 
 use std::ffi::{c_int, c_void};
 
-use xccl::{Communicator, Error, RawRequest, Source, Status};
+use xccl::{Communicator, Error, RawCollective, RawRequest, Source, Status};
 
 use crate::boundary::{Failure, Out, Outcome, guard, natural, slice, slice_mut};
 use crate::comm::{Live, with, xcclComm_t};
@@ -99,7 +99,8 @@ pub(crate) fn source_of(comm: &Communicator, source: c_int) -> Outcome<Source> {
     Ok(Source::Rank(rank?))
 }
 
-/// A message on its way: made by xcclIsend and xcclIrecv, over when xcclWait or xcclTest says so, or with xcclRequestFree.
+/// A message or a collective on its way: made by xcclIsend, xcclIrecv, xcclIAllReduce and the like, over when xcclWait or
+/// xcclTest says so, or with xcclRequestFree.
 /// A number, never used again, so that a request that is over is recognised.
 pub type xcclRequest_t = u64;
 
@@ -118,15 +119,52 @@ struct Slot {
     request: Place,
 }
 
+/// What a request stands for.
+pub(crate) enum Pending {
+    Message(RawRequest),
+    Collective(RawCollective),
+}
+
+impl From<RawRequest> for Pending {
+    fn from(message: RawRequest) -> Self {
+        Pending::Message(message)
+    }
+}
+
+impl From<RawCollective> for Pending {
+    fn from(collective: RawCollective) -> Self {
+        Pending::Collective(collective)
+    }
+}
+
+impl Pending {
+    /// The status of a collective has nothing to say.
+    fn wait(&mut self) -> xccl::Result<Status> {
+        match self {
+            Pending::Message(message) => message.wait(),
+            Pending::Collective(collective) => collective.wait().map(|()| NO_STATUS),
+        }
+    }
+
+    fn test(&mut self) -> xccl::Result<Option<Status>> {
+        match self {
+            Pending::Message(message) => message.test(),
+            Pending::Collective(collective) => collective.test().map(|over| over.then_some(NO_STATUS)),
+        }
+    }
+}
+
+const NO_STATUS: Status = Status { source: 0, tag: 0, len: 0 };
+
 enum Place {
     Empty,
-    Here(RawRequest),
+    Here(Pending),
     /// A thread waits for it.
     Out,
 }
 
 impl Requests {
-    fn add(&mut self, request: RawRequest) -> xcclRequest_t {
+    pub(crate) fn add(&mut self, request: Pending) -> xcclRequest_t {
         let at = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { uses: 0, request: Place::Empty });
             self.slots.len() - 1
@@ -145,7 +183,7 @@ impl Requests {
         })
     }
 
-    fn take(&mut self, request: xcclRequest_t) -> Outcome<RawRequest> {
+    fn take(&mut self, request: xcclRequest_t) -> Outcome<Pending> {
         match std::mem::replace(&mut self.slot(request)?.1.request, Place::Out) {
             Place::Here(taken) => Ok(taken),
             _ => Err(Failure::usage(format!("another thread waits for request {request}"))),
@@ -153,15 +191,21 @@ impl Requests {
     }
 
     /// Puts back what [`take`](Self::take) gave, unless it is over.
-    fn settle(&mut self, request: xcclRequest_t, taken: RawRequest, is_over: bool) {
-        let Ok((at, slot)) = self.slot(request) else { return };
+    fn settle(&mut self, request: xcclRequest_t, taken: Pending, is_over: bool) {
+        let Ok((_, slot)) = self.slot(request) else { return };
         if is_over {
-            slot.request = Place::Empty;
-            slot.uses = slot.uses.wrapping_add(1);
-            self.free.push(at);
+            self.free(request);
         } else {
             slot.request = Place::Here(taken);
         }
+    }
+
+    /// Its number is never used again.
+    fn free(&mut self, request: xcclRequest_t) {
+        let Ok((at, slot)) = self.slot(request) else { return };
+        slot.request = Place::Empty;
+        slot.uses = slot.uses.wrapping_add(1);
+        self.free.push(at);
     }
 }
 
@@ -183,7 +227,7 @@ pub unsafe extern "C" fn xcclIsend(
             with(comm, |live| {
                 let data = slice(data.cast::<u8>(), bytes, "data")?;
                 let started = live.comm.isend_raw(destination(&live.comm, peer)?, tag, data)?;
-                out.set(live.requests().add(started));
+                out.set(live.requests().add(started.into()));
                 Ok(())
             })
         }
@@ -208,7 +252,7 @@ pub unsafe extern "C" fn xcclIrecv(
             with(comm, |live| {
                 let buffer = slice_mut(buffer.cast::<u8>(), capacity, "buffer")?;
                 let started = live.comm.irecv_raw(source_of(&live.comm, source)?, tag, buffer)?;
-                out.set(live.requests().add(started));
+                out.set(live.requests().add(started.into()));
                 Ok(())
             })
         }
@@ -237,7 +281,7 @@ fn wait(live: &Live, request: xcclRequest_t, status: Option<Out<xcclStatus_t>>) 
 }
 
 /// Waits until the request's buffer may be used again; writes to *status as xcclRecv does (for a send: the own rank, the tag
-/// and the length) unless status is null. Blocks up to the deadline. The request is over then, but not after xcclTimeout. A
+/// and the length; for a collective zeros) unless status is null. Blocks up to the deadline. The request is over then, but not after xcclTimeout. A
 /// message that was too long for its buffer (xcclTruncated) is kept for another receive.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclWait(request: xcclRequest_t, status: *mut xcclStatus_t, comm: xcclComm_t) -> xcclResult_t {
@@ -304,7 +348,8 @@ pub unsafe extern "C" fn xcclTest(
 }
 
 /// Gives a request up: its buffer may be used again. A receive takes no message any more; a send whose beginning the receiver
-/// may have seen is finished from a copy. Does not block.
+/// may have seen is finished from a copy. Does not block for messages; a collective is waited for, up to the deadline: the other
+/// ranks need this one's part.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclRequestFree(request: xcclRequest_t, comm: xcclComm_t) -> xcclResult_t {
     guard("xcclRequestFree", || {
@@ -312,7 +357,9 @@ pub unsafe extern "C" fn xcclRequestFree(request: xcclRequest_t, comm: xcclComm_
         unsafe {
             with(comm, |live| {
                 let taken = live.requests().take(request)?;
-                live.requests().settle(request, taken, true);
+                // Nobody else may be kept waiting meanwhile.
+                drop(taken);
+                live.requests().free(request);
                 Ok(())
             })
         }

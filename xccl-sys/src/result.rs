@@ -17,7 +17,7 @@ pub enum xcclResult_t {
     xcclInternalError = 3,
     /// A null pointer, a handle that is none, or a value out of range: the text names it.
     xcclInvalidArgument = 4,
-    /// A call at the wrong time, or a handle that another thread is using.
+    /// A call at the wrong time, or a handle that another thread is using; a collective that ranks call with different arguments.
     xcclInvalidUsage = 5,
     /// A peer died, left, or gave an exchange up.
     xcclRemoteError = 6,
@@ -95,6 +95,7 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         Error::PeerDied { .. }
         | Error::PeerLeft { .. }
         | Error::PeerAbandoned { .. }
+        | Error::GivenUp { .. }
         | Error::Withdrawn { .. }
         | Error::KvCancelled { .. } => xcclRemoteError,
         Error::PeerRefused { .. } => xcclPeerRefused,
@@ -107,7 +108,9 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         Error::UnexpectedFull { .. } | Error::CapacityExceeded { .. } | Error::TooManyExpertRows { .. } => {
             xcclLimitExceeded
         }
-        Error::TooManyInFlight { .. } | Error::WrongOrder { .. } | Error::Wire { .. } => xcclInvalidUsage,
+        Error::TooManyInFlight { .. } | Error::WrongOrder { .. } | Error::Wire { .. } | Error::CallMismatch { .. } => {
+            xcclInvalidUsage
+        }
         // Corrupt, and what later versions of the library add.
         _ => xcclInternalError,
     }

@@ -16,7 +16,8 @@ fn header() -> PathBuf {
 fn header_is_current() {
     let config = cbindgen::Config::from_file(crate_dir().join("cbindgen.toml")).expect("cbindgen.toml");
     // In the order in which a reader wants them.
-    let sources = ["result.rs", "boundary.rs", "config.rs", "comm.rs", "p2p.rs", "onesided.rs", "kv.rs", "moe/mod.rs"];
+    let sources =
+        ["result.rs", "boundary.rs", "config.rs", "comm.rs", "p2p.rs", "collectives.rs", "onesided.rs", "kv.rs", "moe/mod.rs"];
     let builder = sources.iter().fold(cbindgen::Builder::new().with_config(config), |builder, source| {
         builder.with_src(crate_dir().join("src").join(source))
     });
@@ -34,11 +35,12 @@ fn header_is_current() {
 }
 
 /// The first function of each group, and what the group is about.
-const GROUPS: [(&str, &str); 10] = [
+const GROUPS: [(&str, &str); 11] = [
     ("xcclGetErrorString", "Results"),
     ("xcclGetVersion", "Communicators"),
     ("xcclMemAlloc", "Memory on the symmetric heap, and statistics"),
     ("xcclSend", "Messages"),
+    ("xcclAllReduce", "Collectives"),
     ("xcclSharedAlloc", "One-sided access to shared memory"),
     ("xcclKvSenderCreate", "KV pages from prefill to decode ranks"),
     ("xcclMoeCreate", "Experts: handles, and batches for kernels"),

@@ -1,4 +1,5 @@
 // Uses every member of xccl.hpp: in the throwing style where there are exceptions, and in the returning one.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -149,6 +150,80 @@ void kv(Communicator &comm) {
     const auto second = take(receiver.post(0, 8, other, 1));
     while ((event = take(receiver.poll())).kind == xcclKvNothing) std::this_thread::yield();
     EXPECT(event.kind == xcclKvCancelled && event.ticket == second);
+template <class Request>
+void finish(Request &&request) {
+  take(request.wait());
+}
+
+// Each collective twice: at once, and by a request.
+template <class Communicator>
+void collectives(Communicator &comm) {
+  const int rank = take(comm.rank()), ranks = take(comm.size()), root = ranks - 1;
+  const std::size_t n = static_cast<std::size_t>(ranks);
+  constexpr std::size_t kBlock = 3000;
+  const float all_ranks = static_cast<float>(ranks * (ranks + 1) / 2);
+  std::vector<float> block(kBlock), blocks(n * kBlock), result(kBlock), results(n * kBlock);
+  auto fresh = [&] {
+    for (std::size_t i = 0; i < kBlock; i++) block[i] = static_cast<float>(rank + 1);
+    for (std::size_t i = 0; i < n * kBlock; i++) blocks[i] = static_cast<float>(rank + 1) + static_cast<float>(i / kBlock) * 100;
+    std::fill(result.begin(), result.end(), -1.0f);
+    std::fill(results.begin(), results.end(), -1.0f);
+  };
+  auto is = [&](const std::vector<float> &values, std::size_t at, float expected) {
+    for (std::size_t i = 0; i < kBlock; i++) EXPECT(values[at * kBlock + i] == expected);
+  };
+  for (int later = 0; later < 2; later++) {
+    fresh();
+    if (later) finish(take(comm.iall_reduce(block.data(), result.data(), kBlock)));
+    else TAKE_VOID(comm.all_reduce(block.data(), result.data(), kBlock));
+    is(result, 0, all_ranks);
+    fresh();
+    if (later) finish(take(comm.ireduce(block.data(), result.data(), kBlock, xcclMax, root)));
+    else TAKE_VOID(comm.reduce(block.data(), result.data(), kBlock, xcclMax, root));
+    is(result, 0, rank == root ? static_cast<float>(ranks) : -1);
+    fresh();
+    if (later) finish(take(comm.ireduce_scatter(blocks.data(), result.data(), kBlock, xcclMin)));
+    else TAKE_VOID(comm.reduce_scatter(blocks.data(), result.data(), kBlock, xcclMin));
+    is(result, 0, 1 + 100 * static_cast<float>(rank));
+    fresh();
+    if (later) finish(take(comm.iall_gather(block.data(), results.data(), kBlock)));
+    else TAKE_VOID(comm.all_gather(block.data(), results.data(), kBlock));
+    for (std::size_t r = 0; r < n; r++) is(results, r, static_cast<float>(r + 1));
+    fresh();
+    if (later) finish(take(comm.igather(block.data(), results.data(), kBlock, root)));
+    else TAKE_VOID(comm.gather(block.data(), results.data(), kBlock, root));
+    for (std::size_t r = 0; r < n; r++) is(results, r, rank == root ? static_cast<float>(r + 1) : -1);
+    fresh();
+    if (later) finish(take(comm.iscatter(blocks.data(), result.data(), kBlock, root)));
+    else TAKE_VOID(comm.scatter(blocks.data(), result.data(), kBlock, root));
+    is(result, 0, static_cast<float>(ranks) + 100 * static_cast<float>(rank));
+    fresh();
+    if (later) finish(take(comm.ibroadcast(block.data(), result.data(), kBlock, root)));
+    else TAKE_VOID(comm.broadcast(block.data(), result.data(), kBlock, root));
+    is(result, 0, static_cast<float>(ranks));
+    fresh();
+    if (later) finish(take(comm.iall_to_all(blocks.data(), results.data(), kBlock)));
+    else TAKE_VOID(comm.all_to_all(blocks.data(), results.data(), kBlock));
+    for (std::size_t r = 0; r < n; r++) is(results, r, static_cast<float>(r + 1) + 100 * static_cast<float>(rank));
+    fresh();
+    std::vector<std::size_t> counts(n, kBlock), displs(n), reversed(n);
+    for (std::size_t r = 0; r < n; r++) displs[r] = r * kBlock, reversed[r] = (n - 1 - r) * kBlock;
+    if (later) {
+      finish(take(comm.iall_to_all_v(blocks.data(), counts.data(), displs.data(), results.data(), counts.data(), reversed.data())));
+    } else {
+      TAKE_VOID(comm.all_to_all_v(blocks.data(), counts.data(), displs.data(), results.data(), counts.data(), reversed.data()));
+    }
+    for (std::size_t r = 0; r < n; r++) is(results, n - 1 - r, static_cast<float>(r + 1) + 100 * static_cast<float>(rank));
+    // In place, as each function says.
+    fresh();
+    TAKE_VOID(comm.all_reduce(block.data(), block.data(), kBlock, xcclAvg));
+    is(block, 0, all_ranks / static_cast<float>(ranks));
+    TAKE_VOID(comm.reduce_scatter(blocks.data(), blocks.data() + static_cast<std::size_t>(rank) * kBlock, kBlock));
+    is(blocks, static_cast<std::size_t>(rank), all_ranks + 100 * static_cast<float>(rank * ranks));
+    std::vector<std::uint8_t> bytes(n, 0);
+    bytes[static_cast<std::size_t>(rank)] = static_cast<std::uint8_t>(rank + 1);
+    TAKE_VOID(comm.all_gather(&bytes[static_cast<std::size_t>(rank)], bytes.data(), 1));
+    for (std::size_t r = 0; r < n; r++) EXPECT(bytes[r] == r + 1);
   }
 }
 
@@ -325,6 +400,7 @@ void everything(Communicator comm) {
   messages(comm);
   one_sided(comm);
   kv(comm);
+  collectives(comm);
   xccl::MoeConfig config(kTokens, kHidden, kTopk, kExperts, xcclFloat32);
   config.reduction = xcclReducePerRank;
   auto moe = take(comm.moe(config));

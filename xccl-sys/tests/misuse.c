@@ -114,6 +114,17 @@ static void *out(void *good) {
   return draw(2) ? NULL : (char *)good + 1;
 }
 static void *data(void) { return is_bad() ? NULL : memory; }
+/* In place, apart, or overlapping. */
+static void *sent_from(void) {
+  static uint64_t other[1 << 14];
+  return is_bad() ? NULL : is_bad() ? memory + 1 : draw(2) ? memory : other;
+}
+static uint32_t datatype(void) { return (uint32_t)PICK(1, 2, 4, 6, 7, 9, 7, 7, 0, 8, -1); }
+static uint32_t operation(void) { return (uint32_t)PICK(0, 2, 3, 4, 0, 0, 1, 5, -1); }
+static const size_t *counts(void) {
+  static const size_t few[] = {3, 0}, many[] = {5000, 1}, wrong[] = {SIZE_MAX, SIZE_MAX};
+  return is_bad() ? NULL : is_bad() ? wrong : is_bad() ? many : few;
+}
 /* With good memory only sizes that it has, or that no memory has. */
 static size_t size(void) { return (size_t)PICK(0, 1, 2, 3, 8, 40, 41, 100, 5000, (long long)SIZE_MAX); }
 static int number(void) { return (int)PICK(0, 0, 0, 1, 2, -1, -2, INT_MIN, INT_MAX); }
@@ -347,6 +358,24 @@ static void call(void) {
     ONE(xcclKvReceiverCancel, ticket(), any_receiver());
     ONE(xcclKvReceiverPoll, (xcclKvEvent_t *)out(&event), any_receiver());
     ONE(xcclKvReceiverWait, (xcclKvEvent_t *)out(&event), any_receiver());
+    ONE(xcclAllReduce, sent_from(), data(), bytes, datatype(), operation(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIAllReduce, sent_from(), data(), bytes, datatype(), operation(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
+    ONE(xcclReduce, sent_from(), data(), bytes, datatype(), operation(), number(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIReduce, sent_from(), data(), bytes, datatype(), operation(), number(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
+    ONE(xcclReduceScatter, sent_from(), data(), bytes, datatype(), operation(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIReduceScatter, sent_from(), data(), bytes, datatype(), operation(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
+    ONE(xcclAllGather, sent_from(), data(), bytes, datatype(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIAllGather, sent_from(), data(), bytes, datatype(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
+    ONE(xcclGather, sent_from(), data(), bytes, datatype(), number(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIGather, sent_from(), data(), bytes, datatype(), number(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
+    ONE(xcclScatter, sent_from(), data(), bytes, datatype(), number(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIScatter, sent_from(), data(), bytes, datatype(), number(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
+    ONE(xcclBroadcast, sent_from(), data(), bytes, datatype(), number(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIBroadcast, sent_from(), data(), bytes, datatype(), number(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
+    ONE(xcclAllToAll, sent_from(), data(), bytes, datatype(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIAllToAll, sent_from(), data(), bytes, datatype(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
+    ONE(xcclAllToAllv, sent_from(), counts(), counts(), data(), counts(), counts(), datatype(), ranks == 1 ? any_comm() : dead_comm);
+    ONE(xcclIAllToAllv, sent_from(), counts(), counts(), data(), counts(), counts(), datatype(), ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &started);
     ONE(xcclMoeCreate, is_bad() ? NULL : &made_moe, ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &shape);
     ONE(xcclMoeDestroy, draw(2) ? dead_moe : NULL);
     ONE(xcclMoeLocalExperts, any_moe(), size_out);
@@ -416,6 +445,11 @@ static void health(void) {
   CHECK(xcclSignalWait((uint64_t *)(void *)shared, xcclUntilEq, 5, rank, NULL, comm));
   for (i = 0; i < 8; i++) (void)xcclRequestFree(requests[i], comm);
   for (i = 0; i < 4; i++) (void)xcclMoeGiveUp(exchanges[i], moe);
+  if (ranks == 1) {
+    int64_t number = 7, sum = 0;
+    CHECK(xcclAllReduce(&number, &sum, 1, xcclInt64, xcclSum, comm));
+    EXPECT(sum == 7);
+  }
   if (ranks == 1) {
     float tokens[HIDDEN], out[HIDDEN], weights[TOPK] = {1, 1}, rows[2 * HIDDEN];
     int32_t ids[TOPK] = {3, 1};

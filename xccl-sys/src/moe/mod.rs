@@ -45,15 +45,17 @@ use by_dtype;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum xcclDataType_t {
-    /// Signed integer, 4 bytes: for expert ids.
+    /// Unsigned integer, 1 byte, or any byte: for collectives.
+    xcclUint8 = 1,
+    /// Signed integer, 4 bytes: for expert ids and collectives.
     xcclInt32 = 2,
-    /// Signed integer, 8 bytes: for expert ids.
+    /// Signed integer, 8 bytes: for expert ids and collectives.
     xcclInt64 = 4,
-    /// IEEE 754 half precision, 2 bytes: for rows.
+    /// IEEE 754 half precision, 2 bytes: for rows and collectives.
     xcclFloat16 = 6,
-    /// IEEE 754 single precision, 4 bytes: for rows.
+    /// IEEE 754 single precision, 4 bytes: for rows and collectives.
     xcclFloat32 = 7,
-    /// bfloat16, 2 bytes: for rows.
+    /// bfloat16, 2 bytes: for rows and collectives.
     xcclBfloat16 = 9,
 }
 
