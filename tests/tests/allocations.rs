@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use half::bf16;
 use xccl::{
-    DType, Epilogue, Exchange, Lanes, Moe, MoeConfig, Reduction, Residual, Result, RmsNorm, Routing, ScaleLayout,
-    SmoothScales, WireFormat,
+    Collective, DType, Epilogue, Exchange, Lanes, Moe, MoeConfig, ReduceOp, Reduction, Residual, Result, RmsNorm,
+    Routing, ScaleLayout, SmoothScales, WireFormat,
 };
 use xccl_c::*;
 use xccl_tests::as_threads;
@@ -419,4 +419,30 @@ fn the_calls_of_the_c_interface_allocate_nothing() {
         s.spawn(|| rank(0));
         s.spawn(|| rank(1));
     });
+}
+
+#[test]
+fn collectives_allocate_nothing() {
+    for n in [1, 2, 3] {
+        as_threads(n, |comm| {
+            for count in [1, 500, 5000, 100_000] {
+                let (mut one, mut all) = (vec![1.0f32; count], vec![1.0f32; count * n]);
+                let parts: Vec<_> = (0..n).map(|r| r * count..(r + 1) * count).collect();
+                let allocated = counted(|| {
+                    comm.all_reduce_in_place(&mut one, ReduceOp::Sum).unwrap();
+                    comm.reduce_in_place(&mut one, ReduceOp::Max, n - 1).unwrap();
+                    comm.reduce_scatter(&all, &mut one, ReduceOp::Avg).unwrap();
+                    comm.all_gather(&one, &mut all).unwrap();
+                    comm.gather(&one, &mut all, 0).unwrap();
+                    comm.scatter(&all, &mut one, 0).unwrap();
+                    comm.broadcast(&mut one, n - 1).unwrap();
+                    comm.all_to_all_in_place(&mut all).unwrap();
+                    let (send_parts, recv_parts) = (&parts[..], &parts[..]);
+                    comm.collective(Collective::AllToAllV { send: None, send_parts, recv: &mut all, recv_parts })
+                        .unwrap();
+                });
+                assert_eq!(allocated, 0, "rank {} of {n}, {count} elements", comm.rank());
+            }
+        });
+    }
 }

@@ -1,5 +1,7 @@
 //! One rank of a test's job: plays the scenario that its argument names. Exit code 0 says that all was as expected.
 
+#[path = "rank/collectives.rs"]
+mod collectives;
 #[path = "rank/isolation.rs"]
 mod isolation;
 #[path = "rank/kill.rs"]
@@ -68,6 +70,9 @@ fn main() -> Result<()> {
         "split" => p2p::split(&comm),
         "across-nodes" => nodes::across_nodes(&comm),
         "nothing-stays" => nodes::nothing_stays(&comm),
+        "collectives" => collectives::every_collective(&comm),
+        "collective-mismatch" => collectives::mismatch(&comm),
+        die if die.starts_with("collective-die-") => collectives::die(&comm, die),
         "isolation" => isolation::outboxes_stay_their_owners(&comm),
         "idle" => many::idle(&comm),
         "crowd" => many::crowd(&comm),

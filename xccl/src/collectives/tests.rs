@@ -255,6 +255,14 @@ fn every_collective_of_every_type_works_with_one_to_nine_ranks() {
     }
 }
 
+/// From 8 MiB on results are written past the caches.
+#[test]
+fn results_that_go_past_the_caches_are_right_in_place_and_apart() {
+    let round = |what, in_place| Round { what, op: ReduceOp::Sum, count: 1_500_001, root: 1, in_place, later: false };
+    let rounds: Vec<Round> = (0..8).flat_map(|what| [round(what, false), round(what, true)]).collect();
+    check::<i64>(2, &rounds);
+}
+
 /// Parts of rank r for rank s: some are empty, some long.
 fn part_len(r: usize, s: usize, scale: usize) -> usize {
     [0, 1, 17, 3 * scale, scale / 7][(r * 3 + s * 5) % 5]

@@ -94,23 +94,32 @@ impl<'a> Target<'a> {
         self.at
     }
 
-    /// Copies bytes in, which may be these very ones.
+    /// Copies bytes in. Those that are these very ones already are left alone.
     ///
     /// # Panics
     /// When there are not as many.
     pub(crate) fn copy_from(&self, from: Row<'_, u8>) {
         assert_eq!(from.len(), self.len, "a row's length");
-        // SAFETY: readable and writable for `len` bytes, by the constructors; they may overlap.
-        unsafe { std::ptr::copy(from.as_ptr(), self.at, self.len) }
+        if !self.is(from) {
+            // SAFETY: readable and writable for `len` bytes, by the constructors; they may overlap.
+            unsafe { std::ptr::copy(from.as_ptr(), self.at, self.len) }
+        }
     }
 
-    /// As [`copy_from`](Self::copy_from), past the caches. The bytes lie elsewhere; `end_streaming` has to follow.
+    fn is(&self, row: Row<'_, u8>) -> bool {
+        row.as_ptr() == self.at.cast_const()
+    }
+
+    /// As [`copy_from`](Self::copy_from), past the caches. The bytes lie elsewhere, or are the very same; `end_streaming` has to
+    /// follow.
     ///
     /// # Panics
     /// When there are not as many.
     pub(crate) fn stream_from(&self, from: Row<'_, u8>) {
-        // SAFETY: writable for `len` bytes by the constructors, and no other view of them is used during this call.
-        super::stream::stream(from, unsafe { std::slice::from_raw_parts_mut(self.at, self.len) });
+        if !self.is(from) {
+            // SAFETY: writable for `len` bytes by the constructors, and no other view of them is used during this call.
+            super::stream::stream(from, unsafe { std::slice::from_raw_parts_mut(self.at, self.len) });
+        }
     }
 }
 
