@@ -17,13 +17,13 @@ broken() {
   failed=1
 }
 
-# The same two programs over each MPI. Debian installs both side by side; elsewhere MPICC_OPENMPI and MPICC_MPICH name them.
+# The same three programs over each MPI. Debian installs both side by side; elsewhere MPICC_OPENMPI and MPICC_MPICH name them.
 mpi() { # name, compiler, Debian packages
   if ! command -v "$2" >/dev/null 2>&1; then
     skipped "$1: $2 not found; apt-get install $3"
     return
   fi
-  for program in p2p moe; do
+  for program in p2p moe coll; do
     if "$2" -std=gnu11 -O3 -march=native -ffp-contract=off -Wall -Wextra -Wno-stringop-overflow ${CFLAGS:-} \
       -o "$out/${program}_$1" "$here/${program}_mpi.c"; then
       built "$out/${program}_$1"
