@@ -76,6 +76,7 @@ def main():
     p.add_argument("--add", metavar="FILE", help="keep samples here, and add to those that are there")
     p.add_argument("--show", action="store_true", help="only show what --add has")
     args = p.parse_args()
+    started = int(time.time())
     samples = json.load(open(args.add)) if args.add and os.path.exists(args.add) else []
     sizes = [int(size) for size in args.sizes.split(",")]
     cores = len(os.sched_getaffinity(0))
@@ -95,10 +96,11 @@ def main():
                             if wrong:
                                 print(f"WRONG RESULTS: {name} {op} {point}", file=sys.stderr)
                                 continue
-                            samples.append([op, ranks, nearest(sizes, point["bytes"]), name, number, time.time(), ways[0]["median"]])
-        if args.add:
-            with open(args.add, "w") as f:
-                json.dump(samples, f)
+                            samples.append([op, ranks, nearest(sizes, point["bytes"]), name, started + number, ways[0]["median"]])
+                    # After each: what was measured is there, however this ends.
+                    if args.add:
+                        with open(args.add, "w") as f:
+                            json.dump(samples, f)
     table(samples)
 
 
@@ -121,7 +123,7 @@ def table(samples):
                     rounds = {}
                     for s in samples:
                         if s[:4] == [op, ranks, size, name]:
-                            rounds[s[4]] = min(rounds.get(s[4], float("inf")), s[6])
+                            rounds[s[4]] = min(rounds.get(s[4], float("inf")), s[5])
                     us = statistics.median(rounds.values()) if rounds else None
                     cells.append("-" if us is None else f"{us:.3g}" if us < 100 else f"{us:.0f}")
                     best.setdefault(size, {})[name] = us

@@ -16,8 +16,17 @@ fn header() -> PathBuf {
 fn header_is_current() {
     let config = cbindgen::Config::from_file(crate_dir().join("cbindgen.toml")).expect("cbindgen.toml");
     // In the order in which a reader wants them.
-    let sources =
-        ["result.rs", "boundary.rs", "config.rs", "comm.rs", "p2p.rs", "collectives.rs", "onesided.rs", "kv.rs", "moe/mod.rs"];
+    let sources = [
+        "result.rs",
+        "boundary.rs",
+        "config.rs",
+        "comm.rs",
+        "p2p.rs",
+        "collectives.rs",
+        "onesided.rs",
+        "kv.rs",
+        "moe/mod.rs",
+    ];
     let builder = sources.iter().fold(cbindgen::Builder::new().with_config(config), |builder, source| {
         builder.with_src(crate_dir().join("src").join(source))
     });

@@ -8,7 +8,8 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::failure::{Failure, difference};
+use super::between::{Between, Task};
+use super::failure::{Failure, Halt, difference};
 use super::group::{Group, View};
 use super::pattern::{Pattern, Plan, Sources};
 use super::slots::Slots;
@@ -61,6 +62,8 @@ struct Steps {
     step: u64,
     /// All others have published at least so many.
     known: u64,
+    /// What is under way between nodes, where there are several: then nobody publishes steps.
+    between: Option<Between>,
 }
 
 /// Why no collective can go on, to be told again.
@@ -87,6 +90,8 @@ struct Op {
 enum Work {
     Even(Plan),
     Varied(Varied),
+    /// Between nodes; with the parts of an exchange where they differ, and where the own block of a result begins.
+    Between(Option<Parts>, usize),
 }
 
 enum Phase {
@@ -101,14 +106,14 @@ struct Stuck {
     number: u64,
     step: u64,
     operation: Operation,
-    /// A member of the group.
-    member: usize,
+    peer: usize,
 }
 
 impl Collectives {
-    pub(crate) fn new(rank: usize, world_size: usize) -> Self {
+    pub(crate) fn new(rank: usize, nodes: &[usize]) -> Self {
+        let between = nodes.iter().any(|&node| node != nodes[0]).then(Between::default);
         let engine = Engine {
-            steps: Steps { group: Group::of(rank, &vec![0; world_size]), step: 0, known: 0 },
+            steps: Steps { group: Group::of(rank, nodes), step: 0, known: 0, between },
             queue: VecDeque::new(),
             started: 0,
             finished: 0,
@@ -195,12 +200,8 @@ impl Collectives {
     fn wait_on(&self, comm: &CommInner, ticket: Ticket) -> Result<()> {
         let mut waits = Waits::default();
         loop {
-            let (stuck, peer) = {
-                let mut engine = lock(&self.engine);
-                let Some(stuck) = engine.advance(comm, ticket.number)? else { return Ok(()) };
-                (stuck, engine.steps.group.rank(stuck.member))
-            };
-            let what = Waiting { operation: stuck.operation, epoch: stuck.number, peer: Some(peer) };
+            let Some(stuck) = lock(&self.engine).advance(comm, ticket.number)? else { return Ok(()) };
+            let what = Waiting { operation: stuck.operation, epoch: stuck.number, peer: Some(stuck.peer) };
             // Whoever gets a step further begins to wait anew, and does not get tired.
             comm.wait_in(&mut waits, what, || {
                 comm.p2p.progress(comm);
@@ -232,6 +233,7 @@ impl Engine {
         let block = call.count * call.dtype.size();
         let reduction = (call.dtype, call.op.unwrap_or(ReduceOp::Sum));
         let work = match parts {
+            parts if self.steps.between.is_some() => Work::Between(parts, output_at),
             Some(parts) => Work::Varied(Varied::new(parts, number)),
             None => {
                 let one_shot = one_shot_up_to(comm.core_sharing.has_core_each());
@@ -254,15 +256,26 @@ impl Engine {
             match self.steps.advance(comm, op) {
                 Ok(None) => {
                     self.finished = op.number;
-                    if let Some(Op { work: Work::Varied(work), .. }) = self.queue.pop_front() {
-                        lock(&comm.collectives.spare).push(work.parts);
+                    match self.queue.pop_front().map(|op| op.work) {
+                        Some(Work::Varied(Varied { parts, .. }) | Work::Between(Some(parts), _)) => {
+                            lock(&comm.collectives.spare).push(parts);
+                        }
+                        _ => {}
                     }
                 }
                 Ok(stuck) => return Ok(stuck),
-                Err(failure) => {
-                    let (number, operation) = (op.number, op.call.operation);
-                    self.break_off(comm, failure);
-                    return Err(Broken::Failure(failure).error(operation, number));
+                Err(halt) => {
+                    let ticket = Ticket { number: op.number, operation: op.call.operation };
+                    return Err(match halt {
+                        Halt::Failure(failure) => {
+                            self.break_off(comm, failure);
+                            failure.error()
+                        }
+                        Halt::Error(err) => {
+                            self.stop(comm, ticket, &err);
+                            err
+                        }
+                    });
                 }
             }
         }
@@ -271,14 +284,14 @@ impl Engine {
 
     /// Ends all collectives, for a reason that other ranks cannot see by themselves.
     fn break_off(&mut self, comm: &CommInner, failure: Failure) {
-        self.queue.clear();
+        self.clear(comm);
         self.broken.get_or_insert(Broken::Failure(failure));
         failure.publish(comm);
     }
 
     /// Ends all collectives after an error of `ticket`: nobody touches their buffers any more.
     fn stop(&mut self, comm: &CommInner, ticket: Ticket, err: &Error) {
-        self.queue.clear();
+        self.clear(comm);
         if self.broken.is_some() {
             return;
         }
@@ -286,29 +299,48 @@ impl Engine {
             Error::PeerDied { rank, .. } => self.broken = Some(Broken::Died(rank)),
             Error::PeerLeft { rank, .. } => self.broken = Some(Broken::Left(rank)),
             Error::Aborted { by, .. } => self.broken = Some(Broken::Aborted(by)),
-            Error::Timeout { .. } => {
-                let Ticket { number, operation } = ticket;
-                self.break_off(comm, Failure::GivenUp { number, rank: comm.rank, during: operation });
-            }
-            // Another rank has told why.
-            _ => {
-                let told = (0..comm.world_size).find_map(|rank| Failure::told_by(comm, rank));
-                self.broken = told.map(Broken::Failure);
-            }
+            // Another rank has told why, or this one tells that it has met its deadline, or a thing that it cannot go on after.
+            _ => match (0..comm.world_size).find_map(|rank| Failure::told_by(comm, rank)) {
+                Some(told) => self.broken = Some(Broken::Failure(told)),
+                None => {
+                    let Ticket { number, operation } = ticket;
+                    self.break_off(comm, Failure::GivenUp { number, rank: comm.rank, during: operation });
+                }
+            },
         }
+    }
+
+    /// Forgets all that is on its way: nobody touches the buffers any more.
+    fn clear(&mut self, comm: &CommInner) {
+        if let Some(between) = &mut self.steps.between {
+            between.cancel(comm);
+        }
+        self.queue.clear();
     }
 }
 
 impl Steps {
     /// Goes on with one operation until it is over, or says what has to be waited for.
-    fn advance(&mut self, comm: &CommInner, op: &mut Op) -> std::result::Result<Option<Stuck>, Failure> {
+    fn advance(&mut self, comm: &CommInner, op: &mut Op) -> std::result::Result<Option<Stuck>, Halt> {
+        if let (Work::Between(parts, output_at), Some(between)) = (&op.work, &mut self.between) {
+            let Op { call, number, digest, buffers, .. } = &*op;
+            let (parts, output_at) = (parts.as_ref(), *output_at);
+            let task = Task { call, number: *number, digest: *digest, buffers, parts, output_at };
+            return Ok(between.advance(comm, &task)?.map(|(peer, step)| Stuck {
+                number: *number,
+                step,
+                operation: call.operation,
+                peer,
+            }));
+        }
         while op.at < op.work.steps(op.at, self.group.len()) {
-            let stuck = match op.phase {
+            let lags = match op.phase {
                 Phase::Fill => self.fill(comm, op),
                 Phase::Take(taken) => self.take(comm, op, taken)?,
             };
-            if let Some((member, step)) = stuck {
-                return Ok(Some(Stuck { number: op.number, step, operation: op.call.operation, member }));
+            if let Some((member, step)) = lags {
+                let (number, operation, peer) = (op.number, op.call.operation, self.group.rank(member));
+                return Ok(Some(Stuck { number, step, operation, peer }));
             }
         }
         Ok(None)
@@ -392,6 +424,7 @@ impl Work {
         match self {
             Work::Even(plan) => plan.steps,
             Work::Varied(varied) => varied.steps(at, members),
+            Work::Between(..) => 0,
         }
     }
 
@@ -399,7 +432,7 @@ impl Work {
     fn payload(&self, at: u64, group: &Group) -> usize {
         match self {
             Work::Even(plan) if plan.fills(group) => plan.payload(at, group.len()),
-            Work::Even(_) => 0,
+            Work::Even(_) | Work::Between(..) => 0,
             Work::Varied(varied) => varied.payload(at, group.len()),
         }
     }
@@ -408,6 +441,7 @@ impl Work {
         match self {
             Work::Even(plan) => plan.sources(at, group),
             Work::Varied(varied) => varied.sources(group.len()),
+            Work::Between(..) => Sources::Nobody,
         }
     }
 
@@ -415,6 +449,7 @@ impl Work {
         match self {
             Work::Even(plan) => plan.fill(view, buffers, at, step),
             Work::Varied(varied) => varied.fill(view, buffers, at, step),
+            Work::Between(..) => {}
         }
     }
 
@@ -429,6 +464,7 @@ impl Work {
         match self {
             Work::Even(plan) => plan.take(view, buffers, member, at, step),
             Work::Varied(varied) => return varied.take(view, buffers, member, at, step),
+            Work::Between(..) => {}
         }
         Ok(())
     }

@@ -22,6 +22,20 @@ pub(super) enum Failure {
     GivenUp { number: u64, rank: usize, during: Operation },
 }
 
+/// Why a collective cannot go on here.
+pub(super) enum Halt {
+    /// For a reason that others have to be told.
+    Failure(Failure),
+    /// For one that they see themselves.
+    Error(Error),
+}
+
+impl From<Failure> for Halt {
+    fn from(failure: Failure) -> Self {
+        Halt::Failure(failure)
+    }
+}
+
 impl Failure {
     fn words(self) -> [u64; 8] {
         match self {
@@ -49,12 +63,13 @@ impl Failure {
         }
     }
 
-    /// What a rank's line says, if it takes part no more.
+    /// What the line of a rank of this node says, if it takes part no more.
     pub(super) fn told_by(comm: &CommInner, rank: usize) -> Option<Self> {
-        comm.layout.collectives.failure(&comm.fabric.peer(rank).outbox).map(Failure::of)
+        let peer = comm.fabric.peer(rank);
+        peer.near.as_ref().and_then(|_| comm.layout.collectives.failure(&peer.outbox)).map(Failure::of)
     }
 
-    /// Tells the other ranks.
+    /// Tells the other ranks of this node.
     pub(super) fn publish(self, comm: &CommInner) {
         comm.layout.collectives.fail(&comm.fabric.outbox, self.words());
         comm.ring_all();

@@ -10,6 +10,7 @@
 //!
 //! [`sync::steps`]: crate::sync::steps
 
+mod between;
 pub(crate) mod engine;
 pub(crate) mod failure;
 mod group;

@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
+use crate::comm::far_tests::on_nodes;
 use crate::{Config, Error, UniqueId};
 
 /// Plays a rank on each of `n` threads, and gives what they returned.
@@ -179,8 +180,19 @@ fn made<T: Model>(comm: &Communicator, n: usize, round: Round) -> Vec<T> {
 }
 
 fn check<T: Model>(world: usize, rounds: &[Round]) {
-    let results =
-        play(world, |comm| rounds.iter().enumerate().map(|(n, &round)| made::<T>(comm, n, round)).collect::<Vec<_>>());
+    check_on::<T>(&vec![0; world], rounds);
+}
+
+/// The same, with ranks on these nodes.
+fn check_on<T: Model>(nodes: &[usize], rounds: &[Round]) {
+    let world = nodes.len();
+    let play_rank = |comm: &Communicator| {
+        rounds.iter().enumerate().map(|(n, &round)| made::<T>(comm, n, round)).collect::<Vec<_>>()
+    };
+    let results = match nodes.iter().all(|&node| node == nodes[0]) {
+        true => play(world, play_rank),
+        false => on_nodes(nodes, 7, quick(), |comm| play_rank(&comm)),
+    };
     for (rank, results) in results.into_iter().enumerate() {
         for (n, (result, &round)) in results.into_iter().zip(rounds).enumerate() {
             if let Some(expected) = expected::<T>(rank, world, n, round) {
@@ -195,6 +207,10 @@ fn check<T: Model>(world: usize, rounds: &[Round]) {
             }
         }
     }
+}
+
+fn quick() -> Config {
+    Config::default().timeout(Some(std::time::Duration::from_secs(20))).heap_bytes(1 << 16)
 }
 
 fn check_type(dtype: DataType, world: usize, rounds: &[Round]) {
@@ -253,6 +269,84 @@ fn every_collective_of_every_type_works_with_one_to_nine_ranks() {
             check_type(dtype, world, &rounds);
         }
     }
+}
+
+/// The model knows nothing of nodes: results have the same bits as on one.
+#[test]
+fn ranks_on_several_nodes_get_what_the_model_says_bit_for_bit() {
+    for nodes in [&[0, 1][..], &[0, 0, 1, 1], &[1, 0, 2, 0, 1]] {
+        let rounds: Vec<Round> = (0..64)
+            .map(|n| Round {
+                what: n % 8,
+                op: ReduceOp::ALL[n / 8 % 4],
+                count: [1, 7, 300, 5000][n / 8 % 4],
+                root: n % nodes.len(),
+                in_place: n / 32 == 1,
+                later: n % 3 == 0,
+            })
+            .collect();
+        check_on::<f32>(nodes, &rounds);
+        check_on::<bf16>(nodes, &rounds[24..48]);
+        check_on::<i64>(nodes, &rounds[8..40]);
+    }
+}
+
+#[test]
+fn parts_of_different_sizes_arrive_on_other_nodes_and_wrong_ones_are_an_error() {
+    let nodes = [0, 1, 0];
+    on_nodes(&nodes, 3, quick(), |comm| {
+        let (me, world) = (comm.rank(), comm.world_size());
+        let len = |from: usize, to: usize| (from * 5 + to * 3) % 4 * 700;
+        let parts = |len: &dyn Fn(usize) -> usize| {
+            (0..world).scan(0, |end, r| Some(std::mem::replace(end, *end + len(r))..*end)).collect::<Vec<_>>()
+        };
+        let (sends, recvs) = (parts(&|to| len(me, to)), parts(&|from| len(from, me)));
+        let send: Vec<i32> = (0..world).flat_map(|to| vec![(me * 10 + to) as i32; len(me, to)]).collect();
+        let mut recv = vec![-1; recvs[world - 1].end];
+        comm.all_to_all_v(&send, &sends, &mut recv, &recvs).unwrap();
+        assert!((0..world).all(|from| recv[recvs[from].clone()].iter().all(|&x| x == (from * 10 + me) as i32)));
+        comm.barrier().unwrap();
+        // Rank 1 sends rank 0 one more than that expects.
+        let lens = |r: usize| if me == 1 && r == 0 { 5 } else { 4 };
+        let (sends, recvs) = (parts(&lens), parts(&|_| 4));
+        let made = comm.all_to_all_v(&[1; 13], &sends, &mut [0; 12], &recvs);
+        if me == 0 {
+            let text = made.unwrap_err().to_string();
+            assert!(text.contains("sending 20 bytes to rank 0") && text.contains("expecting 16 bytes"), "{text}");
+        }
+    });
+}
+
+#[test]
+fn different_calls_on_other_nodes_are_told_of() {
+    let texts = on_nodes(&[0, 1], 5, quick(), |comm| {
+        let count = 10 + comm.rank();
+        let made = comm.all_reduce_in_place(&mut vec![1u8; count], ReduceOp::Sum);
+        made.unwrap_err().to_string()
+    });
+    for text in texts {
+        assert!(["all_reduce(sum, 10 u8)", "all_reduce(sum, 11 u8)"].iter().all(|call| text.contains(call)), "{text}");
+    }
+}
+
+#[test]
+fn messages_with_any_tag_stay_apart_from_collectives() {
+    on_nodes(&[0, 1], 9, quick(), |comm| {
+        let other = 1 - comm.rank();
+        for tag in [0, 1, u32::MAX] {
+            comm.scope(|scope| {
+                let sent = scope.isend(other, tag, b"mine")?;
+                let mut sum = [comm.rank() as i32; 100];
+                comm.all_reduce_in_place(&mut sum, ReduceOp::Sum)?;
+                assert_eq!(sum, [1; 100]);
+                let mut got = [0; 4];
+                assert_eq!(comm.recv(crate::Source::Any, tag, &mut got)?.len, 4);
+                assert_eq!(&got, b"mine");
+                sent.wait().map(drop)
+            })
+            .unwrap();
+        }
+    });
 }
 
 /// From 8 MiB on results are written past the caches.

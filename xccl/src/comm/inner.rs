@@ -199,7 +199,7 @@ impl CommInner {
             rank,
             world_size,
             p2p: P2p::new(world_size),
-            collectives: Collectives::new(rank, world_size),
+            collectives: Collectives::new(rank, &nodes),
             heap: Mutex::new(Heap::new(HEAP_START, heap_bytes - HEAP_START)),
             counters: Arc::default(),
             star: Mutex::new(star),

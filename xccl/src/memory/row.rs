@@ -94,6 +94,11 @@ impl<'a> Target<'a> {
         self.at
     }
 
+    /// The bytes, for reading.
+    pub(crate) fn as_row(&self) -> Row<'a, u8> {
+        Row { at: self.at.cast_const(), len: self.len, memory: PhantomData }
+    }
+
     /// Copies bytes in. Those that are these very ones already are left alone.
     ///
     /// # Panics

@@ -52,7 +52,7 @@ const LONGEST: Duration = Duration::from_millis(5);
 /// Bytes per microsecond that the slowest way of copying exceeds on whatever machine this runs.
 const SLOWEST_COPY: f64 = 1000.0;
 /// No other messages are under way yet, so that any tag would do.
-const TAG: u32 = u32::MAX;
+const TAG: u64 = u32::MAX as u64;
 
 /// What rank 0 asks rank 1 for next.
 const STOP: u8 = 0;

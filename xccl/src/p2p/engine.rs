@@ -19,10 +19,13 @@ use crate::memory::lent::{LentBuffer, LentBytes};
 use crate::sync::progress::{Operation, Waiting};
 use crate::sync::ring;
 
+/// Tags of the application have 32 bits; those from here on are the library's own.
+pub(crate) const INTERNAL_TAG: u64 = 1 << 32;
+
 /// Names a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ticket {
-    tag: u32,
+    tag: u64,
     request: Request,
 }
 
@@ -79,7 +82,7 @@ impl P2p {
     /// # Safety
     /// `data` stays readable and unchanged until [`wait`](Self::wait) or [`test`](Self::test) says that the request is done,
     /// or [`cancel`](Self::cancel) returns.
-    pub(crate) unsafe fn start_send(&self, comm: &CommInner, to: usize, tag: u32, data: &[u8]) -> Ticket {
+    pub(crate) unsafe fn start_send(&self, comm: &CommInner, to: usize, tag: u64, data: &[u8]) -> Ticket {
         let len = data.len();
         let sent = Ticket { tag, request: Request::Sent { len } };
         if to == comm.rank {
@@ -106,7 +109,7 @@ impl P2p {
     }
 
     /// Messages to itself are always buffered.
-    fn send_to_itself(&self, comm: &CommInner, tag: u32, data: &[u8]) {
+    fn send_to_itself(&self, comm: &CommInner, tag: u64, data: &[u8]) {
         lock(&self.outgoing[comm.rank]).traffic.count(data.len());
         lock(&self.incoming).deliver_own(comm, tag, data);
     }
@@ -116,7 +119,7 @@ impl P2p {
     /// # Safety
     /// `buffer` stays writable and unused until [`wait`](Self::wait) or [`test`](Self::test) says that the request is done, or
     /// [`cancel`](Self::cancel) returns.
-    pub(crate) unsafe fn start_recv(&self, from: Source, tag: u32, buffer: &mut [u8]) -> Ticket {
+    pub(crate) unsafe fn start_recv(&self, from: Source, tag: u64, buffer: &mut [u8]) -> Ticket {
         // SAFETY: the caller's promise.
         let buffer = unsafe { LentBuffer::new(buffer) };
         let name = lock(&self.incoming).post(from, tag, buffer);
@@ -126,11 +129,11 @@ impl P2p {
 
     pub(crate) fn wait(&self, comm: &CommInner, ticket: Ticket) -> Result<Status> {
         let (operation, peer) = match ticket.request {
-            Request::Sent { len } => return Ok(Status { source: comm.rank, tag: ticket.tag, len }),
+            Request::Sent { len } => return Ok(Status { source: comm.rank, tag: ticket.tag as u32, len }),
             Request::Send { to, .. } => (Operation::Send, Some(to)),
             Request::Recv { from, .. } => (Operation::Recv, from),
         };
-        let what = Waiting { operation, epoch: ticket.tag.into(), peer };
+        let what = Waiting { operation, epoch: ticket.tag, peer };
         let (mut call, mut since, mut moved) = (Call::default(), None, self.moved.load(Relaxed));
         loop {
             // A long message is many short waits: who helps to move one must not get tired of it, yield and sleep. Past the
@@ -153,7 +156,7 @@ impl P2p {
 
     pub(crate) fn test(&self, comm: &CommInner, ticket: Ticket) -> Result<Option<Status>> {
         match ticket.request {
-            Request::Sent { len } => Ok(Some(Status { source: comm.rank, tag: ticket.tag, len })),
+            Request::Sent { len } => Ok(Some(Status { source: comm.rank, tag: ticket.tag as u32, len })),
             Request::Send { to, number, len } => {
                 if !self.is_over(comm, to, number) {
                     // The receiver may be waiting for us to take its messages first.
@@ -163,7 +166,7 @@ impl P2p {
                         return Ok(None);
                     }
                 }
-                Ok(Some(Status { source: comm.rank, tag: ticket.tag, len }))
+                Ok(Some(Status { source: comm.rank, tag: ticket.tag as u32, len }))
             }
             Request::Recv { name, .. } => {
                 self.push_waiting(comm);
@@ -238,7 +241,7 @@ impl P2p {
     }
 
     /// Sends and waits.
-    pub(crate) fn send(&self, comm: &CommInner, to: usize, tag: u32, data: &[u8]) -> Result<()> {
+    pub(crate) fn send(&self, comm: &CommInner, to: usize, tag: u64, data: &[u8]) -> Result<()> {
         // SAFETY: `data` is borrowed until the request has been waited for and, if that failed, cancelled.
         let ticket = unsafe { self.start_send(comm, to, tag, data) };
         if let Request::Sent { .. } = ticket.request {
@@ -252,7 +255,7 @@ impl P2p {
     }
 
     /// Sends a short message if there is room for it now and nothing stands before it: no request has to be kept.
-    fn send_at_once(&self, comm: &CommInner, to: usize, tag: u32, data: &[u8]) -> bool {
+    fn send_at_once(&self, comm: &CommInner, to: usize, tag: u64, data: &[u8]) -> bool {
         let sent = lock(&self.outgoing[to]).start_short(comm, to, tag, data);
         if sent {
             comm.notify(to);
@@ -266,7 +269,7 @@ impl P2p {
         &self,
         comm: &CommInner,
         from: usize,
-        tag: u32,
+        tag: u64,
         buffer: &mut [u8],
         what: Waiting,
     ) -> Result<Option<Status>> {
@@ -290,11 +293,11 @@ impl P2p {
     }
 
     /// Receives and waits.
-    pub(crate) fn recv(&self, comm: &CommInner, from: Source, tag: u32, buffer: &mut [u8]) -> Result<Status> {
+    pub(crate) fn recv(&self, comm: &CommInner, from: Source, tag: u64, buffer: &mut [u8]) -> Result<Status> {
         if let Source::Rank(rank) = from
             && rank != comm.rank
         {
-            let what = Waiting { operation: Operation::Recv, epoch: tag.into(), peer: Some(rank) };
+            let what = Waiting { operation: Operation::Recv, epoch: tag, peer: Some(rank) };
             if let Some(status) = self.recv_at_once(comm, rank, tag, buffer, what)? {
                 return Ok(status);
             }

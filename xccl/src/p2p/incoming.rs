@@ -65,7 +65,7 @@ impl Held {
 
 struct Message {
     source: usize,
-    tag: u32,
+    tag: u64,
     len: usize,
     held: Held,
 }
@@ -89,7 +89,7 @@ enum State {
 
 /// The long message that is being taken from a source, piece by piece.
 struct Partial {
-    tag: u32,
+    tag: u64,
     len: usize,
     filled: usize,
     into: Into,
@@ -150,7 +150,7 @@ impl Incoming {
     }
 
     /// Posts a receive.
-    pub(super) fn post(&mut self, from: Source, tag: u32, buffer: LentBuffer) -> Name {
+    pub(super) fn post(&mut self, from: Source, tag: u64, buffer: LentBuffer) -> Name {
         let name = Name { key: self.receives.next_key(), number: self.started };
         self.started += 1;
         let kept = self.find_kept(from, tag);
@@ -169,7 +169,7 @@ impl Incoming {
     }
 
     /// The first kept message that a receive wants.
-    fn find_kept(&self, from: Source, tag: u32) -> Option<usize> {
+    fn find_kept(&self, from: Source, tag: u64) -> Option<usize> {
         match from {
             _ if self.unexpected.is_empty() => None,
             Source::Rank(rank) => self.unexpected.first(rank, tag),
@@ -178,10 +178,10 @@ impl Incoming {
     }
 
     /// Gives a kept message to a receive with room for `capacity` bytes; one that is longer stays.
-    fn take_kept(&mut self, key: usize, tag: u32, capacity: usize) -> Option<State> {
+    fn take_kept(&mut self, key: usize, tag: u64, capacity: usize) -> Option<State> {
         let &Message { source: from, len, .. } = self.unexpected.get(key)?;
         if len > capacity {
-            return Some(State::Done(Err(Error::Truncated { from, tag, len, capacity })));
+            return Some(State::Done(Err(Error::Truncated { from, tag: tag as u32, len, capacity })));
         }
         let message = self.unexpected.remove(key)?;
         self.held_bytes -= message.held.bytes();
@@ -245,7 +245,7 @@ impl Incoming {
 
     /// Whether the next message of `source` with that tag can only be for who asks next: no receive is open, and nothing of the
     /// kind is kept or half received.
-    pub(super) fn is_idle(&self, source: usize, tag: u32) -> bool {
+    pub(super) fn is_idle(&self, source: usize, tag: u64) -> bool {
         self.open.is_empty() && self.partial[source].is_none() && self.unexpected.first(source, tag).is_none()
     }
 
@@ -255,7 +255,7 @@ impl Incoming {
         &mut self,
         comm: &CommInner,
         source: usize,
-        tag: u32,
+        tag: u64,
         buffer: &mut [u8],
     ) -> Result<Option<Status>> {
         let (_, slot) = self.slot(comm, source);
@@ -271,7 +271,7 @@ impl Incoming {
         }
         self.traffic.count(buffer.len());
         self.release(comm, source, kind, buffer.len());
-        Ok(Some(Status { source, tag, len: buffer.len() }))
+        Ok(Some(Status { source, tag: tag as u32, len: buffer.len() }))
     }
 
     /// Tells the sender that the next slot of `source` was copied out.
@@ -344,7 +344,7 @@ impl Incoming {
     }
 
     /// A message that comes in pieces goes straight to the receive that wants it.
-    fn begin(&mut self, source: usize, tag: u32, len: usize) {
+    fn begin(&mut self, source: usize, tag: u64, len: usize) {
         let into = match self.match_open(source, tag, len) {
             Some(key) => {
                 self.set(key, State::Filling(source));
@@ -391,7 +391,7 @@ impl Incoming {
                     end_streaming();
                 }
                 self.traffic.count(len);
-                self.set(key, State::Done(Ok(Status { source, tag, len })));
+                self.set(key, State::Done(Ok(Status { source, tag: tag as u32, len })));
             }
             Into::Kept(bytes) => {
                 let message = Message { source, tag, len, held: Held::Bytes(bytes) };
@@ -408,7 +408,7 @@ impl Incoming {
     }
 
     /// The open receive that gets the next message of `source` with `tag`, before those with less room, which end here.
-    fn match_open(&mut self, source: usize, tag: u32, len: usize) -> Option<usize> {
+    fn match_open(&mut self, source: usize, tag: u64, len: usize) -> Option<usize> {
         loop {
             let places = [self.open.first(source, tag), self.open.first(self.any(), tag)];
             let asked = |place: &usize| self.open.get(*place).and_then(|&key| self.receives.get(key)).map(|r| r.number);
@@ -418,18 +418,18 @@ impl Incoming {
             if len <= capacity {
                 return Some(key);
             }
-            receive.state = State::Done(Err(Error::Truncated { from: source, tag, len, capacity }));
+            receive.state = State::Done(Err(Error::Truncated { from: source, tag: tag as u32, len, capacity }));
         }
     }
 
-    fn has_receive(&self, source: usize, tag: u32) -> bool {
+    fn has_receive(&self, source: usize, tag: u64) -> bool {
         let is_filling = matches!(self.partial[source], Some(Partial { into: Into::Receive(_), .. }));
         is_filling || self.open.first(source, tag).is_some() || self.open.first(self.any(), tag).is_some()
     }
 
     fn full(&self, comm: &CommInner) -> Error {
         let (from, tag) = self.unexpected.oldest().unwrap_or((0, 0));
-        Error::UnexpectedFull { held: self.held_bytes, limit: comm.config.unexpected_bytes, from, tag }
+        Error::UnexpectedFull { held: self.held_bytes, limit: comm.config.unexpected_bytes, from, tag: tag as u32 }
     }
 
     /// Gives a message to the first receive that wants it, or keeps it.
@@ -437,7 +437,7 @@ impl Incoming {
         &mut self,
         comm: &CommInner,
         message: Message,
-        keep: impl FnOnce(&mut TagQueues<Message>, usize, u32, Message) -> usize,
+        keep: impl FnOnce(&mut TagQueues<Message>, usize, u64, Message) -> usize,
     ) {
         match self.match_open(message.source, message.tag, message.len) {
             Some(key) => {
@@ -452,7 +452,7 @@ impl Incoming {
     }
 
     /// Takes a message that this rank has sent to itself.
-    pub(super) fn deliver_own(&mut self, comm: &CommInner, tag: u32, data: &[u8]) {
+    pub(super) fn deliver_own(&mut self, comm: &CommInner, tag: u64, data: &[u8]) {
         let message = Message { source: comm.rank, tag, len: data.len(), held: Held::copy_of(data) };
         self.deliver(comm, message, TagQueues::push);
     }
@@ -463,7 +463,7 @@ impl Incoming {
         let State::Found(message) = &receive.state else { return };
         let &Message { source, tag, len, .. } = message;
         let copied = copy_out(comm, message, &mut receive.buffer.as_mut_slice()[..len]);
-        receive.state = State::Done(copied.map(|()| Status { source, tag, len }));
+        receive.state = State::Done(copied.map(|()| Status { source, tag: tag as u32, len }));
         self.traffic.count(len);
     }
 }
@@ -525,7 +525,7 @@ fn copy_out(comm: &CommInner, message: &Message, buffer: &mut [u8]) -> Result<()
     word.store(rendezvous, Release);
     comm.notify(source);
     if withdrawn == rendezvous {
-        return Err(Error::Withdrawn { rank: source, tag: message.tag });
+        return Err(Error::Withdrawn { rank: source, tag: message.tag as u32 });
     }
     copied
 }

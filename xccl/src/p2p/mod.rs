@@ -73,7 +73,7 @@ impl Communicator {
     /// [`Error::Withdrawn`](crate::Error::Withdrawn) in its place.
     pub fn send(&self, to: usize, tag: u32, data: &[u8]) -> Result<()> {
         self.inner.check_rank(to)?;
-        self.inner.p2p.send(&self.inner, to, tag, data)
+        self.inner.p2p.send(&self.inner, to, tag.into(), data)
     }
 
     /// Receives the next message with `tag` from a rank, or from any. Blocks until it is there.
@@ -87,6 +87,6 @@ impl Communicator {
         if let Source::Rank(rank) = from {
             self.inner.check_rank(rank)?;
         }
-        self.inner.p2p.recv(&self.inner, from, tag, buffer)
+        self.inner.p2p.recv(&self.inner, from, tag.into(), buffer)
     }
 }

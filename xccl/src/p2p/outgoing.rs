@@ -61,7 +61,7 @@ impl Bytes {
 
 struct PendingSend {
     number: u64,
-    tag: u32,
+    tag: u64,
     bytes: Bytes,
     /// Bytes that are in the ring already.
     done: usize,
@@ -117,7 +117,7 @@ impl Outgoing {
     }
 
     /// Starts a message: sends what there is room for, if nothing stands before it. Gives its number.
-    pub(super) fn start(&mut self, comm: &CommInner, to: usize, tag: u32, bytes: LentBytes) -> (u64, Progress) {
+    pub(super) fn start(&mut self, comm: &CommInner, to: usize, tag: u64, bytes: LentBytes) -> (u64, Progress) {
         let number = self.started;
         self.started += 1;
         self.traffic.count(bytes.as_slice().len());
@@ -135,7 +135,7 @@ impl Outgoing {
     /// Sends a short message if there is room for it now and nothing stands before it: no request has to be kept. The
     /// receiver has yet to be told.
     #[inline]
-    pub(super) fn start_short(&mut self, comm: &CommInner, to: usize, tag: u32, data: &[u8]) -> bool {
+    pub(super) fn start_short(&mut self, comm: &CommInner, to: usize, tag: u64, data: &[u8]) -> bool {
         if !self.waiting.is_empty() || !self.has_slot(comm, to) {
             return false;
         }
@@ -269,7 +269,7 @@ impl Outgoing {
         true
     }
 
-    fn fill_short(&mut self, comm: &CommInner, to: usize, tag: u32, data: &[u8]) {
+    fn fill_short(&mut self, comm: &CommInner, to: usize, tag: u64, data: &[u8]) {
         let slot = self.slot(comm, to);
         slot.set_head(Head { tag, kind: INLINE, len: data.len() as u64 });
         slot.set_body(data);

@@ -20,7 +20,7 @@ pub(super) struct TagQueues<T> {
 struct Entry<T> {
     value: T,
     source: usize,
-    tag: u32,
+    tag: u64,
     /// Counts entries: the older has the smaller one.
     number: u64,
     before: Option<usize>,
@@ -33,8 +33,8 @@ struct Ends {
     last: usize,
 }
 
-fn pair(source: usize, tag: u32) -> u64 {
-    (source as u64) << 32 | u64::from(tag)
+fn pair(source: usize, tag: u64) -> u64 {
+    (source as u64) << 40 | tag
 }
 
 impl<T> TagQueues<T> {
@@ -52,7 +52,7 @@ impl<T> TagQueues<T> {
     }
 
     /// The key of the first entry of a pair.
-    pub(super) fn first(&self, source: usize, tag: u32) -> Option<usize> {
+    pub(super) fn first(&self, source: usize, tag: u64) -> Option<usize> {
         if self.counts[source] == 0 {
             return None;
         }
@@ -64,7 +64,7 @@ impl<T> TagQueues<T> {
     }
 
     /// Adds at the end of its queue; gives the entry's key.
-    pub(super) fn push(&mut self, source: usize, tag: u32, value: T) -> usize {
+    pub(super) fn push(&mut self, source: usize, tag: u64, value: T) -> usize {
         let before = self.queues.get(&pair(source, tag)).map(|ends| ends.last);
         let key = self.insert(source, tag, value, before, None);
         self.queues
@@ -75,7 +75,7 @@ impl<T> TagQueues<T> {
     }
 
     /// Adds at the beginning of its queue; gives the entry's key.
-    pub(super) fn push_first(&mut self, source: usize, tag: u32, value: T) -> usize {
+    pub(super) fn push_first(&mut self, source: usize, tag: u64, value: T) -> usize {
         let after = self.first(source, tag);
         let key = self.insert(source, tag, value, None, after);
         self.queues
@@ -85,7 +85,7 @@ impl<T> TagQueues<T> {
         key
     }
 
-    fn insert(&mut self, source: usize, tag: u32, value: T, before: Option<usize>, after: Option<usize>) -> usize {
+    fn insert(&mut self, source: usize, tag: u64, value: T, before: Option<usize>, after: Option<usize>) -> usize {
         self.counts[source] += 1;
         self.pushed += 1;
         let key = self.entries.insert(Entry { value, source, tag, number: self.pushed, before, after });
@@ -122,7 +122,7 @@ impl<T> TagQueues<T> {
     }
 
     /// Source and tag of the entry that came first of all.
-    pub(super) fn oldest(&self) -> Option<(usize, u32)> {
+    pub(super) fn oldest(&self) -> Option<(usize, u64)> {
         self.entries.iter().min_by_key(|e| e.number).map(|e| (e.source, e.tag))
     }
 }
@@ -158,9 +158,9 @@ mod tests {
     proptest! {
         /// Beside a list of everything in order.
         #[test]
-        fn each_pair_is_a_queue_of_its_own(ops in prop::collection::vec((0u8..4, 0usize..3, 0u32..3, any::<usize>()), 1..300)) {
+        fn each_pair_is_a_queue_of_its_own(ops in prop::collection::vec((0u8..4, 0usize..3, 0u64..3, any::<usize>()), 1..300)) {
             let mut queues = TagQueues::new(3);
-            let mut model: VecDeque<(usize, u32, u64, usize)> = VecDeque::new();
+            let mut model: VecDeque<(usize, u64, u64, usize)> = VecDeque::new();
             for (n, (op, source, tag, at)) in ops.into_iter().enumerate() {
                 let n = n as u64;
                 match op {

@@ -88,7 +88,7 @@ impl Communicator {
     pub unsafe fn isend_raw(&self, to: usize, tag: u32, data: &[u8]) -> Result<RawRequest> {
         self.inner.check_rank(to)?;
         // SAFETY: the caller's promise; a dropped request is cancelled.
-        let ticket = unsafe { self.inner.p2p.start_send(&self.inner, to, tag, data) };
+        let ticket = unsafe { self.inner.p2p.start_send(&self.inner, to, tag.into(), data) };
         Ok(RawRequest { comm: self.inner.clone(), ticket: Some(ticket) })
     }
 
@@ -105,7 +105,7 @@ impl Communicator {
             self.inner.check_rank(rank)?;
         }
         // SAFETY: the caller's promise; a dropped request is cancelled.
-        let ticket = unsafe { self.inner.p2p.start_recv(from, tag, buffer) };
+        let ticket = unsafe { self.inner.p2p.start_recv(from, tag.into(), buffer) };
         Ok(RawRequest { comm: self.inner.clone(), ticket: Some(ticket) })
     }
 }

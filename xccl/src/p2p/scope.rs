@@ -82,7 +82,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         let comm = &self.comm.inner;
         comm.check_rank(to)?;
         // SAFETY: `data` lives for 'env, which outlives the scope, and the scope's end forgets what is still pending.
-        let ticket = unsafe { comm.p2p.start_send(comm, to, tag, data) };
+        let ticket = unsafe { comm.p2p.start_send(comm, to, tag.into(), data) };
         Ok(self.request(ticket))
     }
 
@@ -97,7 +97,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
             comm.check_rank(rank)?;
         }
         // SAFETY: `buffer` is borrowed for 'env, which outlives the scope, and the scope's end forgets what is still pending.
-        let ticket = unsafe { comm.p2p.start_recv(from, tag, buffer) };
+        let ticket = unsafe { comm.p2p.start_recv(from, tag.into(), buffer) };
         Ok(self.request(ticket))
     }
 

@@ -3,7 +3,7 @@
 //! | word | |
 //! | --- | --- |
 //! | 0 | the turn: see [`ring`](crate::sync::ring) |
-//! | 1 | tag, and in the upper half the kind |
+//! | 1 | tag, in the upper half the kind, and in the highest bit whether the tag is the library's own |
 //! | 2 | bytes of the whole message; for [`MORE`], of this piece |
 //! | 3 to 7 | the payload of a short message, or the two numbers that the kind says |
 //!
@@ -37,7 +37,7 @@ pub(super) struct Slot<'a>(pub(super) &'a [AtomicU64; 8]);
 /// What a slot says of its message.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Head {
-    pub(super) tag: u32,
+    pub(super) tag: u64,
     pub(super) kind: u32,
     pub(super) len: u64,
 }
@@ -54,11 +54,13 @@ impl<'a> Slot<'a> {
 
     pub(super) fn head(self) -> Head {
         let [head, len] = [HEAD, LEN].map(|i| self.0[i].load(Relaxed));
-        Head { tag: head as u32, kind: (head >> 32) as u32, len }
+        let is_internal = head >> 63 << 32;
+        Head { tag: is_internal | head & u64::from(u32::MAX), kind: (head >> 32 & 0x7fff_ffff) as u32, len }
     }
 
     pub(super) fn set_head(self, head: Head) {
-        self.0[HEAD].store(u64::from(head.kind) << 32 | u64::from(head.tag), Relaxed);
+        let (is_internal, tag) = (head.tag >> 32 << 63, head.tag & u64::from(u32::MAX));
+        self.0[HEAD].store(is_internal | u64::from(head.kind) << 32 | tag, Relaxed);
         self.0[LEN].store(head.len, Relaxed);
     }
 
@@ -124,9 +126,9 @@ mod tests {
     fn head_and_numbers_come_out_as_they_went_in() {
         let line: [AtomicU64; 8] = Default::default();
         let slot = Slot(&line);
-        slot.set_head(Head { tag: u32::MAX, kind: PRIVATE, len: u64::MAX });
+        slot.set_head(Head { tag: (1 << 33) - 1, kind: PRIVATE, len: u64::MAX });
         slot.set_numbers([1, u64::MAX]);
-        assert_eq!((slot.head().tag, slot.head().kind, slot.head().len), (u32::MAX, PRIVATE, u64::MAX));
+        assert_eq!((slot.head().tag, slot.head().kind, slot.head().len), ((1 << 33) - 1, PRIVATE, u64::MAX));
         assert_eq!(slot.numbers(), [1, u64::MAX]);
     }
 }
