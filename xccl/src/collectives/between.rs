@@ -352,6 +352,8 @@ impl Between {
 }
 
 /// Bytes to be sent.
+// Not a slice: that would be a reference to bytes that are being received.
+#[allow(clippy::ptr_arg)]
 fn source<'a>(scratch: &'a Vec<u8>, buffers: &'a LentPair, place: &Place) -> Row<'a, u8> {
     match place {
         Place::Input(range) => buffers.input(range.start, range.len()),

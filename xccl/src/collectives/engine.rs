@@ -256,11 +256,9 @@ impl Engine {
             match self.steps.advance(comm, op) {
                 Ok(None) => {
                     self.finished = op.number;
-                    match self.queue.pop_front().map(|op| op.work) {
-                        Some(Work::Varied(Varied { parts, .. }) | Work::Between(Some(parts), _)) => {
-                            lock(&comm.collectives.spare).push(parts);
-                        }
-                        _ => {}
+                    let work = self.queue.pop_front().map(|op| op.work);
+                    if let Some(Work::Varied(Varied { parts, .. }) | Work::Between(Some(parts), _)) = work {
+                        lock(&comm.collectives.spare).push(parts);
                     }
                 }
                 Ok(stuck) => return Ok(stuck),
