@@ -91,10 +91,10 @@ pub struct Statistics {
 /// page once on the machine, however many ranks map it.
 ///
 /// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has five lines, and for each rank a byte, a line, twice 64
-/// words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages. Collectives add 16 slots of 4 KiB and four of 256 KiB:
+/// words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages. Collectives add 32 slots of 4 KiB and four of 256 KiB:
 ///
 /// ```text
-/// outbox  = page(page(320 + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1126400
+/// outbox  = page(page(320 + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
 /// touched = a page or a few of words, 4096 bytes and the used part of R for each rank that was sent to, and the used slots
 /// heap    = 4096 + XCCL_HEAP, touched as it is allocated and written
 /// ```
@@ -106,7 +106,7 @@ pub struct Statistics {
 /// ```
 /// use xccl::{Communicator, Config};
 /// let (page, ring) = (|bytes: usize| bytes.next_multiple_of(4096), 1 << 20);
-/// let by_formula = |w: usize| page(page(320 + w.next_multiple_of(64) + 1088 * w) + 4096 * w + ring * w) + 1126400;
+/// let by_formula = |w: usize| page(page(320 + w.next_multiple_of(64) + 1088 * w) + 4096 * w + ring * w) + 1191936;
 /// for ranks in [1, 2, 8, 64, 1000] {
 ///     let plan = Communicator::memory_plan(ranks, &Config::default().p2p_ring_bytes(ring));
 ///     assert_eq!(plan.outbox_bytes, by_formula(ranks), "{ranks} ranks");
