@@ -1,6 +1,7 @@
 //! Ranks on several hosts, which are network namespaces, and on pretended nodes of this one, which always run.
 
 use std::net::TcpListener;
+use std::time::{Duration, Instant};
 
 use xccl_tests::namespaces::{Families, Namespaces};
 use xccl_tests::{Ended, Job, new_job};
@@ -103,7 +104,7 @@ fn a_host_that_is_cut_off_while_the_ranks_join_is_an_error_at_the_deadline_every
     cluster.start(0, 0, "join", &patience);
     cluster.start(1, 0, "join", &patience);
     // They have met by now, or else rank 1 is missing: an error as well.
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    std::thread::sleep(Duration::from_millis(500));
     hosts.link(1, false);
     cluster.start(2, 0, "join", &patience);
     for (rank, ended) in cluster.job.wait().iter().enumerate() {
@@ -111,6 +112,22 @@ fn a_host_that_is_cut_off_while_the_ranks_join_is_an_error_at_the_deadline_every
         let expected = if rank == 1 { "rank 0" } else { "rank 1" };
         assert!(said.contains(expected) || said.contains("MissingRanks { ranks: [1]"), "rank {rank}: {said}");
     }
+}
+
+#[test]
+fn a_host_that_vanishes_without_a_word_is_noticed_within_a_minute_at_both_ends() {
+    let Some(hosts) = Namespaces::new(2, Families::Both) else { return };
+    let mut cluster = Cluster::of(&hosts, 2, 1);
+    let met = tempfile::tempdir().expect("a temporary folder");
+    let folder = met.path().to_str().expect("its path is text");
+    (0..2).for_each(|host| cluster.start(host, 0, "cut-off", &[("XCCL_TIMEOUT", "infinite"), ("TEST_MET", folder)]));
+    let start = Instant::now();
+    while (0..2).any(|rank| !met.path().join(rank.to_string()).exists()) {
+        assert!(start.elapsed() < Duration::from_secs(20), "the ranks did not meet: {:#?}", cluster.job.wait());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    hosts.link(1, false);
+    all_well("2 hosts", cluster.job.wait());
 }
 
 #[test]

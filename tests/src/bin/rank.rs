@@ -69,6 +69,7 @@ fn main() -> Result<()> {
         "many-posted" => p2p::many_posted(&comm),
         "split" => p2p::split(&comm),
         "across-nodes" => nodes::across_nodes(&comm),
+        "cut-off" => nodes::cut_off(&comm),
         "nothing-stays" => nodes::nothing_stays(&comm),
         "collectives" => collectives::every_collective(&comm),
         "collective-mismatch" => collectives::mismatch(&comm),

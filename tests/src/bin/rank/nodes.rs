@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use xccl::{Communicator, Config};
+use anyhow::{Result, bail, ensure};
+use xccl::{Communicator, Config, Error};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -35,6 +35,17 @@ pub fn across_nodes(comm: &Communicator) -> Result<()> {
     part.map_or(Ok(()), |part| meet(&part))?;
     meet(&comm.duplicate()?)?;
     meet(&Communicator::from_env()?)
+}
+
+/// Every rank waits for a message that never comes, of a rank that is going to vanish: that is told, long before the deadline.
+pub fn cut_off(comm: &Communicator) -> Result<()> {
+    meet(comm)?;
+    std::fs::write(format!("{}/{}", std::env::var("TEST_MET")?, comm.rank()), "")?;
+    let other = (comm.rank() + 1) % comm.world_size();
+    match comm.recv(other, 9, &mut [0; 8]) {
+        Err(Error::PeerDied { rank, .. }) if rank != comm.rank() => Ok(()),
+        outcome => bail!("a host was cut off, and the wait for a message ended with {outcome:?}"),
+    }
 }
 
 /// Communicators come and go, and take all with them that they have opened.
