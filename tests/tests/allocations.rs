@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use half::bf16;
 use xccl::{
-    Collective, DType, Epilogue, Exchange, Lanes, Moe, MoeConfig, ReduceOp, Reduction, Residual, Result, RmsNorm,
-    Routing, ScaleLayout, SmoothScales, WireFormat,
+    Collective, DType, Epilogue, Exchange, KvConfig, KvOutcome, KvReceiver, KvSender, KvSenderEvent, Lanes, Moe,
+    MoeConfig, PageLayout, PagePair, ReduceOp, Reduction, Residual, Result, RmsNorm, Routing, ScaleLayout,
+    SmoothScales, Until, Update, WireFormat,
 };
 use xccl_c::*;
 use xccl_tests::as_threads;
@@ -445,4 +446,47 @@ fn collectives_allocate_nothing() {
             }
         });
     }
+}
+
+#[test]
+fn puts_signals_and_pages_allocate_nothing() {
+    as_threads(2, |comm| {
+        let (rank, other) = (comm.rank(), 1 - comm.rank());
+        let block = comm.shared_alloc(8192).unwrap();
+        comm.barrier().unwrap();
+        let (theirs, mut count) = (block.remote().of(other), 0);
+        let allocations = counted(|| {
+            count += 1;
+            comm.put_signal(theirs.skip(64), &[7; 5000], theirs, Update::Set(count)).unwrap();
+            block.signal_wait(other, 0, Until::Ge(count)).unwrap();
+            comm.atomic_fetch_add(theirs.skip(8), 1).unwrap();
+            comm.get(theirs.skip(64), &mut [0; 100]).unwrap();
+        });
+        assert_eq!(allocations, 0, "one-sided access of rank {rank}");
+
+        let config = KvConfig::new(3, 1000);
+        let layout = PageLayout::by_layer(&config, 20);
+        let pages: Vec<u32> = (0..20).rev().collect();
+        if rank == 0 {
+            let pool = vec![1; layout.bytes(&config).unwrap()];
+            let pairs: Vec<PagePair> = pages.iter().map(|&page| (19 - page, page).into()).collect();
+            let mut sender = KvSender::new(comm, config, layout).unwrap();
+            let allocations = counted(|| {
+                let KvSenderEvent::Posted(posted) = sender.wait().unwrap() else { panic!("nothing else can come") };
+                (0..3).for_each(|layer| _ = sender.push(posted.ticket, layer, &pool, &pairs).unwrap());
+            });
+            assert_eq!(allocations, 0, "a sender of pages");
+            comm.barrier().unwrap();
+        } else {
+            let pool = comm.shared_alloc(layout.bytes(&config).unwrap()).unwrap();
+            let mut receiver = KvReceiver::new(comm, config, pool, layout).unwrap();
+            let allocations = counted(|| {
+                let ticket = receiver.post(0, 1, &pages, 500).unwrap().unwrap();
+                receiver.wait_layer(ticket, 0).unwrap();
+                assert!(matches!(receiver.wait().unwrap().outcome, KvOutcome::Done));
+            });
+            assert_eq!(allocations, 0, "a receiver of pages");
+            comm.barrier().unwrap();
+        }
+    });
 }

@@ -90,6 +90,22 @@ fn recording(file: &Path, fortran_order: &str, ids: [i64; 6]) {
 }
 
 #[test]
+fn bench_put_and_kv_verify_what_has_come() {
+    let put = ["bench", "put", "--sizes", "8,5000", "--iters", "3", "--warmup", "1", "--verify", "--json", "-"];
+    let kv = "bench kv --layers 2 --pages 0,3 --page-bytes 1000 --iters 3 --warmup 1 --layout page --gap 24 --verify --json -";
+    let kv: Vec<&str> = kv.split(' ').collect();
+    for (args, key, expected) in [(&put[..], "bytes", [8, 5000]), (&kv, "pages", [0, 3])] {
+        let out = output(args);
+        assert!(out.status.success(), "{}", stderr(&out));
+        let points: Vec<serde_json::Value> = stdout(&out).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(points.len(), 2, "{points:?}");
+        for (point, expected) in points.iter().zip(expected) {
+            assert!(point[key] == expected && point["verified"] == true && point["gbps"].is_number(), "{point}");
+        }
+    }
+}
+
+#[test]
 fn bench_moe_replays_a_recorded_routing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ids.npy");

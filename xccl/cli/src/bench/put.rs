@@ -44,6 +44,8 @@ const DATA: usize = 64;
 struct Ends {
     here: SharedBuffer,
     there: Remote,
+    /// Puts with a signal so far: each rank's word has counted as many.
+    count: u64,
 }
 
 impl PutArgs {
@@ -54,7 +56,7 @@ impl PutArgs {
         let mut json = JsonLines::open(comm, self.common.json.as_deref())?;
         let pair = if comm.rank() < 2 { Pair::open(comm, largest)? } else { None };
         if comm.rank() < 2 {
-            let ends = ends(&shared, largest)?;
+            let mut ends = ends(&shared, largest)?;
             let line_ns = pair.as_ref().map_or(Ok(None), |pair| pair.line_ns(comm))?;
             if comm.rank() == 0 {
                 json.table(&format!("# xccl bench put: from rank 0 to rank 1; line handover {}", show_line(line_ns)));
@@ -64,7 +66,7 @@ impl PutArgs {
                 ));
             }
             for &bytes in &self.sizes {
-                self.measure_size(&shared, &ends, bytes, pair.as_ref(), line_ns, &mut json)?;
+                self.measure_size(&shared, &mut ends, bytes, pair.as_ref(), line_ns, &mut json)?;
             }
         }
         comm.barrier()?;
@@ -74,7 +76,7 @@ impl PutArgs {
     fn measure_size(
         &self,
         comm: &Communicator,
-        ends: &Ends,
+        ends: &mut Ends,
         bytes: usize,
         pair: Option<&Pair>,
         line_ns: Option<f64>,
@@ -86,11 +88,10 @@ impl PutArgs {
         let iters = self.common.iters.min((2_000_000_000 / bytes.max(1) / 4) as u32).max(3);
         let rounds = self.common.warmup.min(iters) + iters;
         let (mut half, mut put, mut copies) = (vec![], vec![], vec![]);
-        let mut count = ends.here.signal_fetch(0)?;
         for _ in 0..rounds {
             let start = Instant::now();
             for _ in 0..BATCH {
-                ping_pong(comm, ends, &source, &mut count)?;
+                ping_pong(comm, ends, &source)?;
             }
             half.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(2 * BATCH));
         }
@@ -146,7 +147,7 @@ fn ends(comm: &Communicator, largest: usize) -> Result<Ends> {
     let mut told = [0; 24];
     comm.send(1 - comm.rank(), TAG, &here.remote().to_bytes())?;
     comm.recv(1 - comm.rank(), TAG, &mut told)?;
-    Ok(Ends { here, there: Remote::from_bytes(&told) })
+    Ok(Ends { here, there: Remote::from_bytes(&told), count: 0 })
 }
 
 fn meet(comm: &Communicator) -> xccl::Result<()> {
@@ -154,22 +155,21 @@ fn meet(comm: &Communicator) -> xccl::Result<()> {
     comm.recv(1 - comm.rank(), TAG, &mut []).map(|_| ())
 }
 
-fn ping_pong(comm: &Communicator, ends: &Ends, source: &[u8], count: &mut u64) -> xccl::Result<()> {
-    *count += 1;
+fn ping_pong(comm: &Communicator, ends: &mut Ends, source: &[u8]) -> xccl::Result<()> {
+    ends.count += 1;
     let other = 1 - comm.rank();
-    let put = || comm.put_signal(ends.there.skip(DATA), source, ends.there, Update::Set(*count));
-    let wait = || ends.here.signal_wait(other, 0, Until::Ge(*count)).map(|_| ());
+    let put = || comm.put_signal(ends.there.skip(DATA), source, ends.there, Update::Set(ends.count));
+    let wait = || ends.here.signal_wait(other, 0, Until::Ge(ends.count)).map(|_| ());
     if comm.rank() == 0 { put().and_then(|()| wait()) } else { wait().and_then(|()| put()) }
 }
 
 /// Each puts a pattern of its own, three times over; both compare every byte.
-fn check(comm: &Communicator, ends: &Ends, source: &mut [u8]) -> Result<bool> {
+fn check(comm: &Communicator, ends: &mut Ends, source: &mut [u8]) -> Result<bool> {
     let pattern = |rank: usize, round: usize, i: usize| (i * 131 + rank * 17 + round * 7 + (i >> 8)) as u8;
-    let mut count = ends.here.signal_fetch(0)?;
     let mut found = vec![0; source.len()];
     for round in 0..3 {
         source.iter_mut().enumerate().for_each(|(i, b)| *b = pattern(comm.rank(), round, i));
-        ping_pong(comm, ends, source, &mut count)?;
+        ping_pong(comm, ends, source)?;
         ends.here.read(DATA, &mut found)?;
         let wrong = found.iter().enumerate().find(|&(i, &b)| b != pattern(1 - comm.rank(), round, i));
         ensure!(wrong.is_none(), "byte {wrong:?} of {} is wrong", source.len());
