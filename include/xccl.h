@@ -1220,6 +1220,228 @@ xcclResult_t xcclTest(xcclRequest_t request, int *done, xcclStatus_t *status, xc
 xcclResult_t xcclRequestFree(xcclRequest_t request,
                              xcclComm_t comm);
 
+/* ---- Collectives ----------------------------------------------------------------------------------------------- */
+
+/**
+ * Joins the count elements at sendbuff of all ranks and writes the result to recvbuff on all. In place when sendbuff is
+ * recvbuff. Every rank has to call it, with the same count, datatype, op (xcclInvalidUsage on all ranks otherwise).
+ * datatype is an xcclDataType_t, op an xcclRedOp_t. After a failure other than xcclInvalidArgument the communicator makes
+ * no collectives any more. Blocks until this rank's part is over, up to the deadline.
+ */
+xcclResult_t xcclAllReduce(const void *sendbuff,
+                           void *recvbuff,
+                           size_t count,
+                           uint32_t datatype,
+                           uint32_t op,
+                           xcclComm_t comm);
+
+/**
+ * Starts what xcclAllReduce does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIAllReduce(const void *sendbuff,
+                            void *recvbuff,
+                            size_t count,
+                            uint32_t datatype,
+                            uint32_t op,
+                            xcclComm_t comm,
+                            xcclRequest_t *request);
+
+/**
+ * As xcclAllReduce, but only rank root gets the result: recvbuff is not used on the others. Every rank has to call it,
+ * with the same count, datatype, op, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is
+ * over, up to the deadline.
+ */
+xcclResult_t xcclReduce(const void *sendbuff,
+                        void *recvbuff,
+                        size_t count,
+                        uint32_t datatype,
+                        uint32_t op,
+                        int root,
+                        xcclComm_t comm);
+
+/**
+ * Starts what xcclReduce does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left alone
+ * until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIReduce(const void *sendbuff,
+                         void *recvbuff,
+                         size_t count,
+                         uint32_t datatype,
+                         uint32_t op,
+                         int root,
+                         xcclComm_t comm,
+                         xcclRequest_t *request);
+
+/**
+ * Joins the elements at sendbuff of all ranks, a block of recvcount for each rank, and writes this rank's block of the
+ * result to recvbuff. In place when recvbuff is sendbuff + rank * recvcount. Every rank has to call it, with the same
+ * count, datatype, op (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
+ * deadline.
+ */
+xcclResult_t xcclReduceScatter(const void *sendbuff,
+                               void *recvbuff,
+                               size_t recvcount,
+                               uint32_t datatype,
+                               uint32_t op,
+                               xcclComm_t comm);
+
+/**
+ * Starts what xcclReduceScatter does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be
+ * left alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIReduceScatter(const void *sendbuff,
+                                void *recvbuff,
+                                size_t recvcount,
+                                uint32_t datatype,
+                                uint32_t op,
+                                xcclComm_t comm,
+                                xcclRequest_t *request);
+
+/**
+ * Gives the sendcount elements at sendbuff of every rank to all: those of rank r become block r of recvbuff. In place when
+ * sendbuff is recvbuff + rank * sendcount. Every rank has to call it, with the same count, datatype (xcclInvalidUsage on
+ * all ranks otherwise). Blocks until this rank's part is over, up to the deadline.
+ */
+xcclResult_t xcclAllGather(const void *sendbuff,
+                           void *recvbuff,
+                           size_t sendcount,
+                           uint32_t datatype,
+                           xcclComm_t comm);
+
+/**
+ * Starts what xcclAllGather does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIAllGather(const void *sendbuff,
+                            void *recvbuff,
+                            size_t sendcount,
+                            uint32_t datatype,
+                            xcclComm_t comm,
+                            xcclRequest_t *request);
+
+/**
+ * As xcclAllGather, but only rank root gets the blocks: recvbuff is not used on the others. Every rank has to call it,
+ * with the same count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up
+ * to the deadline.
+ */
+xcclResult_t xcclGather(const void *sendbuff,
+                        void *recvbuff,
+                        size_t sendcount,
+                        uint32_t datatype,
+                        int root,
+                        xcclComm_t comm);
+
+/**
+ * Starts what xcclGather does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left alone
+ * until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIGather(const void *sendbuff,
+                         void *recvbuff,
+                         size_t sendcount,
+                         uint32_t datatype,
+                         int root,
+                         xcclComm_t comm,
+                         xcclRequest_t *request);
+
+/**
+ * Gives block r of rank root's sendbuff, recvcount elements, to rank r, which gets it in recvbuff. sendbuff is not used on
+ * the others. In place on root when recvbuff is sendbuff + rank * recvcount. Every rank has to call it, with the same
+ * count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
+ * deadline.
+ */
+xcclResult_t xcclScatter(const void *sendbuff,
+                         void *recvbuff,
+                         size_t recvcount,
+                         uint32_t datatype,
+                         int root,
+                         xcclComm_t comm);
+
+/**
+ * Starts what xcclScatter does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIScatter(const void *sendbuff,
+                          void *recvbuff,
+                          size_t recvcount,
+                          uint32_t datatype,
+                          int root,
+                          xcclComm_t comm,
+                          xcclRequest_t *request);
+
+/**
+ * Gives the count elements at rank root's sendbuff to all, in recvbuff. sendbuff is not used on the others. In place when
+ * sendbuff is recvbuff. Rank root may return before the others have called. Every rank has to call it, with the same
+ * count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
+ * deadline.
+ */
+xcclResult_t xcclBroadcast(const void *sendbuff,
+                           void *recvbuff,
+                           size_t count,
+                           uint32_t datatype,
+                           int root,
+                           xcclComm_t comm);
+
+/**
+ * Starts what xcclBroadcast does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIBroadcast(const void *sendbuff,
+                            void *recvbuff,
+                            size_t count,
+                            uint32_t datatype,
+                            int root,
+                            xcclComm_t comm,
+                            xcclRequest_t *request);
+
+/**
+ * Gives block r of sendbuff, count elements, to rank r, and gets block r of recvbuff from it. In place when sendbuff is
+ * recvbuff. Every rank has to call it, with the same count, datatype (xcclInvalidUsage on all ranks otherwise). Blocks
+ * until this rank's part is over, up to the deadline.
+ */
+xcclResult_t xcclAllToAll(const void *sendbuff, void *recvbuff, size_t count, uint32_t datatype, xcclComm_t comm);
+
+/**
+ * Starts what xcclAllToAll does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIAllToAll(const void *sendbuff,
+                           void *recvbuff,
+                           size_t count,
+                           uint32_t datatype,
+                           xcclComm_t comm,
+                           xcclRequest_t *request);
+
+/**
+ * As xcclAllToAll, with blocks of different sizes: rank r gets the sendcounts[r] elements at sendbuff + sdispls[r], and
+ * those from rank r, recvcounts[r], go to recvbuff + rdispls[r]. All four are [nranks], in elements. What one rank sends
+ * another has to be what that one expects (xcclInvalidUsage on all ranks otherwise). In place when sendbuff is recvbuff,
+ * and counts and displacements are the same. Every rank has to call it, with the same datatype. Blocks until this rank's
+ * part is over, up to the deadline.
+ */
+xcclResult_t xcclAllToAllv(const void *sendbuff,
+                           const size_t *sendcounts,
+                           const size_t *sdispls,
+                           void *recvbuff,
+                           const size_t *recvcounts,
+                           const size_t *rdispls,
+                           uint32_t datatype,
+                           xcclComm_t comm);
+
+/**
+ * Starts what xcclAllToAllv does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
+ * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
+ */
+xcclResult_t xcclIAllToAllv(const void *sendbuff,
+                            const size_t *sendcounts,
+                            const size_t *sdispls,
+                            void *recvbuff,
+                            const size_t *recvcounts,
+                            const size_t *rdispls,
+                            uint32_t datatype,
+                            xcclComm_t comm,
+                            xcclRequest_t *request);
+
 /* ---- One-sided access to shared memory ------------------------------------------------------------------------- */
 
 /**
@@ -1470,227 +1692,6 @@ xcclResult_t xcclKvReceiverPoll(xcclKvEvent_t *event,
  */
 xcclResult_t xcclKvReceiverWait(xcclKvEvent_t *event,
                                 xcclKvReceiver_t receiver);
-/* ---- Collectives ----------------------------------------------------------------------------------------------- */
-
-/**
- * Joins the count elements at sendbuff of all ranks and writes the result to recvbuff on all. In place when sendbuff is
- * recvbuff. Every rank has to call it, with the same count, datatype, op (xcclInvalidUsage on all ranks otherwise).
- * datatype is an xcclDataType_t, op an xcclRedOp_t. After a failure other than xcclInvalidArgument the communicator makes
- * no collectives any more. Blocks until this rank's part is over, up to the deadline.
- */
-xcclResult_t xcclAllReduce(const void *sendbuff,
-                           void *recvbuff,
-                           size_t count,
-                           uint32_t datatype,
-                           uint32_t op,
-                           xcclComm_t comm);
-
-/**
- * Starts what xcclAllReduce does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
- * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIAllReduce(const void *sendbuff,
-                            void *recvbuff,
-                            size_t count,
-                            uint32_t datatype,
-                            uint32_t op,
-                            xcclComm_t comm,
-                            xcclRequest_t *request);
-
-/**
- * As xcclAllReduce, but only rank root gets the result: recvbuff is not used on the others. Every rank has to call it,
- * with the same count, datatype, op, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is
- * over, up to the deadline.
- */
-xcclResult_t xcclReduce(const void *sendbuff,
-                        void *recvbuff,
-                        size_t count,
-                        uint32_t datatype,
-                        uint32_t op,
-                        int root,
-                        xcclComm_t comm);
-
-/**
- * Starts what xcclReduce does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left alone
- * until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIReduce(const void *sendbuff,
-                         void *recvbuff,
-                         size_t count,
-                         uint32_t datatype,
-                         uint32_t op,
-                         int root,
-                         xcclComm_t comm,
-                         xcclRequest_t *request);
-
-/**
- * Joins the elements at sendbuff of all ranks, a block of recvcount for each rank, and writes this rank's block of the
- * result to recvbuff. In place when recvbuff is sendbuff + rank * recvcount. Every rank has to call it, with the same
- * count, datatype, op (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
- * deadline.
- */
-xcclResult_t xcclReduceScatter(const void *sendbuff,
-                               void *recvbuff,
-                               size_t recvcount,
-                               uint32_t datatype,
-                               uint32_t op,
-                               xcclComm_t comm);
-
-/**
- * Starts what xcclReduceScatter does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be
- * left alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIReduceScatter(const void *sendbuff,
-                                void *recvbuff,
-                                size_t recvcount,
-                                uint32_t datatype,
-                                uint32_t op,
-                                xcclComm_t comm,
-                                xcclRequest_t *request);
-
-/**
- * Gives the sendcount elements at sendbuff of every rank to all: those of rank r become block r of recvbuff. In place when
- * sendbuff is recvbuff + rank * sendcount. Every rank has to call it, with the same count, datatype (xcclInvalidUsage on
- * all ranks otherwise). Blocks until this rank's part is over, up to the deadline.
- */
-xcclResult_t xcclAllGather(const void *sendbuff,
-                           void *recvbuff,
-                           size_t sendcount,
-                           uint32_t datatype,
-                           xcclComm_t comm);
-
-/**
- * Starts what xcclAllGather does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
- * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIAllGather(const void *sendbuff,
-                            void *recvbuff,
-                            size_t sendcount,
-                            uint32_t datatype,
-                            xcclComm_t comm,
-                            xcclRequest_t *request);
-
-/**
- * As xcclAllGather, but only rank root gets the blocks: recvbuff is not used on the others. Every rank has to call it,
- * with the same count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up
- * to the deadline.
- */
-xcclResult_t xcclGather(const void *sendbuff,
-                        void *recvbuff,
-                        size_t sendcount,
-                        uint32_t datatype,
-                        int root,
-                        xcclComm_t comm);
-
-/**
- * Starts what xcclGather does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left alone
- * until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIGather(const void *sendbuff,
-                         void *recvbuff,
-                         size_t sendcount,
-                         uint32_t datatype,
-                         int root,
-                         xcclComm_t comm,
-                         xcclRequest_t *request);
-
-/**
- * Gives block r of rank root's sendbuff, recvcount elements, to rank r, which gets it in recvbuff. sendbuff is not used on
- * the others. In place on root when recvbuff is sendbuff + rank * recvcount. Every rank has to call it, with the same
- * count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
- * deadline.
- */
-xcclResult_t xcclScatter(const void *sendbuff,
-                         void *recvbuff,
-                         size_t recvcount,
-                         uint32_t datatype,
-                         int root,
-                         xcclComm_t comm);
-
-/**
- * Starts what xcclScatter does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
- * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIScatter(const void *sendbuff,
-                          void *recvbuff,
-                          size_t recvcount,
-                          uint32_t datatype,
-                          int root,
-                          xcclComm_t comm,
-                          xcclRequest_t *request);
-
-/**
- * Gives the count elements at rank root's sendbuff to all, in recvbuff. sendbuff is not used on the others. In place when
- * sendbuff is recvbuff. Rank root may return before the others have called. Every rank has to call it, with the same
- * count, datatype, root (xcclInvalidUsage on all ranks otherwise). Blocks until this rank's part is over, up to the
- * deadline.
- */
-xcclResult_t xcclBroadcast(const void *sendbuff,
-                           void *recvbuff,
-                           size_t count,
-                           uint32_t datatype,
-                           int root,
-                           xcclComm_t comm);
-
-/**
- * Starts what xcclBroadcast does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
- * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIBroadcast(const void *sendbuff,
-                            void *recvbuff,
-                            size_t count,
-                            uint32_t datatype,
-                            int root,
-                            xcclComm_t comm,
-                            xcclRequest_t *request);
-
-/**
- * Gives block r of sendbuff, count elements, to rank r, and gets block r of recvbuff from it. In place when sendbuff is
- * recvbuff. Every rank has to call it, with the same count, datatype (xcclInvalidUsage on all ranks otherwise). Blocks
- * until this rank's part is over, up to the deadline.
- */
-xcclResult_t xcclAllToAll(const void *sendbuff, void *recvbuff, size_t count, uint32_t datatype, xcclComm_t comm);
-
-/**
- * Starts what xcclAllToAll does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
- * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIAllToAll(const void *sendbuff,
-                           void *recvbuff,
-                           size_t count,
-                           uint32_t datatype,
-                           xcclComm_t comm,
-                           xcclRequest_t *request);
-
-/**
- * As xcclAllToAll, with blocks of different sizes: rank r gets the sendcounts[r] elements at sendbuff + sdispls[r], and
- * those from rank r, recvcounts[r], go to recvbuff + rdispls[r]. All four are [nranks], in elements. What one rank sends
- * another has to be what that one expects (xcclInvalidUsage on all ranks otherwise). In place when sendbuff is recvbuff,
- * and counts and displacements are the same. Every rank has to call it, with the same datatype. Blocks until this rank's
- * part is over, up to the deadline.
- */
-xcclResult_t xcclAllToAllv(const void *sendbuff,
-                           const size_t *sendcounts,
-                           const size_t *sdispls,
-                           void *recvbuff,
-                           const size_t *recvcounts,
-                           const size_t *rdispls,
-                           uint32_t datatype,
-                           xcclComm_t comm);
-
-/**
- * Starts what xcclAllToAllv does, and writes a request to *request, for xcclWait and xcclTest. The buffers must be left
- * alone until it is over. Several may be on their way, made in the order of their calls. Does not block.
- */
-xcclResult_t xcclIAllToAllv(const void *sendbuff,
-                            const size_t *sendcounts,
-                            const size_t *sdispls,
-                            void *recvbuff,
-                            const size_t *recvcounts,
-                            const size_t *rdispls,
-                            uint32_t datatype,
-                            xcclComm_t comm,
-                            xcclRequest_t *request);
 
 /* ---- Experts: handles, and batches for kernels ----------------------------------------------------------------- */
 
