@@ -5,7 +5,7 @@
 
 use super::Remote;
 use crate::comm::inner::{Call, CommInner};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fabric::bounce::{CHUNK, Chunk};
 use crate::fabric::far::{Far, HEAP, OUTBOX};
 use crate::fabric::plane::{self, Change, Put};
@@ -153,9 +153,12 @@ impl<'a> ToFar<'a> {
         answer
     }
 
-    /// Waits until all that was sent there has been applied.
+    /// Waits until all that was sent there has been applied. Of a rank that has left there is nothing to wait for.
     pub(super) fn settle(&mut self) -> Result<()> {
-        let (far, rank) = (self.far, self.rank);
-        self.wait(|| far.plane.is_settled(rank).then_some(()))
+        let (comm, far, rank, during) = (self.comm, self.far, self.rank, self.during);
+        let has_left = || matches!(comm.check_partner(rank, during), Err(Error::PeerLeft { .. }));
+        self.wait(|| (far.plane.is_settled(rank) || has_left()).then_some(()))?;
+        // What cannot be reached counts as settled, but has not arrived.
+        if has_left() { Ok(()) } else { comm.check_partner_lives(rank, during) }
     }
 }

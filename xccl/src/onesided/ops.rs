@@ -60,7 +60,7 @@ impl CommInner {
     }
 
     /// Puts pieces into one area of a rank's memory, by their offsets there; past the caches if so many are to come that they
-    /// would not stay there. Then sets a word, as [`put_signal`](Self::put_signal) does, if one is given.
+    /// would not stay there. A signal that follows says that all have arrived.
     pub(crate) fn put_pieces<'a>(
         &self,
         area: Remote,
