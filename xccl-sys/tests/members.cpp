@@ -150,6 +150,9 @@ void kv(Communicator &comm) {
     const auto second = take(receiver.post(0, 8, other, 1));
     while ((event = take(receiver.poll())).kind == xcclKvNothing) std::this_thread::yield();
     EXPECT(event.kind == xcclKvCancelled && event.ticket == second);
+  }
+}
+
 template <class Request>
 void finish(Request &&request) {
   take(request.wait());

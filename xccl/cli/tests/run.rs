@@ -443,7 +443,8 @@ fn each_hosts_launcher_starts_its_part_of_the_ranks() {
     }
     // The rank that others know it by stands before its lines, and in messages.
     let job = ["--nnodes", "2", "--node-rank", "1", "--master", "h:1", "--job", "secret"];
-    let out = output(sh(&[&["-n", "2"], &job[..]].concat(), "echo $XCCL_JOB; [ $XCCL_RANK = 2 ] || exit 3"));
+    let out =
+        output(sh(&[&["-n", "2"], &job[..]].concat(), "echo $XCCL_JOB; [ $XCCL_RANK = 2 ] || { sleep 0.5; exit 3; }"));
     assert_eq!(sorted_lines(&out.stdout), ["[2] secret", "[3] secret"]);
     assert!(text(&out.stderr).contains("rank 3 (pid"), "{}", text(&out.stderr));
 }

@@ -284,6 +284,7 @@ impl CommInner {
             self.bells.ring_waiting(source);
         });
         far.chores.attempt();
+        far.mover.keep_away();
     }
 
     /// Wakes those who may have a chore now, whatever they sleep for.
@@ -438,6 +439,12 @@ impl CommInner {
         if let Some(rank) = self.lost_rank().filter(|&rank| concerns(rank)) {
             return Err(Error::PeerDied { rank, during, epoch });
         }
+        self.check_reach(far, concerns, (during, epoch))
+    }
+
+    /// Whether the network still reaches the far ranks that it `concerns`.
+    fn check_reach(&self, far: &Far, concerns: impl Fn(usize) -> bool, at: (Operation, u64)) -> Result<()> {
+        let (during, epoch) = at;
         match far.plane.trouble(|rank| concerns(rank) && self.state(rank) != LEFT) {
             Some(Trouble::Lost { rank, why }) => Err(Error::PeerUnreachable { rank, during, epoch, why }),
             Some(Trouble::Corrupt { rank, what, value, limit }) => Err(Error::Corrupt { rank, what, value, limit }),
@@ -468,6 +475,9 @@ impl CommInner {
             LEFT => return Err(Error::PeerLeft { rank, during, epoch: 0 }),
             _ if self.first_dead.get() == Some(&rank) => return Err(Error::PeerDied { rank, during, epoch: 0 }),
             _ => {}
+        }
+        if let Some(far) = self.fabric.far_to(rank) {
+            self.check_reach(far, |other| other == rank, (during, 0))?;
         }
         match self.state(self.rank) {
             ABORTED => Err(Error::Aborted { by: self.rank, during }),
@@ -527,7 +537,9 @@ impl CommInner {
     fn lost_rank(&self) -> Option<usize> {
         // While the connections are used to set something up, that finds it.
         let mut star = self.star.try_lock().ok()?;
-        star.lost().filter(|&rank| self.state(rank) != LEFT)
+        let lost = star.lost().filter(|&rank| self.state(rank) != LEFT)?;
+        self.first_dead.get_or_init(|| lost);
+        Some(lost)
     }
 
     /// Whether `rank` can read this rank's private memory.
@@ -589,12 +601,12 @@ impl CommInner {
 
 impl Drop for CommInner {
     fn drop(&mut self) {
+        // What other ranks still pass on for this one comes first: that it has left must not overtake it.
+        self.fabric.far.iter().for_each(|far| self.see_off(far));
         if self.state(self.rank) != ABORTED {
             self.end(LEFT);
         }
-        if let Some(far) = &self.fabric.far {
-            self.see_off(far);
-        }
+        self.fabric.far.iter().for_each(|far| self.see_off(far));
     }
 }
 

@@ -78,6 +78,9 @@ impl Chores {
 struct Shared {
     /// Threads of the rank that move things on themselves.
     attending: AtomicUsize,
+    /// One of them has done so since the thread last looked, and not gone to sleep: it will soon again. Were the thread to listen
+    /// between two calls, each arrival would wake it for nothing, and take a core from whoever the arrival is for.
+    attended: AtomicBool,
     stop: AtomicBool,
     wake: EventFd,
 }
@@ -108,13 +111,19 @@ impl Mover {
     pub(crate) fn none() -> Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let wake = wake.map_err(|e| Error::os("eventfd", e))?;
-        let shared = Shared { attending: AtomicUsize::new(0), stop: AtomicBool::new(false), wake };
+        let [attended, stop] = [(); 2].map(|()| AtomicBool::new(false));
+        let shared = Shared { attending: AtomicUsize::new(0), attended, stop, wake };
         Ok(Mover { shared: Arc::new(shared), thread: None })
     }
 
     /// Whether there is a thread that wakes sleepers.
     pub(crate) fn is_running(&self) -> bool {
         self.thread.is_some()
+    }
+
+    /// The caller has just moved things on, and will soon again.
+    pub(crate) fn keep_away(&self) {
+        self.shared.attended.store(true, Relaxed);
     }
 
     /// The caller moves things on from now on, until it says that it does not.
@@ -124,6 +133,9 @@ impl Mover {
 
     /// The caller goes to sleep, or has what it wanted.
     pub(crate) fn leave(&self, to_sleep: bool) {
+        if to_sleep {
+            self.shared.attended.store(false, Relaxed);
+        }
         let was = self.shared.attending.fetch_sub(1, Release);
         if let Some(thread) = &self.thread
             && was == 1
@@ -137,7 +149,7 @@ impl Mover {
 impl Shared {
     fn run(&self, plane: &Plane, chores: &Chores, heard: impl Fn(usize)) {
         while !self.stop.load(Acquire) {
-            if self.attending.load(Acquire) > 0 {
+            if self.attending.load(Acquire) > 0 || self.attended.swap(false, Relaxed) {
                 std::thread::park_timeout(AWAY);
                 continue;
             }
