@@ -111,7 +111,6 @@ impl CommInner {
         }
         config.kernels.resolve("Config::kernels")?;
         let deadline = Instant::now() + config.timeout.unwrap_or(NO_DEADLINE);
-        let layout = CommLayout::new(world_size, &config);
         let heap_bytes = HEAP_START + config.heap_bytes.next_multiple_of(4096);
         let mut star = Star::join(rendezvous, rank, world_size, &config.description(), deadline)?;
         #[cfg(test)]
@@ -119,6 +118,8 @@ impl CommInner {
             star.pretend(&pretence.nodes);
         }
         let nodes = star.nodes().to_vec();
+        let config = if nodes.iter().any(|&node| node != nodes[0]) { config.between_nodes() } else { config };
+        let layout = CommLayout::new(world_size, &config);
         let ranks_here = nodes.iter().filter(|&&node| node == nodes[rank]).count();
         let bytes = layout.bytes + heap_bytes;
         let enough = fabric::check_memory("the communicator", bytes, ranks_here);

@@ -106,11 +106,6 @@ impl CommLayout {
         }
     }
 
-    /// Everything that has an effect as soon as it changes: words and slots.
-    pub(crate) fn words(&self) -> std::ops::Range<usize> {
-        self.state..self.payload
-    }
-
     pub(crate) fn consumed(&self, source: usize) -> usize {
         self.consumed + source * LINE
     }

@@ -99,6 +99,10 @@ pub struct Statistics {
 /// heap    = 4096 + XCCL_HEAP, touched as it is allocated and written
 /// ```
 ///
+/// Where the ranks are on several nodes, R is 1 MiB unless it was set, and each rank has besides, for each rank of another node, a
+/// landing zone as large as an outbox, of which the ring to this rank and some words are touched, and two rings of 16 KiB for
+/// records; and 4 MiB that one-sided puts leave from.
+///
 /// A [`Moe`](crate::Moe) handle adds [`MoeConfig::outbox_bytes`](crate::MoeConfig::outbox_bytes). Every rank maps the segments of
 /// all, so that addresses grow with W for each and with W² on the machine; memory does not. What grows with W² in memory are the
 /// page tables: eight bytes per rank for each page of a peer that it reads.

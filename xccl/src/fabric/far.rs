@@ -7,12 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use super::bounce::Bounce;
 use super::endpoint::{Access, Endpoint, Region, RemoteRegion};
-use super::plane::{Plane, Put, Update, Window};
+use super::plane::{MOST_BYTES, Plane, Put, Update, Window};
 use super::progress::{Chores, Mover};
 use super::{Fabric, decode, encode};
 use crate::bootstrap::Star;
 use crate::comm::layout::{CommLayout, HEAP_START};
 use crate::error::Result;
+use crate::memory::mapping::Mapping;
 
 /// The window of the landing zones: words of a rank's outbox.
 pub(crate) const OUTBOX: u16 = 0;
@@ -72,7 +73,7 @@ impl Far {
             let payload = layout.payload(rank);
             let payload = plane.register(landing, payload..payload + layout.ring_bytes, Access::Remote)?.remote;
             offers.push(Some(Reach { records, payload, heap }));
-            let range = layout.words();
+            let range = layout.state..layout.bytes;
             words[other] = Some(Window { memory: landing.clone(), base: 0, range });
             let range = HEAP_START..fabric.heap.len();
             heaps[other] = Some(Window { memory: fabric.heap.clone(), base: 0, range });
@@ -110,15 +111,29 @@ impl Far {
         self.plane.send(to, [], &[Update::Word32 { window: OUTBOX, offset, value }]);
     }
 
-    /// Puts payload of the ring to `to` (its offset in this rank's outbox and in that ring, and its bytes), then a line.
-    pub(crate) fn message(&self, to: usize, payload: Option<(usize, usize, usize)>, offset: usize, words: [u64; 8]) {
+    /// Puts payload of the ring to `to` (its offset in `outbox`, this rank's, and in that ring, and its bytes), then a line.
+    pub(crate) fn message(
+        &self,
+        to: usize,
+        outbox: &Mapping,
+        payload: Option<(usize, usize, usize)>,
+        offset: usize,
+        words: [u64; 8],
+    ) {
         let Some(reach) = &self.reach[to] else { return };
-        let put = payload.map(|(at, in_ring, bytes)| Put {
-            from: self.outbox,
-            range: at..at + bytes,
-            into: reach.payload,
-            offset: in_ring,
-        });
-        self.plane.send(to, put, &[Update::Line { window: OUTBOX, offset, words }]);
+        let line = Update::Line { window: OUTBOX, offset, words };
+        match payload {
+            None => self.plane.send(to, [], &[line]),
+            // A put of its own would cost as much as the record.
+            Some((at, _, len @ ..=MOST_BYTES)) => {
+                let mut words = [0; MOST_BYTES / 8];
+                outbox.read(at, &mut bytemuck::cast_slice_mut(&mut words)[..len]);
+                self.plane.send(to, [], &[Update::Bytes { window: OUTBOX, offset: at, len, words }, line]);
+            }
+            Some((at, in_ring, len)) => {
+                let put = Put { from: self.outbox, range: at..at + len, into: reach.payload, offset: in_ring };
+                self.plane.send(to, [put], &[line]);
+            }
+        }
     }
 }

@@ -285,7 +285,7 @@ impl Outgoing {
     fn publish(&mut self, comm: &CommInner, to: usize, slot: Slot<'_>, payload: Option<(usize, usize, usize)>) {
         ring::complete(slot.turn(), self.next);
         if let Some(far) = comm.fabric.far_to(to) {
-            far.message(to, payload, comm.layout.slot(to, self.next), slot.words());
+            far.message(to, &comm.fabric.outbox, payload, comm.layout.slot(to, self.next), slot.words());
         }
         self.ends[(self.next % SLOTS as u64) as usize] = self.head;
         self.next += 1;

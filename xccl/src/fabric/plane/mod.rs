@@ -33,7 +33,7 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
-pub(crate) use record::{Change, Update};
+pub(crate) use record::{Change, MOST_BYTES, Update};
 use record::{Record, WORDS};
 
 use super::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
@@ -595,18 +595,23 @@ impl State {
     fn update(&mut self, source: usize, update: Option<Update>) -> std::result::Result<(), Trouble> {
         let corrupt = |what, value, limit| Trouble::Corrupt { rank: source, what, value, limit };
         let Some(update) = update else { return Err(corrupt("an update", 0, 0)) };
-        let word = |window: u16, offset: usize, bytes: usize| {
+        let place = |window: u16, offset: usize, bytes: usize, align: usize| {
             let windows = self.windows.get(usize::from(window)).and_then(|by_rank| by_rank[source].as_ref());
             let Some(Window { memory, base, range }) = windows else {
                 return Err(corrupt("a window", window.into(), self.windows.len() as u64));
             };
             let fits = range.start <= offset && offset <= range.end && bytes <= range.end - offset;
-            match fits && offset.is_multiple_of(bytes) {
+            match fits && offset.is_multiple_of(align) {
                 true => Ok((&**memory, base + offset)),
                 false => Err(corrupt("a word's offset", offset as u64, range.end as u64)),
             }
         };
+        let word = |window, offset, bytes| place(window, offset, bytes, bytes);
         match update {
+            Update::Bytes { window, offset, len, words } => {
+                let (memory, at) = place(window, offset, len, 1)?;
+                memory.write(at, &bytemuck::cast_slice(&words)[..len]);
+            }
             Update::Word64 { window, offset, value } => {
                 let (memory, at) = word(window, offset, 8)?;
                 memory.word64(at).store(value, Release);

@@ -21,6 +21,8 @@ pub(crate) enum Update {
     Word32 { window: u16, offset: usize, value: u32 },
     /// Stores a line: its first word last, with release order.
     Line { window: u16, offset: usize, words: [u64; 8] },
+    /// Copies so many bytes, which nobody looks at before an update that follows: what would be a put of its own otherwise.
+    Bytes { window: u16, offset: usize, len: usize, words: [u64; MOST_BYTES / 8] },
     /// Adds to a word.
     Add { window: u16, offset: usize, value: u64 },
     /// Changes a word and answers with what was there.
@@ -28,6 +30,9 @@ pub(crate) enum Update {
     /// The answer to a fetch.
     Answer { token: u64, value: u64 },
 }
+
+/// Bytes that a record carries beside a line.
+pub(crate) const MOST_BYTES: usize = 128;
 
 /// What a fetch does to its word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +50,7 @@ const LINE: u64 = 2;
 const ADD: u64 = 3;
 const FETCH: u64 = 4;
 const ANSWER: u64 = 5;
+const BYTES: u64 = 6;
 
 const NOTHING: u64 = 0;
 const ADDS: u64 = 1;
@@ -78,6 +84,14 @@ impl Record {
             }
             Update::Line { window, offset, words: [a, b, c, d, e, f, g, h] } => {
                 self.append(&[head(LINE, window), offset as u64, a, b, c, d, e, f, g, h])
+            }
+            Update::Bytes { window, offset, len, words } => {
+                let (head, before) = ([head(BYTES, window), offset as u64, len as u64], self.len);
+                let fits = self.append(&head) && self.append(&words[..len.div_ceil(8)]);
+                if !fits {
+                    self.len = before;
+                }
+                fits
             }
             Update::Add { window, offset, value } => self.append(&[head(ADD, window), offset as u64, value]),
             Update::Fetch { window, offset, change, token } => {
@@ -157,6 +171,14 @@ fn parse(rest: &mut &[u64]) -> Option<Update> {
             }
             Update::Line { window, offset: at, words }
         }
+        BYTES => {
+            let len = usize::try_from(take()?).ok().filter(|&len| len <= MOST_BYTES)?;
+            let mut words = [0; MOST_BYTES / 8];
+            for word in &mut words[..len.div_ceil(8)] {
+                *word = take()?;
+            }
+            Update::Bytes { window, offset: at, len, words }
+        }
         ADD => Update::Add { window, offset: at, value: take()? },
         FETCH => {
             let (token, op, a, b) = (take()?, take()?, take()?, take()?);
@@ -192,6 +214,13 @@ mod tests {
             any::<(u16, usize, u32)>().prop_map(|(window, offset, value)| Update::Word32 { window, offset, value }),
             any::<(u16, usize, [u64; 8])>().prop_map(|(window, offset, words)| Update::Line { window, offset, words }),
             any::<(u16, usize, u64)>().prop_map(|(window, offset, value)| Update::Add { window, offset, value }),
+            (any::<(u16, usize)>(), prop::collection::vec(any::<u8>(), 0..=MOST_BYTES)).prop_map(
+                |((window, offset), bytes)| {
+                    let mut words = [0; MOST_BYTES / 8];
+                    bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(&bytes);
+                    Update::Bytes { window, offset, len: bytes.len(), words }
+                }
+            ),
             (any::<(u16, usize, u64)>(), change).prop_map(|((window, offset, token), change)| Update::Fetch {
                 window,
                 offset,
