@@ -100,6 +100,21 @@ impl Namespaces {
         let state = if up { "up" } else { "down" };
         ip(&["-n", &self.names[0]], &[format!("link set p{host} {state}")]).expect("a link changes its state");
     }
+
+    /// Delays and loses what goes to the host, as `tc netem` is told; says why where that is not possible.
+    ///
+    /// # Errors
+    /// What `tc` says.
+    pub fn impair(&self, host: usize, how: &str) -> Result<(), String> {
+        let mut command = Command::new("ip");
+        let device = format!("p{host}");
+        command.args(["netns", "exec", &self.names[0], "tc", "qdisc", "add", "dev", &device, "root", "netem"]);
+        let output = command.args(how.split(' ')).output().map_err(|err| format!("ip: {err}"))?;
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        }
+    }
 }
 
 impl Drop for Namespaces {

@@ -131,6 +131,64 @@ fn a_host_that_vanishes_without_a_word_is_noticed_within_a_minute_at_both_ends()
 }
 
 #[test]
+fn everything_is_as_on_one_node_between_hosts() {
+    for families in [Families::Both, Families::V6] {
+        let Some(hosts) = Namespaces::new(2, families) else { return };
+        for scenario in ["moe", "wire", "messages", "split", "collectives"] {
+            let mut cluster = Cluster::of(&hosts, 2, 2);
+            (0..4).for_each(|rank| cluster.start(rank / 2, rank % 2, scenario, &[]));
+            all_well(scenario, cluster.job.wait());
+        }
+    }
+    let Some(hosts) = Namespaces::new(4, Families::Both) else { return };
+    for (scenario, each) in [("moe", 2), ("messages", 1), ("collectives", 1)] {
+        let mut cluster = Cluster::of(&hosts, 4, each);
+        (0..4 * each).for_each(|rank| cluster.start(rank / each, rank % each, scenario, &[]));
+        all_well(scenario, cluster.job.wait());
+    }
+}
+
+#[test]
+fn a_link_that_goes_down_amid_traffic_ends_in_an_error_or_the_right_result() {
+    let Some(hosts) = Namespaces::new(2, Families::Both) else { return };
+    // For good, and for less than the deadline.
+    for back in [None, Some(Duration::from_millis(700))] {
+        let mut cluster = Cluster::of(&hosts, 2, 2);
+        let met = tempfile::tempdir().expect("a temporary folder");
+        let folder = met.path().to_str().expect("its path is text");
+        let env = [("XCCL_TIMEOUT", "4"), ("TEST_MET", folder)];
+        (0..4).for_each(|rank| cluster.start(rank / 2, rank % 2, "under-a-cut", &env));
+        let start = Instant::now();
+        while (0..4).any(|rank| !met.path().join(rank.to_string()).exists()) {
+            assert!(start.elapsed() < Duration::from_secs(20), "the ranks did not meet: {:#?}", cluster.job.wait());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        hosts.link(1, false);
+        if let Some(back) = back {
+            std::thread::sleep(back);
+            hosts.link(1, true);
+        }
+        all_well(&format!("down, up after {back:?}"), cluster.job.wait());
+        hosts.link(1, true);
+    }
+}
+
+#[test]
+fn delay_and_loss_change_no_result() {
+    let Some(hosts) = Namespaces::new(2, Families::Both) else { return };
+    if let Err(why) = hosts.impair(1, "delay 2ms 1ms loss 1%") {
+        eprintln!("skipped: no delay and loss here: {why}");
+        return;
+    }
+    for scenario in ["in-flight", "mixed-sizes"] {
+        let mut cluster = Cluster::of(&hosts, 2, 2);
+        (0..4).for_each(|rank| cluster.start(rank / 2, rank % 2, scenario, &[]));
+        all_well(scenario, cluster.job.wait());
+    }
+}
+
+#[test]
 fn a_job_text_that_differs_is_told_at_both_ends() {
     let Some(hosts) = Namespaces::new(2, Families::Both) else { return };
     let mut cluster = Cluster::of(&hosts, 2, 1);

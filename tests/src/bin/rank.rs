@@ -70,6 +70,7 @@ fn main() -> Result<()> {
         "split" => p2p::split(&comm),
         "across-nodes" => nodes::across_nodes(&comm),
         "cut-off" => nodes::cut_off(&comm),
+        "under-a-cut" => nodes::under_a_cut(&comm),
         "nothing-stays" => nodes::nothing_stays(&comm),
         "collectives" => collectives::every_collective(&comm),
         "collective-mismatch" => collectives::mismatch(&comm),

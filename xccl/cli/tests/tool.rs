@@ -59,6 +59,8 @@ fn bench_moe_verifies_every_layout_input_and_type() {
         &["-n", "2", "--tokens", "5", "--wire", "fp8-e4m3", "--layout", "padded", "--keep-wire", "--input", "outbox"],
         &["-n", "2", "--tokens", "5", "--wire", "fp8-e5m2", "--reduction", "engine"],
         &["-n", "2", "--tokens", "5", "--layout", "expert-major", "--keep-wire"],
+        &["-n", "4", "--nodes", "2", "--tokens", "5", "--reduction", "per-expert"],
+        &["-n", "3", "--nodes", "3", "--tokens", "5", "--wire", "int8", "--reduction", "per-rank"],
     ] {
         for point in points(&[&small[..], extra].concat()) {
             assert_eq!(point["verified"], true, "{point}");

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use xccl::{Communicator, Config, Error};
+use xccl::{Communicator, Config, DType, Error, Moe, MoeConfig};
+
+use crate::moe::{Case, Form, exchange};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -46,6 +48,49 @@ pub fn cut_off(comm: &Communicator) -> Result<()> {
         Err(Error::PeerDied { rank, .. }) if rank != comm.rank() => Ok(()),
         outcome => bail!("a host was cut off, and the wait for a message ended with {outcome:?}"),
     }
+}
+
+/// Exchanges and messages, each checked, while the test cuts a host off for a while. What comes in time is right; otherwise the
+/// call ends with an error that says so, within the deadline.
+pub fn under_a_cut(comm: &Communicator) -> Result<()> {
+    let ready = format!("{}/{}", std::env::var("TEST_MET")?, comm.rank());
+    let config = MoeConfig::new(9, 100, 3, 11, DType::F32);
+    let moe = Moe::new(comm, config.clone())?;
+    let round = |seed| -> Result<()> {
+        let case = Case { config: config.clone(), world: comm.world_size(), seed };
+        exchange::<f32>(comm, &moe, &case, Form::InPlace)?;
+        meet(comm)
+    };
+    round(0)?;
+    std::fs::write(ready, "")?;
+    let start = Instant::now();
+    for seed in 1.. {
+        let before = Instant::now();
+        if let Err(err) = round(seed % 50) {
+            let waited = before.elapsed();
+            ensure!(waited < PATIENCE * 3, "told only after {waited:?}: {err}");
+            return match err.downcast_ref() {
+                Some(
+                    Error::PeerDied { .. }
+                    | Error::PeerUnreachable { .. }
+                    | Error::PeerLeft { .. }
+                    | Error::PeerAbandoned { .. }
+                    | Error::Timeout { .. },
+                ) => Ok(()),
+                _ => Err(err),
+            };
+        }
+        // All leave after the same round.
+        let mut over = vec![u8::from(start.elapsed() > PATIENCE)];
+        if let Err(err) = comm.broadcast(&mut over, 0) {
+            ensure!(before.elapsed() < PATIENCE * 3, "told only after {:?}: {err}", before.elapsed());
+            return Ok(());
+        }
+        if over == [1] {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Communicators come and go, and take all with them that they have opened.

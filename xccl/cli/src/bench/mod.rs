@@ -63,6 +63,9 @@ struct Common {
     /// Ranks to start, unless this runs under a launcher already
     #[arg(short, long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
     n: u32,
+    /// Pretend that the ranks live on so many nodes, in blocks: what is not on one node travels over the network (loopback)
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    nodes: u32,
     /// Bind rank i to the i-th usable core
     #[arg(long)]
     bind: bool,
@@ -116,7 +119,10 @@ fn start(common: &Common) -> Result<u8> {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     run::launch(RunOptions {
         ranks: common.n as usize,
-        nodes: run::Nodes::One,
+        nodes: match common.nodes {
+            1 => run::Nodes::One,
+            nodes => run::Nodes::pretended(nodes as usize, common.n as usize)?,
+        },
         bind: common.bind,
         prefix: false,
         program: exe.into_os_string(),

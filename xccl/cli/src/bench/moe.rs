@@ -919,18 +919,38 @@ impl<'a, E: Element> Run<'a, E> {
             weight(i) * E::from_f32(self.expected[kind(self.comm.rank(), t)].decoded[c].to_f32() * scale).to_f32()
         };
         let choices = (t * topk..(t + 1) * topk).filter(|&i| self.ids[i] >= 0);
-        if self.args.reduction == Reduce::PerExpert {
-            return Ok(choices.fold(0.0, |sum, i| sum + term(i)));
-        }
-        let mut sum = 0.0f32;
+        let rounded = |terms: &[usize]| match terms {
+            [] => None,
+            terms => Some(E::from_f32(terms.iter().fold(0.0f32, |sum, &i| sum + term(i))).to_f32()),
+        };
+        // What each rank's experts add, ascending.
+        let mut by_rank = vec![];
         for rank in 0..self.comm.world_size() {
             let local = self.moe.experts_of(rank)?;
             let mut here: Vec<usize> = choices.clone().filter(|&i| local.contains(&(self.ids[i] as usize))).collect();
             here.sort_by_key(|&i| self.ids[i]);
-            if !here.is_empty() {
-                let partial = here.into_iter().fold(0.0f32, |sum, i| sum + term(i));
-                sum += E::from_f32(partial).to_f32();
+            by_rank.push((self.comm.node_of(rank)?, here));
+        }
+        // Of this node the terms or the ranks' sums, of each other one a sum.
+        let home = self.comm.node_of(self.comm.rank())?;
+        let per_expert = self.args.reduction == Reduce::PerExpert;
+        let near = || by_rank.iter().filter(|(node, _)| *node == home);
+        let mut sum = match per_expert {
+            true => {
+                let is_near = |i: &usize| near().any(|(_, here)| here.contains(i));
+                choices.clone().filter(is_near).fold(0.0f32, |sum, i| sum + term(i))
             }
+            false => near().filter_map(|(_, here)| rounded(here)).fold(0.0f32, |sum, s| sum + s),
+        };
+        for node in (0..self.comm.world_size()).filter(|&node| node != home) {
+            let there = by_rank.iter().filter(|(n, _)| *n == node);
+            sum += match per_expert {
+                true => rounded(&there.flat_map(|(_, here)| here.clone()).collect::<Vec<_>>()).unwrap_or(0.0),
+                false => {
+                    let sums = there.filter_map(|(_, here)| rounded(here)).reduce(|a, b| a + b);
+                    sums.map_or(0.0, |s| E::from_f32(s).to_f32())
+                }
+            };
         }
         Ok(sum)
     }
