@@ -94,19 +94,7 @@ impl Mapping {
     /// As [`at`](Self::at).
     #[inline]
     pub(crate) fn fetch_to_write(&self, offset: usize) {
-        let at = self.at(offset, 1);
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: fetching ahead changes nothing and faults on no address; processors without the instruction ignore it.
-        unsafe {
-            std::arch::asm!("prefetchw [{at}]", at = in(reg) at, options(nostack, readonly, preserves_flags));
-        }
-        #[cfg(target_arch = "aarch64")]
-        // SAFETY: as above.
-        unsafe {
-            std::arch::asm!("prfm pstl1keep, [{at}]", at = in(reg) at, options(nostack, readonly, preserves_flags));
-        }
-        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        let _ = at;
+        fetch::to_write(self.at(offset, 1));
     }
 
     /// The 64-bit word at `offset`. On a read-only mapping it may only be loaded.
