@@ -1,7 +1,7 @@
 //! A prefill rank: computes the keys and values of prompts, and pushes each layer as soon as it is done.
 
 use anyhow::{Result, bail};
-use xccl::{Communicator, KvSender, KvSenderEvent, PageLayout, PagePair};
+use xccl::{Communicator, Error, KvSender, KvSenderEvent, PageLayout, PagePair};
 
 use crate::job::{Job, Roles};
 use crate::model::{Model, prompt};
@@ -21,6 +21,8 @@ pub fn run(comm: &Communicator, job: &Job) -> Result<()> {
         let posted = match sender.wait()? {
             KvSenderEvent::Posted(posted) => posted,
             KvSenderEvent::Failed(posted, err) => bail!("request {} failed: {err}", posted.id),
+            // A decode rank that has all its answers leaves, others may still have requests.
+            KvSenderEvent::Gone(_, Error::PeerLeft { .. }) => continue,
             other => bail!("{other:?}, with {} requests still to come", mine - served),
         };
         // The last token is left to the decode rank: its logits are the first of the answer.

@@ -290,7 +290,7 @@ impl Config {
 
     /// Whether, where the ranks are on several nodes, each has a thread that moves their traffic on while it computes or sleeps. It
     /// sleeps itself while there is none. Without it, only calls that wait do, and what other ranks are waiting for stays where
-    /// it is while this one computes. Default: yes.
+    /// it is while this one computes or sets something up (`split`, a new handle). Default: yes.
     pub fn progress_thread(mut self, start: bool) -> Self {
         self.progress_thread = start;
         self.by_code(PROGRESS_THREAD)

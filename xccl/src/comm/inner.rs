@@ -285,7 +285,6 @@ impl CommInner {
             self.bells.ring_waiting(source);
         });
         far.chores.attempt();
-        far.mover.keep_away();
     }
 
     /// Wakes those who may have a chore now, whatever they sleep for.
@@ -301,12 +300,15 @@ impl CommInner {
     pub(crate) fn briefly<T>(&self, mut ready: impl FnMut() -> Option<T>) -> Option<T> {
         match &self.fabric.far {
             None => wait::briefly(&self.patience, ready),
-            Some(far) => wait::briefly(&self.patience, || {
-                ready().or_else(|| {
-                    self.move_on(far);
-                    ready()
+            Some(far) => {
+                far.mover.keep_away();
+                wait::briefly(&self.patience, || {
+                    ready().or_else(|| {
+                        self.move_on(far);
+                        ready()
+                    })
                 })
-            }),
+            }
         }
     }
 

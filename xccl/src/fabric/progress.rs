@@ -133,9 +133,8 @@ impl Mover {
 
     /// The caller goes to sleep, or has what it wanted.
     pub(crate) fn leave(&self, to_sleep: bool) {
-        if to_sleep {
-            self.shared.attended.store(false, Relaxed);
-        }
+        // Were it left set, the thread would sleep beside its rank.
+        self.shared.attended.store(!to_sleep, Relaxed);
         let was = self.shared.attending.fetch_sub(1, Release);
         if let Some(thread) = &self.thread
             && was == 1
