@@ -36,7 +36,7 @@ impl Job {
 
     /// As [`start`](Self::start), a rank for each of `nodes`, the node that it takes itself for.
     pub fn start_on_nodes(program: &str, nodes: &[usize], scenario: &str, env: &[(&str, &str)]) -> Job {
-        let (job, port) = (new_job(), free_port().to_string());
+        let (job, port) = (new_job(), free_port("127.0.0.1").to_string());
         let rank = |(rank, node): (usize, &usize)| {
             let mut env: Vec<(String, String)> = env.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
             for (name, value) in [
@@ -144,9 +144,9 @@ impl Drop for Job {
     }
 }
 
-/// A port of loopback that nobody has at this moment.
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+/// A port that nobody has at this moment, of the loopback address of either family.
+pub fn free_port(loopback: &str) -> u16 {
+    let listener = std::net::TcpListener::bind((loopback, 0)).expect("the loopback interface has that address");
     listener.local_addr().expect("it is bound").port()
 }
 

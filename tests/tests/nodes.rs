@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use xccl_tests::namespaces::{Families, Namespaces};
-use xccl_tests::{Ended, Job, new_job};
+use xccl_tests::{Ended, Job, free_port, new_job};
 
 const RANK: &str = env!("CARGO_BIN_EXE_rank");
 const PORT: &str = "29533";
@@ -213,24 +213,19 @@ fn pretended(ranks: usize, port: u16) -> Vec<Vec<(String, String)>> {
     (0..ranks).map(rank).collect()
 }
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("[::1]:0").expect("the loopback interface has IPv6");
-    listener.local_addr().expect("it is bound").port()
-}
-
 #[test]
 fn ranks_on_pretended_nodes_meet() {
     for ranks in [2, 3, 4] {
         all_well(
             &format!("{ranks} ranks"),
-            Job::start_with(RANK, "across-nodes", pretended(ranks, free_port())).wait(),
+            Job::start_with(RANK, "across-nodes", pretended(ranks, free_port("::1"))).wait(),
         );
     }
 }
 
 #[test]
 fn communicators_between_nodes_leave_nothing_open() {
-    all_well("2 ranks", Job::start_with(RANK, "nothing-stays", pretended(2, free_port())).wait());
+    all_well("2 ranks", Job::start_with(RANK, "nothing-stays", pretended(2, free_port("::1"))).wait());
 }
 
 #[test]

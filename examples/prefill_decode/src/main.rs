@@ -6,6 +6,7 @@
 
 mod decode;
 mod job;
+#[path = "../../moe_layer/src/launch.rs"]
 mod launch;
 mod model;
 mod prefill;

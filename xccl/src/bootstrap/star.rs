@@ -276,6 +276,16 @@ impl Star {
         &self.nodes
     }
 
+    /// Whether a rank is on this one's node.
+    pub(crate) fn is_near(&self, rank: usize) -> bool {
+        self.nodes[rank] == self.nodes[self.rank]
+    }
+
+    /// The number of ranks of this node.
+    pub(crate) fn ranks_here(&self) -> usize {
+        (0..self.nodes.len()).filter(|&rank| self.is_near(rank)).count()
+    }
+
     /// This rank's own address as other hosts reach it, where the ranks have met over TCP.
     pub(crate) fn local_address(&self) -> Option<IpAddr> {
         self.local.map(|address| address.ip())

@@ -45,28 +45,27 @@ impl Bells {
         bell::ring_if_waiting(outbox.word32(self.sleep), heap.word32(BELL), source)
     }
 
+    /// The ranks in the list of sleepers, in which anyone may write.
+    fn asleep(&self) -> impl Iterator<Item = usize> {
+        let words = (0..self.near.len()).step_by(bell::PER_WORD);
+        words.flat_map(|first| bell::sleepers(self.sleepers(first)).map(move |i| first + i))
+    }
+
     /// Wakes all ranks of the node that sleep for `source` or for anyone, after a [`bell::publish_fence`]; says how many.
     pub(crate) fn ring_waiting(&self, source: usize) -> u64 {
-        let mut rung = 0;
-        for word in 0..self.near.len().div_ceil(bell::PER_WORD) {
-            let first = word * bell::PER_WORD;
-            // Anyone may have written there.
-            let peers = bell::sleepers(self.sleepers(first)).map(|i| first + i);
-            rung += peers.filter(|&peer| self.ring_if_waiting(peer, source)).count() as u64;
-        }
-        rung
+        self.asleep().filter(|&peer| self.ring_if_waiting(peer, source)).count() as u64
+    }
+
+    /// A far rank has changed words here: wakes who sleeps for it.
+    pub(crate) fn heard_from(&self, source: usize) {
+        bell::publish_fence();
+        self.ring_waiting(source);
     }
 
     /// Wakes all ranks of the node that sleep, after a [`bell::publish_fence`].
     pub(crate) fn ring_asleep(&self) {
-        for word in 0..self.near.len().div_ceil(bell::PER_WORD) {
-            let first = word * bell::PER_WORD;
-            for peer in bell::sleepers(self.sleepers(first)).map(|i| first + i) {
-                if let Some(Some((_, heap))) = self.near.get(peer) {
-                    bell::ring(heap.word32(BELL));
-                }
-            }
-        }
+        let heaps = self.asleep().filter_map(|peer| self.near.get(peer)?.as_ref());
+        heaps.for_each(|(_, heap)| bell::ring(heap.word32(BELL)));
     }
 
     /// Wakes all ranks of the node.

@@ -120,7 +120,7 @@ impl CommInner {
         let nodes = star.nodes().to_vec();
         let config = if nodes.iter().any(|&node| node != nodes[0]) { config.between_nodes() } else { config };
         let layout = CommLayout::new(world_size, &config);
-        let ranks_here = nodes.iter().filter(|&&node| node == nodes[rank]).count();
+        let ranks_here = star.ranks_here();
         let bytes = layout.bytes + heap_bytes;
         let enough = fabric::check_memory("the communicator", bytes, ranks_here);
         let outboxes = fabric::exchange_segments(&mut star, &config, enough, Writers::Owner, layout.bytes, deadline)?;
@@ -158,7 +158,7 @@ impl CommInner {
         for (peer, (blob, _)) in parts.iter().enumerate() {
             let probe: Probe = fabric::decode(blob)?;
             calibrate &= (peer >= 2 || probe.calibrate) && nodes[peer] == nodes[0];
-            if nodes[peer] != nodes[rank] {
+            if !star.is_near(peer) {
                 continue;
             }
             check_header(&fabric, peer, &header(peer))?;
@@ -178,16 +178,12 @@ impl CommInner {
             let progress_thread = config.progress_thread;
             let mover = |plane, chores| {
                 let bells = bells.clone();
-                let heard = move |source: usize| {
-                    bell::publish_fence();
-                    bells.ring_waiting(source);
-                };
+                let heard = move |source| bells.heard_from(source);
                 if progress_thread { Mover::start(plane, chores, heard) } else { Mover::none() }
             };
             fabric.far = Some(Far::connect(&mut star, endpoint, &fabric, &layout, mover, deadline)?);
         }
-        let liveness =
-            Liveness::watch(pids.iter().zip(&nodes).map(|(&pid, &node)| (node == nodes[rank]).then_some(pid)));
+        let liveness = Liveness::watch(pids.iter().enumerate().map(|(peer, &pid)| star.is_near(peer).then_some(pid)));
 
         let alone = CoreSharing::of(&cores);
         let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
@@ -280,11 +276,16 @@ impl CommInner {
     /// Takes what has come from far ranks, and sends what waits for room.
     #[cold]
     fn move_on(&self, far: &Far) {
-        far.plane.progress(|source| {
-            bell::publish_fence();
-            self.bells.ring_waiting(source);
-        });
+        far.plane.progress(|source| self.bells.heard_from(source));
         far.chores.attempt();
+    }
+
+    /// Looks whether `ready` gives a value, and if not, moves things on and looks again.
+    fn look<T>(&self, far: &Far, ready: &mut impl FnMut() -> Option<T>) -> Option<T> {
+        ready().or_else(|| {
+            self.move_on(far);
+            ready()
+        })
     }
 
     /// Wakes those who may have a chore now, whatever they sleep for.
@@ -302,12 +303,7 @@ impl CommInner {
             None => wait::briefly(&self.patience, ready),
             Some(far) => {
                 far.mover.keep_away();
-                wait::briefly(&self.patience, || {
-                    ready().or_else(|| {
-                        self.move_on(far);
-                        ready()
-                    })
-                })
+                wait::briefly(&self.patience, || self.look(far, &mut ready))
             }
         }
     }
@@ -350,12 +346,7 @@ impl CommInner {
             self.sleeper.sleep_unless((place, sleep), waits_for, bell, slice, ready);
         };
         let Some(far) = &self.fabric.far else { return self.wait_with(call, what, ready, doze) };
-        let looks = || {
-            ready().or_else(|| {
-                self.move_on(far);
-                ready()
-            })
-        };
+        let looks = || self.look(far, &mut ready);
         // What it waits for may be a far rank, or a near one that waits for a far one.
         far.mover.attend();
         let result = self.wait_with(call, what, looks, |slice, ready| {

@@ -10,8 +10,6 @@ pub(crate) mod cma;
 pub(crate) mod endpoint;
 pub(crate) mod far;
 pub(crate) mod ofi;
-// One-sided memory will use the rest of it.
-#[allow(dead_code)]
 pub(crate) mod plane;
 #[cfg(test)]
 pub(crate) mod pretence;
@@ -60,21 +58,33 @@ pub(crate) fn exchange_segments(
     deadline: Instant,
 ) -> Result<Segments> {
     let created = before.and_then(|()| OwnSegment::create(config.memory, writers, bytes, config.huge_pages));
-    let announcement: Announcement = created.as_ref().map(|_| bytes as u64).map_err(|err| err.to_string());
+    let (own, fds) = exchange_created(star, created, config.memory, |_| bytes, deadline)?;
+    let peers = fds.iter().map(|fd| fd.as_ref().map(|fd| map_peer(fd, writers, bytes)).transpose());
+    Ok(Segments { own, peers: peers.collect::<Result<_>>()? })
+}
+
+/// Hands the segment that this rank has `created`, or why it has none, to the ranks of its node, and gives theirs by rank, after
+/// checking that each has `bytes_of` its rank and cannot shrink. Collective.
+fn exchange_created(
+    star: &mut Star,
+    created: Result<OwnSegment>,
+    flavour: MemoryFlavour,
+    bytes_of: impl Fn(usize) -> usize,
+    deadline: Instant,
+) -> Result<(Mapping, Vec<Option<OwnedFd>>)> {
+    let bytes = bytes_of(star.rank()) as u64;
+    let announcement: Announcement = created.as_ref().map(|_| bytes).map_err(|err| err.to_string());
     let fds: Vec<_> = created.iter().map(|segment| segment.for_peers.as_fd()).collect();
     let parts = star.exchange(&encode(&announcement)?, &fds, deadline);
     // Its own failure is what a rank reports first.
     let (created, parts) = (created?, parts?);
     let mut peers = Vec::with_capacity(parts.len());
-    let is_near = |rank: usize| star.nodes()[rank] == star.nodes()[star.rank()];
     for (rank, (blob, fds)) in parts.into_iter().enumerate() {
-        announced(rank, &blob, bytes)?;
-        peers.push(match is_near(rank) {
-            false => None,
-            true => Some(map_peer(&checked_fd(fds, rank, config.memory, bytes)?, writers, bytes)?),
-        });
+        announced(rank, &blob, bytes_of(rank))?;
+        let fd = star.is_near(rank).then(|| checked_fd(fds, rank, flavour, bytes_of(rank)));
+        peers.push(fd.transpose()?);
     }
-    Ok(Segments { own: created.mapping, peers })
+    Ok((created.mapping, peers))
 }
 
 /// Where what far ranks put for this node lands: this rank's segment, and those of the other ranks of the node.
@@ -110,22 +120,12 @@ pub(crate) fn exchange_landings(
     bytes_of: impl Fn(usize) -> usize,
     deadline: Instant,
 ) -> Result<LandingSegments> {
-    let (flavour, me) = (MemoryFlavour::Memfd, star.rank());
     let bytes_of = |rank| bytes_of(rank).max(1).next_multiple_of(4096);
-    let created = OwnSegment::create(flavour, Writers::Owner, bytes_of(me), false);
-    let announcement: Announcement = created.as_ref().map(|_| bytes_of(me) as u64).map_err(|err| err.to_string());
-    let fds: Vec<_> = created.iter().map(|segment| segment.for_peers.as_fd()).collect();
-    let parts = star.exchange(&encode(&announcement)?, &fds, deadline);
-    let (created, parts) = (created?, parts?);
-    let mut peers = Vec::with_capacity(parts.len());
-    for (rank, (blob, fds)) in parts.into_iter().enumerate() {
-        announced(rank, &blob, bytes_of(rank))?;
-        peers.push(match star.nodes()[rank] == star.nodes()[me] {
-            false => None,
-            true => Some((checked_fd(fds, rank, flavour, bytes_of(rank))?, bytes_of(rank))),
-        });
-    }
-    Ok(LandingSegments { own: Arc::new(created.mapping), peers: Landings(peers) })
+    let flavour = MemoryFlavour::Memfd;
+    let created = OwnSegment::create(flavour, Writers::Owner, bytes_of(star.rank()), false);
+    let (own, fds) = exchange_created(star, created, flavour, bytes_of, deadline)?;
+    let peers = fds.into_iter().enumerate().map(|(rank, fd)| Some((fd?, bytes_of(rank)))).collect();
+    Ok(LandingSegments { own: Arc::new(own), peers: Landings(peers) })
 }
 
 /// Checks what a rank has announced.

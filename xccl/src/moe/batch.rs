@@ -10,7 +10,7 @@ use half::{bf16, f16};
 pub use wire::WireRow;
 
 use super::lanes::Cut;
-use super::layout::{Entry, SLOTS};
+use super::layout::{Entry, slot_of};
 use super::received::{ListPart, Received, Span};
 use super::wire::WireFormat;
 use super::{Moe, Phase, Reduction, kernels};
@@ -698,7 +698,7 @@ impl<'m> ExpertBatch<'m> {
     /// Gives the lists back without ending the exchange: `dispatch_recv` may be called again.
     pub(super) fn give_back(mut self) {
         let mut state = self.moe.state.borrow_mut();
-        let flight = &mut state.flights[(self.epoch % SLOTS as u64) as usize];
+        let flight = &mut state.flights[slot_of(self.epoch)];
         flight.received = self.received.take();
         flight.phase = Phase::Sent;
         drop(state);
@@ -709,7 +709,7 @@ impl<'m> ExpertBatch<'m> {
     fn end(&mut self) {
         if let Some(received) = self.received.take() {
             let mut state = self.moe.state.borrow_mut();
-            let flight = &mut state.flights[(self.epoch % SLOTS as u64) as usize];
+            let flight = &mut state.flights[slot_of(self.epoch)];
             flight.received = Some(received);
             flight.phase = if flight.orphaned { Phase::Free } else { Phase::Combined };
         }

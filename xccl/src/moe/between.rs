@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::layout::{Entry, MoeLayout, SLOTS};
+use super::layout::{Entry, MoeLayout, SLOTS, slot_of};
 use super::placement::Placement;
 use super::rail::{Duty, Near, Rail, Staging};
 use super::routing::{Choice, NONE};
@@ -140,10 +140,6 @@ pub(super) struct Between {
 
 /// The expert's rank is on this node.
 const NEAR: u16 = u16::MAX;
-
-pub(super) fn slot_of(epoch: u64) -> usize {
-    (epoch % SLOTS as u64) as usize
-}
 
 /// Where the parts that are mirrored begin and end in a slot of the outbox.
 fn mirrored(layout: &MoeLayout, slot: usize) -> Range<usize> {

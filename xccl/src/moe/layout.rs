@@ -15,6 +15,11 @@ use crate::memory::mapping::Mapping;
 /// Exchanges that may be in flight.
 pub(super) const SLOTS: usize = 2;
 
+/// The slot that an exchange uses.
+pub(super) fn slot_of(epoch: u64) -> usize {
+    (epoch % SLOTS as u64) as usize
+}
+
 /// One choice of one token, in the list for the rank that holds its expert.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
@@ -141,7 +146,7 @@ impl MoeLayout {
 
     /// The part of the outbox that exchange `epoch` uses.
     pub(super) fn slot(&self, epoch: u64) -> &SlotLayout {
-        &self.slots[(epoch % SLOTS as u64) as usize]
+        &self.slots[slot_of(epoch)]
     }
 }
 

@@ -55,7 +55,7 @@ pub use encoding::WireRows;
 pub use epilogue::{Epilogue, Residual, RmsNorm};
 use lanes::LaneSet;
 pub use lanes::Lanes;
-use layout::{AREAS, MoeLayout, SLOTS};
+use layout::{AREAS, MoeLayout, SLOTS, slot_of};
 use placement::Placement;
 use received::{Received, SendAreas};
 pub use routing::Routing;
@@ -288,7 +288,7 @@ impl<'m> Outboxes<'m> {
 impl State {
     /// The exchange that uses `epoch`'s slot.
     fn flight(&mut self, epoch: u64) -> &mut Flight {
-        &mut self.flights[(epoch % SLOTS as u64) as usize]
+        &mut self.flights[slot_of(epoch)]
     }
 }
 
@@ -314,8 +314,7 @@ impl Moe {
                     return Err(Error::Mismatch { rank, what: "the MoE configuration".to_owned(), theirs, ours: mine });
                 }
             }
-            let ranks_here = comm.nodes.iter().filter(|&&node| node == comm.nodes[comm.rank]).count();
-            let enough = fabric::check_memory("the MoE handle", layout.bytes, ranks_here);
+            let enough = fabric::check_memory("the MoE handle", layout.bytes, star.ranks_here());
             let outboxes =
                 fabric::exchange_segments(&mut star, &comm.config, enough, Writers::Owner, layout.bytes, deadline)?;
             let own = Arc::new(outboxes.own);
@@ -535,7 +534,7 @@ impl Moe {
     fn claim(&self) -> Result<u64> {
         let mut state = self.state.borrow_mut();
         let epoch = state.next;
-        let slot = (epoch % SLOTS as u64) as usize;
+        let slot = slot_of(epoch);
         let State { flights, seen, .. } = &mut *state;
         if flights[slot].phase != Phase::Free {
             return Err(Error::TooManyInFlight { limit: SLOTS, oldest: flights[slot].epoch });
@@ -604,7 +603,7 @@ impl Moe {
         let tokens = routing.tokens(config.topk, config.max_tokens)?;
         let mut state = self.state.borrow_mut();
         let State { next, flights, builder, .. } = &mut *state;
-        let flight = &mut flights[(epoch % SLOTS as u64) as usize];
+        let flight = &mut flights[slot_of(epoch)];
         let expected = "the rows that were lent to be sent or dropped first";
         let rows = flight.rows.as_mut().ok_or(Error::WrongOrder { call: "dispatch_send", epoch, expected })?;
         let starts = flight.lists.starts.slice_mut(0, config.experts + 1);
@@ -747,7 +746,7 @@ impl Moe {
             return Err(Error::WrongOrder { call, epoch, expected: "an exchange of the same handle" });
         }
         let state = self.state.borrow();
-        let flight = &state.flights[(epoch % SLOTS as u64) as usize];
+        let flight = &state.flights[slot_of(epoch)];
         if flight.phase == phase { Ok(epoch) } else { Err(Error::WrongOrder { call, epoch, expected }) }
     }
 

@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 
 use half::{bf16, f16};
 
-use super::between::{ABANDONED, BY, RETURNED, slot_of};
+use super::between::{ABANDONED, BY, RETURNED};
 use super::config::MAX_TOPK;
-use super::layout::{Entry, MoeLayout, SLOTS};
+use super::layout::{Entry, MoeLayout, SLOTS, slot_of};
 use super::placement::Placement;
 use super::terms::{Terms, sum_each};
 use super::{MoeConfig, Outboxes, Reduction};
-use crate::comm::inner::{CommInner, Counters};
+use crate::comm::inner::{CommInner, Counters, lock};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::fabric::endpoint::{Access, Region, RemoteRegion};
@@ -137,7 +137,7 @@ impl Rail {
     /// This rank has dispatched `epoch`: from now on there is a duty.
     pub(super) fn begin(&self, epoch: u64) {
         let slot = slot_of(epoch);
-        let mut state = crate::comm::inner::lock(&self.state);
+        let mut state = lock(&self.state);
         match self.duties.is_empty() {
             true => state.done[slot] = epoch,
             false => self.chores.begin(),
@@ -147,14 +147,14 @@ impl Rail {
 
     /// Whether the duty of `epoch` was done.
     pub(super) fn is_done(&self, epoch: u64) -> bool {
-        let state = crate::comm::inner::lock(&self.state);
+        let state = lock(&self.state);
         let slot = slot_of(epoch);
         state.done[slot] >= epoch || state.begun[slot] < epoch
     }
 
     /// Exchanges whose duty was begun and not done.
     pub(super) fn undone(&self) -> Option<u64> {
-        let state = crate::comm::inner::lock(&self.state);
+        let state = lock(&self.state);
         (0..SLOTS).filter(|&slot| state.done[slot] < state.begun[slot]).map(|slot| state.begun[slot]).min()
     }
 
@@ -355,7 +355,7 @@ impl Chore for Rail {
 impl Drop for Rail {
     fn drop(&mut self) {
         if self.undone().is_some() {
-            let state = crate::comm::inner::lock(&self.state);
+            let state = lock(&self.state);
             (0..SLOTS).filter(|&slot| state.done[slot] < state.begun[slot]).for_each(|_| self.chores.end());
         }
     }
