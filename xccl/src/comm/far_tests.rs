@@ -147,3 +147,10 @@ fn a_deadline_says_when_a_far_rank_was_last_heard_of() {
         }
     });
 }
+
+#[test]
+fn ranks_of_several_nodes_share_the_cores_of_the_machine_that_these_are_on() {
+    let shared = on_nodes(&[0, 1, 1, 2], 7, quick(), |comm| comm.core_sharing().clone());
+    let expected = Communicator::core_sharing_of(4);
+    assert!(shared.iter().all(|sharing| *sharing == expected), "{shared:?}, and not {expected:?}");
+}

@@ -92,6 +92,8 @@ pub(crate) struct Call {
 struct Probe {
     /// Where a private word of it lies, for its peers to try `process_vm_readv` on.
     address: u64,
+    /// What its machine is known by: other nodes may be on it, and share its cores.
+    machine: String,
     cores: Cores,
     /// Whether it is left to measurements how its messages travel.
     calibrate: bool,
@@ -149,7 +151,8 @@ impl CommInner {
         // Every header is written once everybody has sent its part.
         let probe = Box::new(MAGIC);
         let address = &raw const *probe as u64;
-        let own = Probe { address, cores: machine::cores(), calibrate: config.leaves_to_measurement() };
+        let calibrate = config.leaves_to_measurement();
+        let own = Probe { address, machine: machine::identity(), cores: machine::cores(), calibrate };
         let blob = fabric::encode(&own)?;
         // A part of a communicator takes what the whole has measured.
         let mut calibrate = world_size >= 2 && part_of.is_none();
@@ -158,6 +161,9 @@ impl CommInner {
         for (peer, (blob, _)) in parts.iter().enumerate() {
             let probe: Probe = fabric::decode(blob)?;
             calibrate &= (peer >= 2 || probe.calibrate) && nodes[peer] == nodes[0];
+            if star.is_near(peer) || probe.machine == own.machine {
+                cores.push(probe.cores);
+            }
             if !star.is_near(peer) {
                 continue;
             }
@@ -166,7 +172,6 @@ impl CommInner {
             let readable =
                 config.cma && cma::read(pids[peer], probe.address, &mut seen).is_ok() && seen == MAGIC.to_ne_bytes();
             fabric.outbox.write(layout.cma + peer, &[readable.into()]);
-            cores.push(probe.cores);
         }
         // And everybody has tried to read everybody once this is through.
         star.exchange(&[], &[], deadline)?;

@@ -1,6 +1,7 @@
 //! What this machine has to offer.
 
 use std::fs;
+use std::os::linux::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -30,6 +31,17 @@ fn meminfo_available() -> Option<u64> {
 fn in_own_group<T>(ask: impl FnOnce(Groups<'_>) -> Option<T>) -> Option<T> {
     let listing = fs::read_to_string("/proc/self/cgroup").ok()?;
     ask(Groups { listing: &listing, root: Path::new("/sys/fs/cgroup") })
+}
+
+/// A text that the processes of one machine share, whatever parts them into nodes.
+pub(crate) fn identity() -> String {
+    // The number of the first of its kind, which the kernel has fixed: in another one the name is a container's own.
+    const FIRST_NAMES: u64 = 0xeffffffe;
+    let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
+    let has_its_name = fs::metadata("/proc/self/ns/uts").is_ok_and(|names| names.st_ino() == FIRST_NAMES);
+    // Hosts that were started from one snapshot share their boot id.
+    let name = if has_its_name { read("/proc/sys/kernel/hostname") } else { String::new() };
+    format!("{} {name}", read("/proc/sys/kernel/random/boot_id"))
 }
 
 /// The cores that this process may run on, and the share of their time that it has.
