@@ -183,12 +183,19 @@ pub enum Error {
     },
 
     /// The communicator was aborted.
-    #[error("the communicator was aborted by rank {by} while this rank was in {during}: destroy it")]
+    #[error(
+        "the communicator was aborted by rank {by}{} while this rank was in {during}: destroy it, or go on with those that are left (shrink)",
+        in_brackets(*.code, .why)
+    )]
     Aborted {
         /// The rank that aborted it.
         by: usize,
         /// What this rank was doing.
         during: Operation,
+        /// The number that it gave; 0 where it gave none.
+        code: i32,
+        /// Its reason; empty where it gave none.
+        why: String,
     },
 
     /// The deadline passed.
@@ -563,6 +570,16 @@ fn after_timeout(during: &Operation) -> &'static str {
             "a request can be waited for again, a blocking call has given up this communicator's collectives"
         }
         _ => "nothing was lost, the call may be repeated",
+    }
+}
+
+/// What an aborting rank said.
+fn in_brackets(code: i32, why: &str) -> String {
+    match (code, why) {
+        (0, "") => String::new(),
+        (0, why) => format!(" ({why})"),
+        (code, "") => format!(" (code {code})"),
+        (code, why) => format!(" (code {code}: {why})"),
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 
-use super::link::{Inbox, Link, Listener, Received, Sent, wait_until};
+use super::link::{Inbox, Limit, Link, Listener, Received, Sent, wait_until};
 use super::message::{FromRoot, Hello, ToRoot, Verdict, decode, encode, first_difference};
 use super::node::{self, NodeKey};
 use super::star::tell_all;
@@ -31,7 +31,7 @@ pub(super) struct Gathering {
     own: Hello,
     started: Instant,
     /// Comes down to that of the least patient rank.
-    deadline: Instant,
+    limit: Limit,
     strangers: Vec<Stranger>,
     /// By rank; nothing for rank 0 itself.
     joined: Vec<Option<Joined>>,
@@ -57,11 +57,11 @@ pub(super) struct Gathered {
 }
 
 impl Gathering {
-    pub(super) fn new(listener: Listener, own: Hello, deadline: Instant) -> Self {
+    pub(super) fn new(listener: Listener, own: Hello, limit: &Limit) -> Self {
         let joined = (0..own.world_size).map(|_| None).collect();
         let inbox = Inbox::new();
-        let (started, turned_away) = (Instant::now(), (0, vec![]));
-        Gathering { listener, own, started, deadline, strangers: vec![], joined, turned_away, inbox }
+        let (started, turned_away, limit) = (Instant::now(), (0, vec![]), limit.clone());
+        Gathering { listener, own, started, limit, strangers: vec![], joined, turned_away, inbox }
     }
 
     /// Returns once everybody has joined and been told so.
@@ -82,9 +82,11 @@ impl Gathering {
 
     /// Ranks that were only slower to start are told too, instead of looking for a rank 0 that is gone.
     fn tell_latecomers(&mut self, verdict: &Verdict) {
-        self.deadline = self.deadline.min(Instant::now() + FOR_LATECOMERS);
+        // Where there is a lookout, they have one as well.
+        let stays = if self.limit.lookout.is_some() { Duration::ZERO } else { FOR_LATECOMERS };
+        self.limit.until = self.limit.until.min(Instant::now() + stays);
         let mut missing = self.missing().count();
-        while missing > 0 && Instant::now() < self.deadline {
+        while missing > 0 && !self.limit.has_passed() {
             if self.await_something().and_then(|()| self.accept()).is_err() {
                 return;
             }
@@ -109,7 +111,7 @@ impl Gathering {
 
     fn gather(&mut self) -> Result<()> {
         while self.missing().next().is_some() {
-            if Instant::now() >= self.deadline {
+            if self.limit.has_passed() {
                 let (ranks, world_size) = (self.missing().collect(), self.own.world_size);
                 let (waited, turned_away) = (self.started.elapsed(), self.whom_it_turned_away());
                 return Err(Error::MissingRanks { ranks, world_size, waited, turned_away });
@@ -131,7 +133,7 @@ impl Gathering {
         fds.extend(self.strangers.iter().map(|s| s.link.poll_fd(PollFlags::POLLIN)));
         fds.extend(self.joined.iter().flatten().map(|joined| joined.link.poll_fd(PollFlags::POLLIN)));
         let silence = self.strangers.iter().map(|s| s.since + SILENCE).min();
-        wait_until(&mut fds, silence.map_or(self.deadline, |s| s.min(self.deadline)))
+        wait_until(&mut fds, &self.limit.at(silence.map_or(self.limit.until, |s| s.min(self.limit.until))))
     }
 
     fn accept(&mut self) -> Result<()> {
@@ -207,7 +209,7 @@ impl Gathering {
         match self.objection(&hello, pid) {
             None => {
                 let patience = Instant::now().checked_add(hello.patience);
-                self.deadline = patience.map_or(self.deadline, |p| p.min(self.deadline));
+                self.limit.until = patience.map_or(self.limit.until, |p| p.min(self.limit.until));
                 self.joined[hello.rank] = Some(Joined { link, pid, node: NodeKey(hello.node) });
                 Ok(())
             }
@@ -256,7 +258,7 @@ impl Gathering {
         let bytes = encode(&FromRoot::Welcome { pids: pids.clone(), nodes: nodes.clone(), address })?;
         for (rank, joined) in self.joined.iter_mut().enumerate() {
             let Some(Joined { link, .. }) = joined else { continue };
-            if link.blocking_send(&bytes, &[], self.deadline)? != Sent::Done {
+            if link.blocking_send(&bytes, &[], &self.limit)? != Sent::Done {
                 return Err(Error::PeerDied { rank, during: crate::sync::Operation::Init, epoch: 0 });
             }
         }

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::cmsg_space;
@@ -14,8 +15,53 @@ use crate::error::{Error, Result};
 
 /// How soon to try again where the kernel has nothing that could be polled for.
 const RETRY: Duration = Duration::from_millis(1);
+/// How often a set-up that waits looks out for what else may end it.
+const LOOKOUT: Duration = Duration::from_millis(10);
 /// How many may wait to be accepted; the kernel lowers it to `net.core.somaxconn`.
 pub(super) const BACKLOG: i32 = 4096;
+
+/// Says whether a set-up is to be ended before its deadline, and why.
+pub(crate) type Lookout = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// Until when a set-up waits, and what else ends it.
+#[derive(Clone)]
+pub(crate) struct Limit {
+    pub(crate) until: Instant,
+    pub(crate) lookout: Option<Lookout>,
+}
+
+impl From<Instant> for Limit {
+    fn from(until: Instant) -> Self {
+        Limit { until, lookout: None }
+    }
+}
+
+impl Limit {
+    pub(super) fn has_passed(&self) -> bool {
+        Instant::now() >= self.until
+    }
+
+    /// As this one, but at another time.
+    pub(super) fn at(&self, until: Instant) -> Limit {
+        Limit { until, lookout: self.lookout.clone() }
+    }
+
+    pub(super) fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    /// Whether there is a reason to stop.
+    pub(super) fn look_out(&self) -> Result<()> {
+        self.lookout.as_ref().map_or(Ok(()), |lookout| lookout())
+    }
+
+    /// Sleeps for `pause`, or what is left.
+    pub(super) fn sleep(&self, pause: Duration) -> Result<()> {
+        self.look_out()?;
+        std::thread::sleep(pause.min(self.left()));
+        Ok(())
+    }
+}
 
 /// What became of an attempt to send.
 #[derive(Debug, PartialEq, Eq)]
@@ -125,8 +171,8 @@ impl Link {
         }
     }
 
-    /// Sends, waiting for room until `until`. [`Sent::Full`] says that there was none.
-    pub(super) fn blocking_send(&mut self, bytes: &[u8], fds: &[BorrowedFd], until: Instant) -> Result<Sent> {
+    /// Sends, waiting for room up to the limit. [`Sent::Full`] says that there was none.
+    pub(super) fn blocking_send(&mut self, bytes: &[u8], fds: &[BorrowedFd], limit: &Limit) -> Result<Sent> {
         let mut taken = false;
         loop {
             let sent = if taken { self.flush()? } else { self.try_send(bytes, fds)? };
@@ -138,7 +184,7 @@ impl Link {
                 sent => sent,
             };
             match sent {
-                Sent::Full if Instant::now() < until => wait_for_room(&mut [self.poll_fd(PollFlags::POLLOUT)], until)?,
+                Sent::Full if !limit.has_passed() => wait_for_room(&mut [self.poll_fd(PollFlags::POLLOUT)], limit)?,
                 other => return Ok(other),
             }
         }
@@ -151,12 +197,12 @@ impl Link {
         }
     }
 
-    /// Receives, waiting until `until`. [`Received::Nothing`] says that nothing came.
-    pub(super) fn blocking_receive(&mut self, inbox: &mut Inbox, until: Instant) -> Result<Received> {
+    /// Receives, waiting up to the limit. [`Received::Nothing`] says that nothing came.
+    pub(super) fn blocking_receive(&mut self, inbox: &mut Inbox, limit: &Limit) -> Result<Received> {
         loop {
             match self.try_receive(inbox)? {
-                Received::Nothing if Instant::now() < until => {
-                    wait_until(&mut [self.poll_fd(PollFlags::POLLIN)], until)?;
+                Received::Nothing if !limit.has_passed() => {
+                    wait_until(&mut [self.poll_fd(PollFlags::POLLIN)], limit)?;
                 }
                 other => return Ok(other),
             }
@@ -216,9 +262,11 @@ impl Listener {
     }
 }
 
-/// Waits until one of the sockets is ready or `until` has come.
-pub(super) fn wait_until(fds: &mut [PollFd], until: Instant) -> Result<()> {
-    let left = until.saturating_duration_since(Instant::now());
+/// Waits until one of the sockets is ready or the limit has come. May return early: the caller looks, and waits again.
+pub(super) fn wait_until(fds: &mut [PollFd], limit: &Limit) -> Result<()> {
+    limit.look_out()?;
+    let longest = if limit.lookout.is_some() { LOOKOUT } else { Duration::MAX };
+    let left = limit.left().min(longest);
     // Rounded up: a wait that ends early would spin through its last millisecond. Longer waits come in slices.
     let millis = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
     match poll(fds, PollTimeout::from(millis)) {
@@ -231,8 +279,7 @@ pub(super) fn wait_until(fds: &mut [PollFd], until: Instant) -> Result<()> {
 ///
 /// A socket can report room and refuse all the same (descriptors on their way are limited for all together): hence the
 /// pause, without which this would spin.
-pub(super) fn wait_for_room(fds: &mut [PollFd], until: Instant) -> Result<()> {
-    wait_until(fds, until)?;
-    std::thread::sleep(RETRY.min(until.saturating_duration_since(Instant::now())));
-    Ok(())
+pub(super) fn wait_for_room(fds: &mut [PollFd], limit: &Limit) -> Result<()> {
+    wait_until(fds, limit)?;
+    limit.sleep(RETRY)
 }

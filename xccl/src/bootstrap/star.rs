@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use super::gathering::{Gathered, Gathering};
-use super::link::{Inbox, Link, Listener, Received, Sent, has_hung_up, wait_until};
+use super::link::{Inbox, Limit, Link, Listener, Lookout, Received, Sent, has_hung_up, wait_until};
 use super::message::{
     Field, FromRoot, Hello, MAX_BLOB, MAX_DESCRIPTORS, MAX_HELLO, MAX_WORLD_SIZE, ToRoot, Verdict, decode, encode,
 };
@@ -64,6 +64,8 @@ pub(crate) struct Star {
     watch: Option<Watch>,
     /// What rank 0 has said while nothing was being exchanged.
     verdict: Option<Verdict>,
+    /// What ends an exchange before its time.
+    lookout: Option<Lookout>,
 }
 
 /// The ranks of one node, joined over a Unix socket besides.
@@ -80,13 +82,13 @@ impl Star {
         rank: usize,
         world_size: usize,
         description: &[Field],
-        deadline: Instant,
+        limit: &Limit,
     ) -> Result<Star> {
         let node = match rendezvous.place {
             Some(_) => NodeKey::of_this_process(),
             None => NodeKey::pretended(),
         };
-        Star::join_from(node?, rendezvous, rank, world_size, description, deadline)
+        Star::join_from(node?, rendezvous, rank, world_size, description, limit)
     }
 
     /// As [`join`](Self::join), from that node.
@@ -96,7 +98,7 @@ impl Star {
         rank: usize,
         world_size: usize,
         description: &[Field],
-        deadline: Instant,
+        limit: &Limit,
     ) -> Result<Star> {
         if world_size > MAX_WORLD_SIZE {
             let expected = format!("at most {MAX_WORLD_SIZE} ranks");
@@ -109,16 +111,16 @@ impl Star {
             world_size,
             pid: std::process::id(),
             node: node.0,
-            patience: deadline.saturating_duration_since(Instant::now()),
+            patience: limit.left(),
             description: std::iter::once(version).chain(description.iter().cloned()).collect(),
         };
         match &rendezvous.place {
             Some(place) if world_size > 1 => {
-                let mut star = Star::join_over_tcp(rendezvous, place, hello, deadline)?;
-                star.join_node(&rendezvous.id, node, deadline)?;
+                let mut star = Star::join_over_tcp(rendezvous, place, hello, limit)?;
+                star.join_node(&rendezvous.id, node, limit)?;
                 Ok(star)
             }
-            _ => Star::join_over_unix(&rendezvous.id.socket_name(), hello, deadline),
+            _ => Star::join_over_unix(&rendezvous.id.socket_name(), hello, limit),
         }
     }
 
@@ -131,21 +133,21 @@ impl Star {
                 Role::Member(link) => Watch::over_root(link)?,
             })
         };
-        let (inbox, near, verdict) = (Inbox::new(), None, None);
-        Ok(Star { rank, pids, nodes, role, inbox, round: 0, local, near, watch, verdict })
+        let (inbox, near, verdict, lookout) = (Inbox::new(), None, None, None);
+        Ok(Star { rank, pids, nodes, role, inbox, round: 0, local, near, watch, verdict, lookout })
     }
 
-    fn join_over_unix(name: &str, hello: Hello, deadline: Instant) -> Result<Star> {
+    fn join_over_unix(name: &str, hello: Hello, limit: &Limit) -> Result<Star> {
         if hello.rank == 0 {
             if hello.world_size == 1 {
                 return Star::new(0, (vec![hello.pid], vec![0]), Role::Root { links: vec![None] }, None);
             }
             if let Some(listener) = unix::Listener::bind(name)? {
-                return Star::gather(Listener::Unix(listener), hello, deadline);
+                return Star::gather(Listener::Unix(listener), hello, limit);
             }
             // Somebody else is rank 0 already: say hello as rank 0 all the same, so that every rank learns of it.
         }
-        let link = reach_over_unix(name, deadline)?;
+        let link = reach_over_unix(name, limit)?;
         // Whoever took the name must be this user before it hears the secret.
         let ours = nix::unistd::geteuid().as_raw();
         let peer = link.peer()?;
@@ -153,31 +155,31 @@ impl Star {
             let why = format!("the job's socket belongs to user {}, this process runs as user {ours}", peer.uid);
             return Err(Error::Refused { why });
         }
-        Star::join_as_member(Link::Unix(link), &hello, deadline)
+        Star::join_as_member(Link::Unix(link), &hello, limit)
     }
 
-    fn join_over_tcp(rendezvous: &Rendezvous, place: &Place, hello: Hello, deadline: Instant) -> Result<Star> {
+    fn join_over_tcp(rendezvous: &Rendezvous, place: &Place, hello: Hello, limit: &Limit) -> Result<Star> {
         let keys = tcp::Keys::of(&rendezvous.id);
         if hello.rank != 0 {
-            let link = reach_over_tcp(place, &keys, deadline)?;
-            return Star::join_as_member(Link::Tcp(Box::new(link)), &hello, deadline);
+            let link = reach_over_tcp(place, &keys, limit)?;
+            return Star::join_as_member(Link::Tcp(Box::new(link)), &hello, limit);
         }
-        match rendezvous.listen(place, deadline) {
-            Ok(listener) => Star::gather(Listener::Tcp(listener, keys), hello, deadline),
+        match rendezvous.listen(place, limit.until) {
+            Ok(listener) => Star::gather(Listener::Tcp(listener, keys), hello, limit),
             // As over a Unix socket: if it is another rank 0 of this job that listens, every rank is to learn of it.
-            Err(taken) => match try_over_tcp(place, &keys, deadline) {
-                Ok(Ok(link)) => Star::join_as_member(Link::Tcp(Box::new(link)), &hello, deadline),
+            Err(taken) => match try_over_tcp(place, &keys, limit) {
+                Ok(Ok(link)) => Star::join_as_member(Link::Tcp(Box::new(link)), &hello, limit),
                 _ => Err(taken),
             },
         }
     }
 
-    fn gather(listener: Listener, hello: Hello, deadline: Instant) -> Result<Star> {
-        let Gathered { links, pids, nodes, address } = Gathering::new(listener, hello, deadline).run()?;
+    fn gather(listener: Listener, hello: Hello, limit: &Limit) -> Result<Star> {
+        let Gathered { links, pids, nodes, address } = Gathering::new(listener, hello, limit).run()?;
         Star::new(0, (pids, nodes), Role::Root { links }, address)
     }
 
-    fn join_as_member(mut link: Link, hello: &Hello, deadline: Instant) -> Result<Star> {
+    fn join_as_member(mut link: Link, hello: &Hello, limit: &Limit) -> Result<Star> {
         let started = Instant::now();
         let bytes = encode(&ToRoot::Hello(hello.clone()))?;
         if bytes.len() > MAX_HELLO {
@@ -186,9 +188,9 @@ impl Star {
         }
         let mut inbox = Inbox::new();
         // A refusal to take the greeting is told by the verdict that comes back, or by the lack of one.
-        link.blocking_send(&bytes, &[], deadline)?;
-        let until = deadline + FOR_THE_VERDICT;
-        match link.blocking_receive(&mut inbox, until)? {
+        link.blocking_send(&bytes, &[], limit)?;
+        let until = limit.at(limit.until + FOR_THE_VERDICT);
+        match link.blocking_receive(&mut inbox, &until)? {
             Received::Message(len, _) => match decode(inbox.message(len)) {
                 Some(FromRoot::Welcome { pids, nodes, address })
                     if [pids.len(), nodes.len()] == [hello.world_size; 2] && node::is_numbering(&nodes) =>
@@ -209,12 +211,12 @@ impl Star {
     }
 
     /// Joins the ranks of this node over a Unix socket, which carries descriptors. Collective among all ranks.
-    fn join_node(&mut self, id: &UniqueId, node: NodeKey, deadline: Instant) -> Result<()> {
+    fn join_node(&mut self, id: &UniqueId, node: NodeKey, limit: &Limit) -> Result<()> {
         let here = self.nodes[self.rank];
         let members: Vec<usize> = (0..self.nodes.len()).filter(|&rank| self.nodes[rank] == here).collect();
-        let joined = self.join_members(&members, id, node, deadline);
+        let joined = self.join_members(&members, id, node, limit);
         let reason = joined.as_ref().err().map(|error| error.to_string()).unwrap_or_default();
-        let parts = self.exchange(&reason.as_bytes()[..reason.len().min(REASON)], &[], deadline);
+        let parts = self.exchange(&reason.as_bytes()[..reason.len().min(REASON)], &[], limit.until);
         // Its own failure is what a rank reports first.
         let (joined, parts) = (joined?, parts?);
         if let Some((rank, (why, _))) = parts.iter().enumerate().find(|(_, (why, _))| !why.is_empty()) {
@@ -229,13 +231,13 @@ impl Star {
         Ok(())
     }
 
-    fn join_members(&self, members: &[usize], id: &UniqueId, node: NodeKey, deadline: Instant) -> Result<Option<Star>> {
+    fn join_members(&self, members: &[usize], id: &UniqueId, node: NodeKey, limit: &Limit) -> Result<Option<Star>> {
         let Some(rank) = members.iter().position(|&rank| rank == self.rank).filter(|_| members.len() > 1) else {
             return Ok(None);
         };
         let (name, secret) = node.socket_of(id);
         // Half of the time is left to tell the others.
-        let left = deadline.saturating_duration_since(Instant::now()) / 2;
+        let left = limit.left() / 2;
         let hello = Hello {
             secret,
             rank,
@@ -245,7 +247,7 @@ impl Star {
             patience: left,
             description: vec![],
         };
-        let star = Star::join_over_unix(&name, hello, Instant::now() + left.min(FOR_THE_NODE));
+        let star = Star::join_over_unix(&name, hello, &limit.at(Instant::now() + left.min(FOR_THE_NODE)));
         star.map(Some).map_err(|error| {
             let why = format!(
                 "ranks {members:?} seem to share a machine, and cannot meet there; where they do not, set XCCL_NODE_ID to \
@@ -253,6 +255,14 @@ impl Star {
             );
             Error::Bootstrap { during: "joining the ranks of one node", source: std::io::Error::other(why) }
         })
+    }
+
+    /// From now on exchanges end when `lookout` says so; the connections are good for no other one then.
+    pub(crate) fn look_out(&mut self, lookout: Option<Lookout>) {
+        if let Some(near) = &mut self.near {
+            near.star.lookout = lookout.clone();
+        }
+        self.lookout = lookout;
     }
 
     /// The process of each rank, as rank 0 sees it.
@@ -321,6 +331,12 @@ impl Star {
         watch.lost()
     }
 
+    /// A descriptor that becomes readable when [`lost`](Self::lost) may have something to tell.
+    pub(crate) fn watched(&self) -> Result<Option<OwnedFd>> {
+        let watched = self.watch.as_ref().map(|watch| watch.as_fd().try_clone_to_owned());
+        watched.transpose().map_err(|e| Error::os("dup", e))
+    }
+
     /// Ends the connections as the death of the process would.
     #[cfg(test)]
     pub(super) fn vanish(mut self) {
@@ -337,15 +353,22 @@ impl Star {
         if let Some(verdict) = self.verdict.take() {
             return Err(verdict.into());
         }
+        let limit = Limit { until: deadline, lookout: self.lookout.clone() };
         self.round += 1;
         let copies = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<std::io::Result<Vec<_>>>();
         let copies = copies.map_err(|e| Error::os("dup", e))?;
         let own = Piece { blob: blob.to_vec(), fds: copies, announced: fds.len() };
+        let exchanged = self.exchange_within(own, fds, &limit);
+        // One death ends several connections: the lookout knows which it was.
+        exchanged.or_else(|err| limit.look_out().and(Err(err)))
+    }
+
+    fn exchange_within(&mut self, own: Piece, fds: &[BorrowedFd<'_>], limit: &Limit) -> Result<Vec<Part>> {
         let Star { rank, role, inbox, round, nodes, .. } = self;
         let mut pieces = match role {
             Role::Root { links } => {
-                let pieces = collect(links, own, *round, inbox, deadline).and_then(|mut pieces| {
-                    spread(links, nodes, &pieces, *round, deadline)?;
+                let pieces = collect(links, own, *round, inbox, limit).and_then(|mut pieces| {
+                    spread(links, nodes, &pieces, *round, limit)?;
                     let elsewhere = pieces.iter_mut().zip(&*nodes).filter(|(_, node)| **node != nodes[0]);
                     elsewhere.for_each(|(piece, _)| piece.fds.clear());
                     Ok(pieces)
@@ -355,9 +378,9 @@ impl Star {
                 }
                 pieces
             }
-            Role::Member(link) => take_part(link, (*rank, nodes), own, *round, inbox, deadline),
+            Role::Member(link) => take_part(link, (*rank, nodes), own, *round, inbox, limit),
         }?;
-        self.exchange_descriptors(&mut pieces, fds, deadline)?;
+        self.exchange_descriptors(&mut pieces, fds, limit.until)?;
         Ok(pieces.into_iter().map(|piece| (piece.blob, piece.fds)).collect())
     }
 
@@ -394,13 +417,7 @@ impl Drop for Star {
 }
 
 /// Rank 0's first half: everybody's part.
-fn collect(
-    links: &mut [Option<Link>],
-    own: Piece,
-    round: u64,
-    inbox: &mut Inbox,
-    deadline: Instant,
-) -> Result<Vec<Piece>> {
+fn collect(links: &mut [Option<Link>], own: Piece, round: u64, inbox: &mut Inbox, limit: &Limit) -> Result<Vec<Piece>> {
     let started = Instant::now();
     let mut pieces: Vec<Option<Piece>> = links.iter().map(|_| None).collect();
     pieces[0] = Some(own);
@@ -420,11 +437,11 @@ fn collect(
                     Some(ToRoot::Goodbye) => return Err(died(rank)),
                     _ => return Err(garbled("collecting the ranks' parts")),
                 },
-                Received::Nothing if Instant::now() >= deadline => {
+                Received::Nothing if limit.has_passed() => {
                     let why = format!("rank {rank} has not sent its part of the set-up");
                     return Err(timed_out(rank, started.elapsed(), &why));
                 }
-                Received::Nothing => await_any(links, rank, deadline)?,
+                Received::Nothing => await_any(links, rank, limit)?,
                 Received::Closed => return Err(died(rank)),
                 _ => return Err(garbled("collecting the ranks' parts")),
             }
@@ -434,7 +451,7 @@ fn collect(
 }
 
 /// Waits until `rank` has sent something, looking out for hang-ups of any.
-fn await_any(links: &[Option<Link>], rank: usize, deadline: Instant) -> Result<()> {
+fn await_any(links: &[Option<Link>], rank: usize, limit: &Limit) -> Result<()> {
     use nix::poll::PollFlags;
     let ranks: Vec<usize> = (0..links.len()).filter(|&r| links[r].is_some()).collect();
     let mut fds = vec![];
@@ -444,7 +461,7 @@ fn await_any(links: &[Option<Link>], rank: usize, deadline: Instant) -> Result<(
             false => link.poll_for_hang_up(),
         }));
     }
-    wait_until(&mut fds, deadline)?;
+    wait_until(&mut fds, limit)?;
     match ranks.iter().zip(&fds).find(|(r, fd)| **r != rank && has_hung_up(fd)) {
         Some((&dead, _)) => Err(died(dead)),
         None => Ok(()),
@@ -452,7 +469,7 @@ fn await_any(links: &[Option<Link>], rank: usize, deadline: Instant) -> Result<(
 }
 
 /// Rank 0's second half: everybody's part to everybody else.
-fn spread(links: &mut [Option<Link>], nodes: &[usize], pieces: &[Piece], round: u64, deadline: Instant) -> Result<()> {
+fn spread(links: &mut [Option<Link>], nodes: &[usize], pieces: &[Piece], round: u64, limit: &Limit) -> Result<()> {
     let started = Instant::now();
     for (rank, Piece { blob, fds, announced }) in pieces.iter().enumerate() {
         let bytes = encode(&FromRoot::Part { round, rank, fds: *announced, blob })?;
@@ -460,7 +477,7 @@ fn spread(links: &mut [Option<Link>], nodes: &[usize], pieces: &[Piece], round: 
         for (to, link) in links.iter_mut().enumerate().filter(|&(to, _)| to != rank) {
             let Some(link) = link else { continue };
             let goes_along = link.carries_descriptors() && nodes[to] == nodes[rank];
-            match link.blocking_send(&bytes, if goes_along { &fds } else { &[] }, deadline)? {
+            match link.blocking_send(&bytes, if goes_along { &fds } else { &[] }, limit)? {
                 Sent::Done => {}
                 Sent::Full => {
                     let why = format!("rank {to} does not take the others' parts of the set-up");
@@ -480,12 +497,12 @@ fn take_part(
     own: Piece,
     round: u64,
     inbox: &mut Inbox,
-    deadline: Instant,
+    limit: &Limit,
 ) -> Result<Vec<Piece>> {
     let started = Instant::now();
     let bytes = encode(&ToRoot::Part { round, fds: own.announced, blob: &own.blob })?;
     let fds: Vec<BorrowedFd> = own.fds.iter().map(|fd| fd.as_fd()).collect();
-    link.blocking_send(&bytes, if link.carries_descriptors() { &fds } else { &[] }, deadline)?;
+    link.blocking_send(&bytes, if link.carries_descriptors() { &fds } else { &[] }, limit)?;
     let mut own = Some(own);
     let mut pieces = Vec::with_capacity(nodes.len());
     while pieces.len() < nodes.len() {
@@ -493,8 +510,8 @@ fn take_part(
             pieces.extend(own.take());
             continue;
         }
-        let until = deadline + FOR_THE_VERDICT;
-        match link.blocking_receive(inbox, until)? {
+        let until = limit.at(limit.until + FOR_THE_VERDICT);
+        match link.blocking_receive(inbox, &until)? {
             Received::Message(len, fds) => match decode(inbox.message(len)) {
                 Some(FromRoot::Part { round: r, rank, fds: n, blob })
                     if r == round
@@ -524,37 +541,37 @@ fn take_part(
     Ok(pieces)
 }
 
-fn reach_over_unix(name: &str, deadline: Instant) -> Result<unix::Link> {
+fn reach_over_unix(name: &str, limit: &Limit) -> Result<unix::Link> {
     let started = Instant::now();
     let mut pause = FIRST_RETRY;
     loop {
         if let Some(link) = unix::Link::connect(name)? {
             return Ok(link);
         }
-        if Instant::now() >= deadline {
+        if limit.has_passed() {
             return Err(Error::RootUnreachable { waited: started.elapsed() });
         }
-        std::thread::sleep(pause.min(deadline.saturating_duration_since(Instant::now())));
+        limit.sleep(pause)?;
         pause = (pause * 2).min(LAST_RETRY);
     }
 }
 
 /// Tries again and again: rank 0 may start later, and its name appear later.
-fn reach_over_tcp(place: &Place, keys: &tcp::Keys, deadline: Instant) -> Result<tcp::Link> {
+fn reach_over_tcp(place: &Place, keys: &tcp::Keys, limit: &Limit) -> Result<tcp::Link> {
     let started = Instant::now();
     let mut pause = FIRST_RETRY;
     let mut last = String::new();
     loop {
-        match try_over_tcp(place, keys, deadline)? {
+        match try_over_tcp(place, keys, limit)? {
             Ok(link) => return Ok(link),
             // The last attempt, which the deadline cuts short, says less than those before.
             Err((_, cut_short)) if cut_short && !last.is_empty() => {}
             Err((why, _)) => last = why,
         }
-        if Instant::now() >= deadline {
+        if limit.has_passed() {
             return Err(Error::HostUnreachable { tried: place.to_string(), waited: started.elapsed(), last });
         }
-        std::thread::sleep(pause.min(deadline.saturating_duration_since(Instant::now())));
+        limit.sleep(pause)?;
         pause = (pause * 2).min(LAST_RETRY);
     }
 }
@@ -564,7 +581,7 @@ fn reach_over_tcp(place: &Place, keys: &tcp::Keys, deadline: Instant) -> Result<
 fn try_over_tcp(
     place: &Place,
     keys: &tcp::Keys,
-    deadline: Instant,
+    limit: &Limit,
 ) -> Result<std::result::Result<tcp::Link, (String, bool)>> {
     let addresses = match place.addresses() {
         Ok(addresses) => addresses,
@@ -572,7 +589,7 @@ fn try_over_tcp(
     };
     let mut last = ("the name has no address".to_string(), false);
     for address in addresses {
-        match tcp::Link::connect(address, keys, deadline.min(Instant::now() + ATTEMPT))? {
+        match tcp::Link::connect(address, keys, &limit.at(limit.until.min(Instant::now() + ATTEMPT)))? {
             Attempt::Connected(link) => return Ok(Ok(link)),
             Attempt::Failed(why, cut_short) => last = (why, cut_short),
             Attempt::WrongSecret => {
@@ -623,12 +640,16 @@ mod tests {
         Instant::now() + Duration::from_secs(20)
     }
 
+    fn until_soon() -> Limit {
+        soon().into()
+    }
+
     /// Joins with one thread per (rank, world size, heap), and gives each one's outcome.
     fn join_all(id: &UniqueId, ranks: &[(usize, usize, &str)], wait: Duration) -> Vec<Result<Star>> {
         let deadline = Instant::now() + wait;
         let join = |&(rank, world, heap): &(usize, usize, &str)| {
             let (id, fields) = (*id, fields(heap));
-            thread::spawn(move || Star::join(&Rendezvous::from(&id), rank, world, &fields, deadline))
+            thread::spawn(move || Star::join(&Rendezvous::from(&id), rank, world, &fields, &deadline.into()))
         };
         let threads: Vec<_> = ranks.iter().map(join).collect();
         threads.into_iter().map(|t| t.join().unwrap()).collect()
@@ -639,7 +660,8 @@ mod tests {
         let threads: Vec<_> = (0..world_size)
             .map(|rank| {
                 thread::spawn(move || {
-                    let mut star = Star::join(&Rendezvous::from(&id), rank, world_size, &fields("1"), soon()).unwrap();
+                    let mut star =
+                        Star::join(&Rendezvous::from(&id), rank, world_size, &fields("1"), &until_soon()).unwrap();
                     for round in 0..3 {
                         let file = memfd(&format!("file {rank} {round}"));
                         let blob = format!("blob {rank} {round}");
@@ -725,7 +747,7 @@ mod tests {
             let patience = Duration::from_secs(20);
             let (secret, node) = (id.secret(), [0; 32]);
             let hello = Hello { secret, rank: 2, world_size: 3, pid: 1, node, patience, description };
-            Star::join_over_unix(&id.socket_name(), hello, soon())
+            Star::join_over_unix(&id.socket_name(), hello, &until_soon())
         });
         let mut outcomes = join_all(&id, &[(0, 3, "1"), (1, 3, "1")], Duration::from_secs(5));
         outcomes.push(newer.join().unwrap());
@@ -741,10 +763,10 @@ mod tests {
         let id = UniqueId::new().unwrap();
         let name = id.socket_name();
         let stranger = thread::spawn(move || {
-            let mut link = Link::Unix(reach_over_unix(&name, soon()).unwrap());
-            link.blocking_send(b"xcb1 what is this", &[], soon()).unwrap();
-            let silent = Link::Unix(reach_over_unix(&name, soon()).unwrap());
-            let mut liar = Link::Unix(reach_over_unix(&name, soon()).unwrap());
+            let mut link = Link::Unix(reach_over_unix(&name, &until_soon()).unwrap());
+            link.blocking_send(b"xcb1 what is this", &[], &until_soon()).unwrap();
+            let silent = Link::Unix(reach_over_unix(&name, &until_soon()).unwrap());
+            let mut liar = Link::Unix(reach_over_unix(&name, &until_soon()).unwrap());
             let hello = Hello {
                 secret: [0; 32],
                 rank: 1,
@@ -754,17 +776,17 @@ mod tests {
                 patience: Duration::from_secs(1),
                 description: vec![],
             };
-            liar.blocking_send(&encode(&ToRoot::Hello(hello)).unwrap(), &[], soon()).unwrap();
+            liar.blocking_send(&encode(&ToRoot::Hello(hello)).unwrap(), &[], &until_soon()).unwrap();
             let mut inbox = Inbox::new();
-            let Received::Message(len, _) = liar.blocking_receive(&mut inbox, soon()).unwrap() else {
+            let Received::Message(len, _) = liar.blocking_receive(&mut inbox, &until_soon()).unwrap() else {
                 panic!("no answer")
             };
             assert!(matches!(decode(inbox.message(len)), Some(FromRoot::Verdict(Verdict::Refused { .. }))));
             (link, silent, liar)
         });
-        let root = { thread::spawn(move || Star::join(&Rendezvous::from(&id), 0, 2, &fields("1"), soon())) };
+        let root = { thread::spawn(move || Star::join(&Rendezvous::from(&id), 0, 2, &fields("1"), &until_soon())) };
         let kept = stranger.join().unwrap();
-        Star::join(&Rendezvous::from(&id), 1, 2, &fields("1"), soon()).unwrap();
+        Star::join(&Rendezvous::from(&id), 1, 2, &fields("1"), &until_soon()).unwrap();
         root.join().unwrap().unwrap();
         drop(kept);
     }

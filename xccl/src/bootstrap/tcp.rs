@@ -25,7 +25,7 @@ use sha2::{Digest, Sha256};
 use snow::{Builder, HandshakeState, TransportState};
 
 use super::UniqueId;
-use super::link::{BACKLOG, Inbox, Received, Sent, wait_until};
+use super::link::{BACKLOG, Inbox, Limit, Received, Sent, wait_until};
 use super::message::MAX_MESSAGE;
 use crate::error::{Error, Result};
 
@@ -119,10 +119,9 @@ pub(super) enum Attempt {
 
 impl Link {
     /// Connects to rank 0 and agrees on keys with it.
-    pub(super) fn connect(address: SocketAddr, keys: &Keys, until: Instant) -> Result<Attempt> {
-        let failed =
-            |why: &dyn std::fmt::Display| Ok(Attempt::Failed(format!("{address}: {why}"), Instant::now() >= until));
-        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    pub(super) fn connect(address: SocketAddr, keys: &Keys, limit: &Limit) -> Result<Attempt> {
+        let failed = |why: &dyn std::fmt::Display| Ok(Attempt::Failed(format!("{address}: {why}"), limit.has_passed()));
+        let left = limit.left().max(Duration::from_millis(1));
         let stream = match TcpStream::connect_timeout(&address, left) {
             Ok(stream) => stream,
             Err(error) => return failed(&error),
@@ -140,7 +139,7 @@ impl Link {
             return failed(&"the connection takes no data");
         }
         let mut reply = [0; 1 + NOISE_MESSAGE];
-        let come = match link.read_reply(&mut reply, until) {
+        let come = match link.read_reply(&mut reply, limit) {
             Ok(come) => come,
             Err(error) => return failed(&error),
         };
@@ -163,7 +162,7 @@ impl Link {
     }
 
     /// Reads a whole reply, or one byte that refuses; gives the number of bytes that came before the end of connection or time.
-    fn read_reply(&mut self, reply: &mut [u8], until: Instant) -> std::io::Result<usize> {
+    fn read_reply(&mut self, reply: &mut [u8], limit: &Limit) -> std::io::Result<usize> {
         let mut come = 0;
         while come < reply.len() && (come == 0 || reply[0] == WELCOME) {
             match self.stream.read(&mut reply[come..]) {
@@ -171,11 +170,11 @@ impl Link {
                 Ok(n) => come += n,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if Instant::now() >= until {
+                    if limit.has_passed() {
                         break;
                     }
                     let fd = PollFd::new(self.stream.as_fd(), PollFlags::POLLIN);
-                    wait_until(&mut [fd], until).map_err(std::io::Error::other)?;
+                    wait_until(&mut [fd], limit).map_err(std::io::Error::other)?;
                 }
                 Err(error) => return Err(error),
             }
@@ -453,12 +452,13 @@ mod tests {
         let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.address().unwrap();
         let until = Instant::now() + Duration::from_secs(20);
+        let limit = &Limit::from(until);
         std::thread::scope(|s| {
-            let rank = s.spawn(|| Link::connect(address, &keys, until).unwrap());
-            wait_until(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], until).unwrap();
+            let rank = s.spawn(|| Link::connect(address, &keys, limit).unwrap());
+            wait_until(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], limit).unwrap();
             let mut root = listener.accept(&keys).unwrap().unwrap();
             while !root.has_keys() {
-                wait_until(&mut [PollFd::new(root.as_fd(), PollFlags::POLLIN)], until).unwrap();
+                wait_until(&mut [PollFd::new(root.as_fd(), PollFlags::POLLIN)], limit).unwrap();
                 assert!(matches!(root.try_receive(&mut Inbox::new()).unwrap(), Received::Nothing));
             }
             let Attempt::Connected(rank) = rank.join().unwrap() else { panic!("not connected") };

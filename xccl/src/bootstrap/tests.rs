@@ -31,7 +31,7 @@ fn at(address: &str) -> Rendezvous {
 /// Joins as that rank, from the pretended node of that number.
 fn join(rendezvous: &Rendezvous, rank: usize, nodes: &[usize], deadline: Instant) -> Result<Star> {
     let node = NodeKey::of(&format!("{}-{}", std::process::id(), nodes[rank]));
-    Star::join_from(node, rendezvous, rank, nodes.len(), &fields(), deadline)
+    Star::join_from(node, rendezvous, rank, nodes.len(), &fields(), &deadline.into())
 }
 
 /// Plays `scene` as every rank, each in a thread.

@@ -2,7 +2,7 @@
 //!
 //! Rank 0 has a connection to every rank and so sees all ends; it tells the other ranks, which see only rank 0's.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
@@ -98,6 +98,10 @@ impl Watch {
                 _ => break self.end(link),
             }
         }
+    }
+
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 
     fn end(&mut self, link: &Link) {

@@ -15,6 +15,7 @@ use super::pattern::{Pattern, Plan, Sources};
 use super::slots::Slots;
 use super::types::{Call, ReduceOp};
 use super::varied::{Parts, Varied};
+use crate::comm::ending::Cause;
 use crate::comm::inner::{Call as Waits, CommInner, lock};
 use crate::error::{Error, Result};
 use crate::memory::lent::LentPair;
@@ -70,9 +71,8 @@ struct Steps {
 #[derive(Clone, Copy)]
 enum Broken {
     Failure(Failure),
-    Died(usize),
+    Over(Cause),
     Left(usize),
-    Aborted(usize),
 }
 
 struct Op {
@@ -218,7 +218,7 @@ impl Collectives {
 impl Engine {
     fn start(&mut self, comm: &CommInner, ask: Ask) -> Result<Ticket> {
         if let Some(broken) = self.broken {
-            return Err(broken.error(ask.call.operation, self.started + 1));
+            return Err(broken.error(comm, ask.call.operation, self.started + 1));
         }
         let Ask { call, buffers, output_at, parts } = ask;
         self.started += 1;
@@ -250,7 +250,7 @@ impl Engine {
     fn advance(&mut self, comm: &CommInner, number: u64) -> Result<Option<Stuck>> {
         while self.finished < number {
             if let Some(broken) = self.broken {
-                return Err(broken.error(Operation::Computing, number));
+                return Err(broken.error(comm, Operation::Computing, number));
             }
             let Some(op) = self.queue.front_mut() else { break };
             match self.steps.advance(comm, op) {
@@ -294,9 +294,9 @@ impl Engine {
             return;
         }
         match *err {
-            Error::PeerDied { rank, .. } => self.broken = Some(Broken::Died(rank)),
+            Error::PeerDied { rank, .. } => self.broken = Some(Broken::Over(Cause::Died(rank))),
             Error::PeerLeft { rank, .. } => self.broken = Some(Broken::Left(rank)),
-            Error::Aborted { by, .. } => self.broken = Some(Broken::Aborted(by)),
+            Error::Aborted { by, .. } => self.broken = Some(Broken::Over(Cause::Aborted(by))),
             // Another rank has told why, or this one tells that it has met its deadline, or a thing that it cannot go on after.
             _ => match (0..comm.world_size).find_map(|rank| Failure::told_by(comm, rank)) {
                 Some(told) => self.broken = Some(Broken::Failure(told)),
@@ -475,12 +475,11 @@ fn lags(view: View<'_>, step: u64) -> Option<usize> {
 }
 
 impl Broken {
-    fn error(self, during: Operation, epoch: u64) -> Error {
+    fn error(self, comm: &CommInner, during: Operation, epoch: u64) -> Error {
         match self {
             Broken::Failure(failure) => failure.error(),
-            Broken::Died(rank) => Error::PeerDied { rank, during, epoch },
+            Broken::Over(cause) => comm.ending.error(cause, during, epoch),
             Broken::Left(rank) => Error::PeerLeft { rank, during, epoch },
-            Broken::Aborted(by) => Error::Aborted { by, during },
         }
     }
 }

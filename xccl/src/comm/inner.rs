@@ -1,8 +1,9 @@
 //! What a communicator is made of, shared by its handles.
 
+use std::cell::Cell;
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::Config;
 use super::bells::Bells;
+use super::ending::{ABORTED, Cause, Ending, LEFT, RUNNING};
 use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC};
 use crate::bootstrap::{Rendezvous, Star};
 use crate::collectives;
@@ -27,14 +29,8 @@ use crate::p2p::calibration::{self, Calibration, CalibrationPoint};
 use crate::p2p::engine::P2p;
 use crate::sync::bell::{self, Sleeper};
 use crate::sync::cores::{CoreSharing, Cores};
-use crate::sync::liveness::Liveness;
 use crate::sync::progress::{self, Operation, Waiting};
 use crate::sync::wait::{self, Patience, Phase};
-
-/// Values of the state word.
-const RUNNING: u32 = 1;
-const ABORTED: u32 = 2;
-const LEFT: u32 = 3;
 
 /// How long a rank that leaves waits, at most, until what it has sent to far ranks is there.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -72,10 +68,9 @@ pub(crate) struct CommInner {
     pub(crate) p2p: P2p,
     pub(crate) collectives: Collectives,
     pub(crate) calibration: Calibration,
-    star: Mutex<Star>,
+    pub(crate) ending: Arc<Ending>,
+    pub(super) aborting: Mutex<()>,
     barriers: Mutex<u64>,
-    liveness: Liveness,
-    first_dead: OnceLock<usize>,
     pub(crate) core_sharing: CoreSharing,
     patience: Patience,
     sleeper: Sleeper,
@@ -114,7 +109,7 @@ impl CommInner {
         config.kernels.resolve("Config::kernels")?;
         let deadline = Instant::now() + config.timeout.unwrap_or(NO_DEADLINE);
         let heap_bytes = HEAP_START + config.heap_bytes.next_multiple_of(4096);
-        let mut star = Star::join(rendezvous, rank, world_size, &config.description(), deadline)?;
+        let mut star = Star::join(rendezvous, rank, world_size, &config.description(), &deadline.into())?;
         #[cfg(test)]
         if let Some(pretence) = &config.pretence {
             star.pretend(&pretence.nodes);
@@ -123,6 +118,7 @@ impl CommInner {
         let config = if nodes.iter().any(|&node| node != nodes[0]) { config.between_nodes() } else { config };
         let layout = CommLayout::new(world_size, &config);
         let ranks_here = star.ranks_here();
+        let here = ((0..rank).filter(|&other| star.is_near(other)).count(), ranks_here);
         let bytes = layout.bytes + heap_bytes;
         let enough = fabric::check_memory("the communicator", bytes, ranks_here);
         let outboxes = fabric::exchange_segments(&mut star, &config, enough, Writers::Owner, layout.bytes, deadline)?;
@@ -178,17 +174,23 @@ impl CommInner {
         drop(probe);
 
         let bells = Arc::new(Bells::new(&fabric, world_size, &layout));
+        let ending = Arc::new(Ending::new(star, &fabric, &layout, &bells));
         if ranks_here < world_size {
+            let mut star = ending.star();
             let endpoint = fabric::open_endpoint(&config, rendezvous.id(), &star)?;
             let progress_thread = config.progress_thread;
+            let watched = star.watched()?;
             let mover = |plane, chores| {
-                let bells = bells.clone();
-                let heard = move |source| bells.heard_from(source);
-                if progress_thread { Mover::start(plane, chores, heard) } else { Mover::none() }
+                let [heard, looked] = std::array::from_fn(|_| ending.clone());
+                let heard = move |source| heard.heard_from(source);
+                let look = move || _ = looked.cause();
+                if progress_thread { Mover::start(plane, chores, heard, watched, look) } else { Mover::none() }
             };
-            fabric.far = Some(Far::connect(&mut star, endpoint, &fabric, &layout, mover, deadline)?);
+            let far = Far::connect(&mut star, endpoint, &fabric, &layout, mover, deadline)?;
+            ending.tell_far(&far.plane, (0..world_size).filter(|&rank| !star.is_near(rank)).collect());
+            drop(star);
+            fabric.far = Some(far);
         }
-        let liveness = Liveness::watch(pids.iter().enumerate().map(|(peer, &pid)| star.is_near(peer).then_some(pid)));
 
         let alone = CoreSharing::of(&cores);
         let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
@@ -204,11 +206,10 @@ impl CommInner {
             collectives: Collectives::new(rank, &nodes),
             heap: Mutex::new(Heap::new(HEAP_START, heap_bytes - HEAP_START)),
             counters: Arc::default(),
-            star: Mutex::new(star),
+            ending,
+            aborting: Mutex::new(()),
             barriers: Mutex::new(0),
-            liveness,
-            first_dead: OnceLock::new(),
-            patience: Patience::for_sharing(&core_sharing),
+            patience: Patience::for_sharing(&core_sharing).in_turn(here.0, here.1),
             core_sharing,
             sleeper: Sleeper::new(),
             config,
@@ -221,7 +222,15 @@ impl CommInner {
             comm.calibrate(deadline)?;
         }
         comm.p2p.set_private_rendezvous(comm.calibration.private_rendezvous);
+        comm.look_out();
         Ok(comm)
+    }
+
+    /// From now on what is set up with these ranks ends when the communicator does.
+    fn look_out(&self) {
+        let ending = Arc::downgrade(&self.ending);
+        let check = move || ending.upgrade().map_or(Ok(()), |ending| ending.check(Operation::Setup));
+        self.star().look_out(Some(Arc::new(check)));
     }
 
     /// All ranks take what ranks 0 and 1 have measured, unless their own configuration says otherwise. Called on all ranks, or
@@ -243,7 +252,7 @@ impl CommInner {
 
     /// The connections that were used to join: for one set-up at a time.
     pub(crate) fn star(&self) -> MutexGuard<'_, Star> {
-        lock(&self.star)
+        self.ending.star()
     }
 
     /// Whether `rank` is on this node.
@@ -281,7 +290,7 @@ impl CommInner {
     /// Takes what has come from far ranks, and sends what waits for room.
     #[cold]
     fn move_on(&self, far: &Far) {
-        far.plane.progress(|source| self.bells.heard_from(source));
+        far.plane.progress(|source| self.ending.heard_from(source));
         far.chores.attempt();
     }
 
@@ -334,10 +343,16 @@ impl CommInner {
         const SHORTER: u32 = 20;
         match self.briefly(&mut ready) {
             Some(value) => Ok(value),
-            None => self.wait_with(&mut Call::default(), what, ready, |slice, ready| {
-                std::thread::sleep(slice / SHORTER);
-                ready();
-            }),
+            None => self.wait_with(
+                &mut Call::default(),
+                what,
+                ready,
+                |slice, ready| {
+                    std::thread::sleep(slice / SHORTER);
+                    ready();
+                },
+                |since| self.reason_to_give_up(&what, since),
+            ),
         }
     }
 
@@ -347,19 +362,31 @@ impl CommInner {
         let bell = self.fabric.heap.word32(BELL);
         let waits_for = what.peer.map_or(bell::ANYONE, bell::only);
         let place = self.bells.place(self.rank);
+        let rung = Cell::new(0);
         let doze = |slice, ready: &mut dyn FnMut() -> bool| {
-            self.sleeper.sleep_unless((place, sleep), waits_for, bell, slice, ready);
+            self.sleeper.sleep_unless((place, sleep), waits_for, (bell, rung.get()), slice, ready);
         };
-        let Some(far) = &self.fabric.far else { return self.wait_with(call, what, ready, doze) };
+        let check = |since| {
+            // Read first: what ends the wait from now on rings it, and the sleep that follows is none.
+            rung.set(bell::rung(bell));
+            self.reason_to_give_up(&what, since)
+        };
+        let Some(far) = &self.fabric.far else { return self.wait_with(call, what, ready, doze, check) };
         let looks = || self.look(far, &mut ready);
         // What it waits for may be a far rank, or a near one that waits for a far one.
         far.mover.attend();
-        let result = self.wait_with(call, what, looks, |slice, ready| {
-            let slice = if far.mover.is_running() { slice } else { slice.min(WITHOUT_MOVER) };
-            far.mover.leave(true);
-            doze(slice, ready);
-            far.mover.attend();
-        });
+        let result = self.wait_with(
+            call,
+            what,
+            looks,
+            |slice, ready| {
+                let slice = if far.mover.is_running() { slice } else { slice.min(WITHOUT_MOVER) };
+                far.mover.leave(true);
+                doze(slice, ready);
+                far.mover.attend();
+            },
+            check,
+        );
         far.mover.leave(false);
         result
     }
@@ -370,6 +397,7 @@ impl CommInner {
         what: Waiting,
         ready: impl FnMut() -> Option<T>,
         sleep: impl FnMut(Duration, &mut dyn FnMut() -> bool),
+        check: impl Fn(Instant) -> Result<()>,
     ) -> Result<T> {
         let own = &self.fabric.outbox;
         let started = Instant::now();
@@ -380,7 +408,7 @@ impl CommInner {
                 progress::waits(own, self.layout.progress, &what);
                 published = true;
             }
-            self.reason_to_give_up(&what, since)
+            check(since)
         });
         if published {
             progress::computes(own, self.layout.progress);
@@ -398,14 +426,12 @@ impl CommInner {
 
     fn reason_to_give_up(&self, what: &Waiting, since: Instant) -> Result<()> {
         let during = what.operation;
-        if let Some(by) = (0..self.world_size).find(|&r| self.state(r) == ABORTED) {
-            return Err(Error::Aborted { by, during });
-        }
-        // What is between two ranks goes on whatever becomes of others.
+        // What is between two ranks goes on whatever becomes of others, but for an abort.
         let concerns = |rank: usize| !during.is_of_a_pair() || what.peer == Some(rank);
-        let dead = if during.is_of_a_pair() { what.peer.filter(|&r| self.has_died(r)) } else { self.dead_rank() };
-        if let Some(rank) = dead {
-            return Err(Error::PeerDied { rank, during, epoch: what.epoch });
+        match self.ending.cause() {
+            Some(Cause::Died(rank)) if !concerns(rank) => self.check_pair(what)?,
+            Some(cause) => return Err(self.ending.error(cause, during, what.epoch)),
+            None => {}
         }
         if during.is_collective()
             && let Some(told) = collectives::failure::told_by_anyone(self)
@@ -434,11 +460,19 @@ impl CommInner {
     fn check_plane(&self, concerns: impl Fn(usize) -> bool, what: &Waiting) -> Result<()> {
         let Some(far) = &self.fabric.far else { return Ok(()) };
         let (during, epoch) = (what.operation, what.epoch);
-        // A death first, which may also look as if the link were down.
-        if let Some(rank) = self.lost_rank().filter(|&rank| concerns(rank)) {
-            return Err(Error::PeerDied { rank, during, epoch });
-        }
         self.check_reach(far, concerns, (during, epoch))
+    }
+
+    /// Whether what is between this rank and one other can go on although a third one has died.
+    fn check_pair(&self, what: &Waiting) -> Result<()> {
+        let (during, epoch) = (what.operation, what.epoch);
+        if let Some(by) = (0..self.world_size).find(|&rank| self.state(rank) == ABORTED) {
+            return Err(self.ending.error(Cause::Aborted(by), during, epoch));
+        }
+        match what.peer.filter(|&rank| self.ending.has_died(rank)) {
+            Some(rank) => Err(Error::PeerDied { rank, during, epoch }),
+            None => Ok(()),
+        }
     }
 
     /// Whether the network still reaches the far ranks that it `concerns`.
@@ -469,17 +503,20 @@ impl CommInner {
 
     /// Whether anything can still be done to a rank's memory, as far as this rank knows without asking the kernel.
     pub(crate) fn check_partner(&self, rank: usize, during: Operation) -> Result<()> {
+        let aborted = |by| self.ending.error(Cause::Aborted(by), during, 0);
         match self.state(rank) {
-            ABORTED => return Err(Error::Aborted { by: rank, during }),
+            ABORTED => return Err(aborted(rank)),
             LEFT => return Err(Error::PeerLeft { rank, during, epoch: 0 }),
-            _ if self.first_dead.get() == Some(&rank) => return Err(Error::PeerDied { rank, during, epoch: 0 }),
+            _ if self.ending.known() == Some(Cause::Died(rank)) => {
+                return Err(Error::PeerDied { rank, during, epoch: 0 });
+            }
             _ => {}
         }
         if let Some(far) = self.fabric.far_to(rank) {
             self.check_reach(far, |other| other == rank, (during, 0))?;
         }
         match self.state(self.rank) {
-            ABORTED => Err(Error::Aborted { by: self.rank, during }),
+            ABORTED => Err(aborted(self.rank)),
             _ => Ok(()),
         }
     }
@@ -487,15 +524,12 @@ impl CommInner {
     /// As [`check_partner`](Self::check_partner), but asks the kernel or the network, which takes a while.
     pub(crate) fn check_partner_lives(&self, rank: usize, during: Operation) -> Result<()> {
         self.check_partner(rank, during)?;
-        if self.has_died(rank) {
-            return Err(Error::PeerDied { rank, during, epoch: 0 });
+        match self.ending.cause() {
+            _ if self.ending.has_died(rank) => return Err(Error::PeerDied { rank, during, epoch: 0 }),
+            Some(cause @ Cause::Died(dead)) if dead == rank => return Err(self.ending.error(cause, during, 0)),
+            _ => {}
         }
         self.check_plane(|other| other == rank, &Waiting { operation: during, epoch: 0, peer: Some(rank) })
-    }
-
-    /// Whether the rank's process has ended without leaving.
-    fn has_died(&self, rank: usize) -> bool {
-        self.liveness.first_dead(|r| r == rank && self.state(r) != LEFT).is_some()
     }
 
     /// For who looks at words without waiting: takes what has come from far ranks.
@@ -506,39 +540,7 @@ impl CommInner {
     }
 
     fn state(&self, rank: usize) -> u32 {
-        self.fabric.peer(rank).outbox.word32(self.layout.state).load(Acquire)
-    }
-
-    /// The rank whose process ended first without leaving, as far as this rank can tell or was told.
-    fn dead_rank(&self) -> Option<usize> {
-        if let Some(&rank) = self.first_dead.get() {
-            return Some(rank);
-        }
-        let near = self.liveness.first_dead(|r| self.state(r) != LEFT);
-        let rank = near.or_else(|| self.fabric.far.as_ref().and_then(|_| self.dead_as_others_say()))?;
-        let rank = *self.first_dead.get_or_init(|| rank);
-        if near == Some(rank) {
-            // Only its node sees the process.
-            let word = rank as u64 + 1;
-            self.fabric.far().for_each(|(other, far)| far.tell(other, self.layout.dead, word));
-        }
-        Some(rank)
-    }
-
-    /// The rank that a far one has seen die.
-    fn dead_as_others_say(&self) -> Option<usize> {
-        let word = |rank: usize| self.fabric.peer(rank).outbox.word64(self.layout.dead).load(Acquire);
-        let dead = self.fabric.far().map(|(rank, _)| word(rank)).find(|&word| word != 0)?;
-        (dead <= self.world_size as u64).then(|| dead as usize - 1)
-    }
-
-    /// The rank whose connection from the time of joining has ended, without its having left.
-    fn lost_rank(&self) -> Option<usize> {
-        // While the connections are used to set something up, that finds it.
-        let mut star = self.star.try_lock().ok()?;
-        let lost = star.lost().filter(|&rank| self.state(rank) != LEFT)?;
-        self.first_dead.get_or_init(|| lost);
-        Some(lost)
+        self.ending.state(rank)
     }
 
     /// Whether `rank` can read this rank's private memory.
@@ -569,15 +571,11 @@ impl CommInner {
         Ok(())
     }
 
-    pub(crate) fn abort(&self) {
-        self.end(ABORTED);
-    }
-
     /// Says that this rank takes no further part; what it has published stays readable.
-    fn end(&self, state: u32) {
-        self.fabric.outbox.word32(self.layout.state).store(state, Release);
+    fn leave(&self) {
+        self.fabric.outbox.word32(self.layout.state).store(LEFT, Release);
         self.ring_all();
-        self.fabric.far().for_each(|(rank, far)| far.tell32(rank, self.layout.state, state));
+        self.fabric.far().for_each(|(rank, far)| far.tell32(rank, self.layout.state, LEFT));
     }
 
     /// Wakes every rank of this node, to look at what this one has published.
@@ -590,7 +588,10 @@ impl CommInner {
     /// cannot be reached, and not for long.
     fn see_off(&self, far: &Far) {
         let until = Instant::now() + self.config.timeout.unwrap_or(FAREWELL).min(FAREWELL);
-        let is_through = |rank: usize| self.state(rank) == LEFT || far.plane.is_settled(rank);
+        let is_through = |rank: usize| {
+            let is_gone = self.state(rank) == LEFT || self.ending.known() == Some(Cause::Died(rank));
+            is_gone || far.plane.is_settled(rank)
+        };
         while !self.fabric.far().all(|(rank, _)| is_through(rank)) && Instant::now() < until {
             self.move_on(far);
             std::thread::sleep(WITHOUT_MOVER);
@@ -603,7 +604,7 @@ impl Drop for CommInner {
         // What other ranks still pass on for this one comes first: that it has left must not overtake it.
         self.fabric.far.iter().for_each(|far| self.see_off(far));
         if self.state(self.rank) != ABORTED {
-            self.end(LEFT);
+            self.leave();
         }
         self.fabric.far.iter().for_each(|far| self.see_off(far));
     }

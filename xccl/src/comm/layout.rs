@@ -8,7 +8,7 @@ use crate::collectives::slots::Slots;
 use crate::memory::layout::{LINE, Layout};
 
 /// Changes whenever a layout in shared memory or a protocol changes.
-pub(crate) const ABI_VERSION: u32 = 2;
+pub(crate) const ABI_VERSION: u32 = 3;
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"XCCLSEG1");
 /// Differs when read with the other byte order.
 pub(crate) const BYTE_ORDER: u32 = 0x0102_0304;
@@ -37,6 +37,9 @@ const _: () = assert!(size_of::<Header>() == 64 && align_of::<Header>() == 8);
 /// Slots of each ring, and rendezvous that may be outstanding from one rank to another.
 pub(crate) const SLOTS: usize = 64;
 
+/// Bytes of what a rank says of its abort: its code and the text's length, eight bytes each, and the text.
+pub(crate) const ABORT_BYTES: usize = 128;
+
 /// Offsets in the outbox. Each word names its one writer, the outbox's owner; the comment says who reads it.
 #[derive(Clone, Debug)]
 pub(crate) struct CommLayout {
@@ -50,8 +53,10 @@ pub(crate) struct CommLayout {
     pub(crate) progress: usize,
     /// Barriers entered; read by all.
     pub(crate) barrier: usize,
-    /// A rank of this node that has died, plus one, as soon as this rank knows; read by the ranks of other nodes.
-    pub(crate) dead: usize,
+    /// Why this rank holds the communicator to be over; read by all.
+    pub(crate) cause: usize,
+    /// What this rank says of its abort; read by all once its state says that it has aborted.
+    pub(crate) abort: usize,
     /// A byte per rank: 1 where this rank can read that rank's private memory; read by that rank.
     pub(crate) cma: usize,
     /// Per source, a line: messages consumed of the ring from there; read by that source.
@@ -76,7 +81,8 @@ impl CommLayout {
         let mut layout = Layout::default();
         layout.add(size_of::<Header>());
         let [state, sleep, progress, barrier] = std::array::from_fn(|_| layout.add(LINE));
-        let dead = barrier + 8;
+        let cause = state + 16;
+        let abort = layout.add(ABORT_BYTES);
         let cma = layout.add(world_size);
         let consumed = layout.add(world_size * LINE);
         let finished = layout.add(world_size * SLOTS * 8);
@@ -88,12 +94,13 @@ impl CommLayout {
         let bytes = layout.bytes();
         CommLayout {
             state,
-            // Beside the state: both are looked at before a put, and hardly ever change.
+            // Beside the state, as the cause: they are looked at together, and hardly ever change.
             border: state + 8,
             sleep,
             progress,
             barrier,
-            dead,
+            cause,
+            abort,
             cma,
             consumed,
             finished,
@@ -148,6 +155,7 @@ mod tests {
             let layout = CommLayout::new(world, &Config::default().p2p_ring_bytes(ring_kib << 10));
             let mut areas = vec![(0, size_of::<Header>())];
             areas.extend([layout.state, layout.sleep, layout.progress, layout.barrier].map(|at| (at, LINE)));
+            areas.push((layout.abort, ABORT_BYTES));
             areas.push((layout.cma, world));
             areas.extend(layout.collectives.areas());
             for peer in 0..world {

@@ -1,7 +1,9 @@
 //! The communicator: a group of ranks that can reach each other's memory.
 
+mod abort;
 mod bells;
 pub(crate) mod config;
+pub(crate) mod ending;
 #[cfg(test)]
 pub(crate) mod far_tests;
 mod heap_buffer;
@@ -90,11 +92,11 @@ pub struct Statistics {
 /// Memory that a communicator takes on each rank, as its configuration implies it. Pages count once they are touched, and each
 /// page once on the machine, however many ranks map it.
 ///
-/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has five lines, and for each rank a byte, a line, twice 64
+/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has seven lines, and for each rank a byte, a line, twice 64
 /// words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages. Collectives add 32 slots of 4 KiB and four of 256 KiB:
 ///
 /// ```text
-/// outbox  = page(page(320 + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
+/// outbox  = page(page(448 + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
 /// touched = a page or a few of words, 4096 bytes and the used part of R for each rank that was sent to, and the used slots
 /// heap    = 4096 + XCCL_HEAP, touched as it is allocated and written
 /// ```
@@ -110,7 +112,7 @@ pub struct Statistics {
 /// ```
 /// use xccl::{Communicator, Config};
 /// let (page, ring) = (|bytes: usize| bytes.next_multiple_of(4096), 1 << 20);
-/// let by_formula = |w: usize| page(page(320 + w.next_multiple_of(64) + 1088 * w) + 4096 * w + ring * w) + 1191936;
+/// let by_formula = |w: usize| page(page(448 + w.next_multiple_of(64) + 1088 * w) + 4096 * w + ring * w) + 1191936;
 /// for ranks in [1, 2, 8, 64, 1000] {
 ///     let plan = Communicator::memory_plan(ranks, &Config::default().p2p_ring_bytes(ring));
 ///     assert_eq!(plan.outbox_bytes, by_formula(ranks), "{ranks} ranks");
@@ -333,9 +335,29 @@ impl Communicator {
         }
     }
 
-    /// Ends every pending and later wait of every rank with [`Error::Aborted`].
+    /// Ends every pending and later wait of every rank with [`Error::Aborted`]: those of this process's other threads, those that
+    /// are asleep, and those of other nodes. Does not block. Only the first abort of a rank counts, and none counts after a death,
+    /// which is what the ranks are told then.
+    ///
+    /// A call that need not wait may still succeed.
     pub fn abort(&self) {
-        self.inner.abort();
+        self.inner.abort(0, "");
+    }
+
+    /// As [`abort`](Self::abort), with a number and a reason that every rank is told: up to 112 bytes of it.
+    ///
+    /// ```
+    /// # use xccl::{Communicator, Config, Error, UniqueId};
+    /// # fn main() -> xccl::Result<()> {
+    /// # let comm = Communicator::init(0, 1, &UniqueId::new()?, Config::default())?;
+    /// comm.abort_with(17, "the scheduler has cancelled the batch");
+    /// let Err(Error::Aborted { by: 0, code: 17, why, .. }) = comm.recv(0, 1, &mut [0]) else { panic!() };
+    /// assert_eq!(why, "the scheduler has cancelled the batch");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn abort_with(&self, code: i32, why: &str) {
+        self.inner.abort(code, why);
     }
 
     /// Leaves the communicator: the same as dropping this handle. Never blocks; ranks may leave in any order, and what this

@@ -6,13 +6,13 @@
 //! Whoever waits moves things on itself, and better: it sees what it waits for the moment that it comes. So the thread keeps away
 //! while somebody does ([`Mover::attend`]), and takes over when the last one goes to sleep.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -27,6 +27,9 @@ const AWAY: Duration = Duration::from_millis(1);
 const ASLEEP_MS: u8 = 20;
 /// Looks where it does not, or where something waits for room or a chore is due.
 const BETWEEN_LOOKS: Duration = Duration::from_micros(50);
+
+/// Looks at what is watched, where the card does not let the thread sleep.
+const UNWATCHED: Duration = Duration::from_millis(20);
 
 /// Something that other nodes wait for.
 pub(crate) trait Chore: Send + Sync {
@@ -92,17 +95,21 @@ pub(crate) struct Mover {
 }
 
 impl Mover {
-    /// Starts the thread; `heard` is told each rank that has changed words here.
+    /// Starts the thread; `heard` is told each rank that has changed words here. `watched` becomes readable when there may be
+    /// something to `look` at.
     pub(crate) fn start(
         plane: Arc<Plane>,
         chores: Arc<Chores>,
         heard: impl Fn(usize) + Send + 'static,
+        watched: Option<OwnedFd>,
+        look: impl Fn() + Send + 'static,
     ) -> Result<Self> {
         let mut mover = Mover::none()?;
         let shared = mover.shared.clone();
         let thread = std::thread::Builder::new().name("xccl-progress".to_owned());
-        let thread =
-            thread.spawn(move || shared.run(&plane, &chores, heard)).map_err(|e| Error::os("pthread_create", e))?;
+        let thread = thread
+            .spawn(move || shared.run(&plane, &chores, heard, (watched, look)))
+            .map_err(|e| Error::os("pthread_create", e))?;
         mover.thread = Some(thread);
         Ok(mover)
     }
@@ -146,7 +153,9 @@ impl Mover {
 }
 
 impl Shared {
-    fn run(&self, plane: &Plane, chores: &Chores, heard: impl Fn(usize)) {
+    fn run(&self, plane: &Plane, chores: &Chores, heard: impl Fn(usize), watched: (Option<OwnedFd>, impl Fn())) {
+        let (watched, look) = (watched.0.as_ref().map(|fd| fd.as_fd()), watched.1);
+        let mut looked = Instant::now();
         while !self.stop.load(Acquire) {
             if self.attending.load(Acquire) > 0 || self.attended.swap(false, Relaxed) {
                 std::thread::park_timeout(AWAY);
@@ -160,13 +169,25 @@ impl Shared {
             // Nobody would wake the thread when a chore becomes possible.
             match plane.wake_fd().filter(|_| !chores.are_due() && plane.may_sleep()) {
                 Some(fd) => {
-                    let mut fds = [fd, self.wake.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+                    let fds = [fd, self.wake.as_fd(), watched.unwrap_or(fd)];
+                    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
                     // An error of poll would come again: it only must not become a busy loop.
                     if poll(&mut fds, ASLEEP_MS).is_err() {
                         std::thread::sleep(BETWEEN_LOOKS);
                     }
+                    if watched.is_some() && fds[2].any() == Some(true) {
+                        look();
+                        // It stays readable while somebody else is about to read it.
+                        std::thread::park_timeout(AWAY);
+                    }
                 }
-                None => std::thread::park_timeout(BETWEEN_LOOKS),
+                None => {
+                    std::thread::park_timeout(BETWEEN_LOOKS);
+                    if looked.elapsed() >= UNWATCHED {
+                        look();
+                        looked = Instant::now();
+                    }
+                }
             }
         }
     }

@@ -85,6 +85,12 @@ pub(crate) fn ring(bell: &AtomicU32) {
     futex::wake_all(bell);
 }
 
+/// How often `bell` was rung, to be read before a last look at what [`ring`] alone tells: what it tells from then on ends the sleep
+/// that begins with this number.
+pub(crate) fn rung(bell: &AtomicU32) -> u32 {
+    bell.load(Ordering::Acquire)
+}
+
 /// A rank's own sleep word, shared by those of its threads that sleep at the same time.
 pub(crate) struct Sleeper {
     sleeping: Mutex<u32>,
@@ -95,7 +101,7 @@ impl Sleeper {
         Sleeper { sleeping: Mutex::new(0) }
     }
 
-    /// Sleeps until `bell` is rung or `slice` has passed, unless `ready` is true after `sleep` says `waits_for` and the list of
+    /// Sleeps until `bell` is rung once more than `before`, or `slice` has passed, unless `ready` is true after `sleep` says `waits_for` and the list of
     /// sleepers has this rank.
     ///
     /// Returns what `ready` last said. Spurious returns are possible; the caller loops.
@@ -103,11 +109,10 @@ impl Sleeper {
         &self,
         (place, sleep): (Place<'_>, &AtomicU32),
         waits_for: u32,
-        bell: &AtomicU32,
+        (bell, before): (&AtomicU32, u32),
         slice: Duration,
         mut ready: impl FnMut() -> bool,
     ) -> bool {
-        let before = bell.load(Ordering::Acquire);
         self.enter(place, sleep, waits_for);
         fence(Ordering::SeqCst);
         let is_ready = ready() || {

@@ -9,17 +9,30 @@ use crate::memory::fd;
 /// One pidfd per rank of another process.
 pub(crate) struct Liveness {
     pidfds: Vec<(usize, OwnedFd)>,
+    /// The ranks of this very process.
+    own: Vec<usize>,
 }
 
 impl Liveness {
     /// Watches the process of each rank. A process that this one cannot see (another pid namespace) is not watched: its
     /// death then ends in a deadline. Nor is a rank of another node, which has `None`.
     pub(crate) fn watch(pids: impl Iterator<Item = Option<u32>>) -> Self {
-        let own = std::process::id();
-        let others =
-            pids.enumerate().filter_map(|(rank, pid)| Some((rank, pid.filter(|&pid| pid != own && pid != 0)?)));
-        let pidfds = others.filter_map(|(rank, pid)| Some((rank, pidfd_open(pid)?))).collect();
-        Liveness { pidfds }
+        let this = std::process::id();
+        let near = pids.enumerate().filter_map(|(rank, pid)| Some((rank, pid.filter(|&pid| pid != 0)?)));
+        let (own, others): (Vec<_>, Vec<_>) = near.partition(|&(_, pid)| pid == this);
+        let pidfds = others.into_iter().filter_map(|(rank, pid)| Some((rank, pidfd_open(pid)?))).collect();
+        Liveness { pidfds, own: own.into_iter().map(|(rank, _)| rank).collect() }
+    }
+
+    /// Whether the rank's process has ended, where this one can know.
+    pub(crate) fn has_ended(&self, rank: usize) -> Option<bool> {
+        if self.own.contains(&rank) {
+            return Some(false);
+        }
+        let at = self.pidfds.binary_search_by_key(&rank, |(rank, _)| *rank).ok()?;
+        let mut fd = [PollFd::new(self.pidfds[at].1.as_fd(), PollFlags::POLLIN)];
+        // An error of poll says nothing: the next look may.
+        Some(poll(&mut fd, PollTimeout::ZERO).is_ok_and(|ready| ready > 0))
     }
 
     /// The first of the ranks whose processes have ended that `counts`. Allocates nothing: a wait may look often.

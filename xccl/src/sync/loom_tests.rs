@@ -107,12 +107,44 @@ fn loom_a_sleeper_never_misses_the_publication_it_waits_for() {
         };
         let list = AtomicU64::new(0);
         let place = bell::Place::new(&list, 3);
-        let ready =
-            bell::Sleeper::new()
-                .sleep_unless((place, &sleep), bell::only(7), &bell_word, Duration::MAX, || epoch::reached(&word, 1));
+        let ready = bell::Sleeper::new().sleep_unless(
+            (place, &sleep),
+            bell::only(7),
+            (&bell_word, bell::rung(&bell_word)),
+            Duration::MAX,
+            || epoch::reached(&word, 1),
+        );
         assert!(ready, "woken by the only publisher, so its word must be there");
         publisher.join().unwrap();
         assert_eq!(sleep.load(Ordering::Relaxed), bell::AWAKE);
+    });
+}
+
+/// The sleeper waits for a word that never comes; an abort reaches it all the same, between its look at the state and its sleep too.
+#[test]
+fn loom_an_abort_ends_the_sleep_of_who_waits_for_another_rank() {
+    loom::model(|| {
+        let state = Arc::new(AtomicU32::new(0));
+        let bell_word = Arc::new(AtomicU32::new(0));
+        let aborter = {
+            let (state, bell_word) = (state.clone(), bell_word.clone());
+            thread::spawn(move || {
+                state.store(1, Ordering::Release);
+                bell::publish_fence();
+                bell::ring(&bell_word);
+            })
+        };
+        let (list, sleep) = (AtomicU64::new(0), AtomicU32::new(bell::AWAKE));
+        let place = bell::Place::new(&list, 3);
+        loop {
+            let rung = bell::rung(&bell_word);
+            if state.load(Ordering::Acquire) == 1 {
+                break;
+            }
+            let sleeper = bell::Sleeper::new();
+            sleeper.sleep_unless((place, &sleep), bell::only(7), (&bell_word, rung), Duration::MAX, || false);
+        }
+        aborter.join().unwrap();
     });
 }
 
@@ -135,10 +167,13 @@ fn loom_a_sleeper_waits_for_one_of_two_publishers() {
             .collect();
         let list = AtomicU64::new(0);
         let place = bell::Place::new(&list, 3);
-        while !bell::Sleeper::new()
-            .sleep_unless((place, &sleep), bell::only(1), &bell_word, Duration::MAX, || epoch::reached(&words[1], 1))
-        {
-        }
+        while !bell::Sleeper::new().sleep_unless(
+            (place, &sleep),
+            bell::only(1),
+            (&bell_word, bell::rung(&bell_word)),
+            Duration::MAX,
+            || epoch::reached(&words[1], 1),
+        ) {}
         for publisher in publishers {
             publisher.join().unwrap();
         }
@@ -213,7 +248,13 @@ fn loom_a_publisher_for_all_finds_the_sleeper_in_the_list() {
         };
         let at = (bell::Place::new(&shared.list, 0), &shared.sleep);
         let is_there = || epoch::reached(&shared.word, 1);
-        assert!(bell::Sleeper::new().sleep_unless(at, bell::ANYONE, &shared.bell, Duration::MAX, is_there));
+        assert!(bell::Sleeper::new().sleep_unless(
+            at,
+            bell::ANYONE,
+            (&shared.bell, bell::rung(&shared.bell)),
+            Duration::MAX,
+            is_there
+        ));
         publisher.join().unwrap();
         awakening.join().unwrap();
         assert_eq!(shared.list.load(Ordering::Relaxed), 0);
@@ -255,7 +296,13 @@ fn loom_signals_add_up_and_carry_their_data() {
             .collect();
         let at = (bell::Place::new(&shared.list, 0), &shared.sleep);
         let both = || signal::look(&shared.word, signal::Until::Ge(2)).is_some();
-        while !bell::Sleeper::new().sleep_unless(at, bell::ANYONE, &shared.bell, Duration::MAX, both) {}
+        while !bell::Sleeper::new().sleep_unless(
+            at,
+            bell::ANYONE,
+            (&shared.bell, bell::rung(&shared.bell)),
+            Duration::MAX,
+            both,
+        ) {}
         for data in &shared.data {
             // SAFETY: as above.
             assert_eq!(data.with(|data| unsafe { *data }), 7);

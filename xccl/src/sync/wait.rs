@@ -12,6 +12,8 @@ pub(crate) struct Patience {
     pub(crate) looks: u32,
     pub(crate) spin: Duration,
     pub(crate) yielding: Duration,
+    /// Of the ranks that may sleep here, which one this is, and how many they are.
+    turn: (u32, u32),
 }
 
 impl Patience {
@@ -19,18 +21,43 @@ impl Patience {
     /// is waited for may need this very core: it gets it soon.
     pub(crate) fn for_sharing(cores: &CoreSharing) -> Self {
         if cores.has_core_each() {
-            Patience { looks: LOOKS, spin: Duration::from_micros(200), yielding: Duration::from_micros(300) }
+            let (spin, yielding) = (Duration::from_micros(200), Duration::from_micros(300));
+            Patience { looks: LOOKS, spin, yielding, turn: (0, 1) }
         } else {
             // Of 64 ranks on two cores each waits 2.5 times per exchange: looking 1000 times and then spinning for 0.5 us took 8 %
             // of their time, and hardly a wait ended by it.
-            Patience { looks: LOOKS / 16, spin: Duration::ZERO, yielding: Duration::from_micros(50) }
+            let (spin, yielding) = (Duration::ZERO, Duration::from_micros(50));
+            Patience { looks: LOOKS / 16, spin, yielding, turn: (0, 1) }
         }
+    }
+
+    /// For the `index`-th of `ranks` ranks of a node.
+    pub(crate) fn in_turn(self, index: usize, ranks: usize) -> Self {
+        Patience { turn: (index as u32, ranks.max(1) as u32), ..self }
+    }
+
+    /// The longest sleep.
+    fn last_slice(&self) -> Duration {
+        (BETWEEN_TURNS * self.turn.1).min(LAST_SLICE)
+    }
+
+    /// How long to sleep for this rank's next turn, `now` being the machine's clock: the ranks look one after the other, evenly.
+    fn until_its_turn(&self, now: Duration) -> Duration {
+        let (round, (index, ranks)) = (self.last_slice().as_nanos() as u64, self.turn);
+        let (now, own) = (now.as_nanos() as u64, round / u64::from(ranks) * u64::from(index));
+        // Not one that is about to come.
+        let from = now + round / 4;
+        Duration::from_nanos(round / 4 + (own + round - from % round) % round)
     }
 }
 
-/// The first sleep is short, in case a wake-up was swallowed; the longest bounds how late a death is noticed.
+/// The first sleep is short, in case a wake-up was swallowed; the longest bounds how late a death is noticed by a rank that waits
+/// alone.
 const FIRST_SLICE: Duration = Duration::from_millis(2);
 const LAST_SLICE: Duration = Duration::from_millis(40);
+/// Where all ranks of a node sleep, one of them looks so often, and wakes the others if there is a reason. Few ranks look more often
+/// each: a look takes some 20 us.
+const BETWEEN_TURNS: Duration = Duration::from_millis(5);
 /// Looks that take about a microsecond.
 const LOOKS: u32 = 32;
 /// Spins between two looks at the clock.
@@ -104,6 +131,47 @@ pub(crate) fn until<T>(
         if let Some(value) = found {
             return Ok((value, Phase::Asleep));
         }
-        slice = (slice * 2).min(LAST_SLICE);
+        slice *= 2;
+        if slice >= patience.last_slice() {
+            slice = patience.until_its_turn(machine_time());
+        }
+    }
+}
+
+/// The machine's monotonic clock, which all its processes share.
+fn machine_time() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::sync::cores::Cores;
+
+    proptest! {
+        #[test]
+        fn sleepers_look_in_turns_and_none_sleeps_long(ranks in 1usize..100, start in 0u64..1 << 50) {
+            let cores = CoreSharing::of(&[Cores::default()]);
+            let all: Vec<_> = (0..ranks).map(|i| Patience::for_sharing(&cores).in_turn(i, ranks)).collect();
+            let start = Duration::from_nanos(start);
+            let mut looks = vec![];
+            for patience in &all {
+                let mut now = start;
+                while now < start + LAST_SLICE * 4 {
+                    let slice = patience.until_its_turn(now);
+                    prop_assert!(slice >= patience.last_slice() / 4 && slice <= LAST_SLICE * 5 / 4, "{slice:?}");
+                    now += slice;
+                    looks.push(now);
+                }
+            }
+            looks.sort();
+            let settled: Vec<_> = looks.into_iter().filter(|&at| at > start + LAST_SLICE * 5 / 4).collect();
+            let last = settled.iter().rposition(|&at| at <= start + LAST_SLICE * 4).unwrap_or(0);
+            for pair in settled[..=last].windows(2) {
+                prop_assert!(pair[1] - pair[0] <= BETWEEN_TURNS + Duration::from_micros(1), "{:?}", pair[1] - pair[0]);
+            }
+        }
     }
 }
