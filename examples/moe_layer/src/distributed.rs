@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
+use example_parts::expert::Expert;
 use xccl::{Communicator, Element, ExpertBatch, Moe, MoeConfig, Reduction, Routing};
 
-use crate::model::{Expert, Router, Shape, embed};
+use crate::model::{Router, Shape, embed};
 
 const OUTPUTS: u32 = 1;
 const LOADS: u32 = 2;
@@ -69,7 +70,7 @@ struct Part<'a, E> {
 
 impl<'a, E: Element> Part<'a, E> {
     fn new(shape: &'a Shape, held: Range<usize>) -> Self {
-        let experts = held.clone().map(|expert| Expert::seeded(shape, expert)).collect();
+        let experts = held.clone().map(|expert| shape.expert(expert)).collect();
         Part { shape, router: Router::seeded(shape), loads: vec![0; held.len()], held, experts, outputs: vec![] }
     }
 

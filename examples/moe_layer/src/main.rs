@@ -1,11 +1,10 @@
 //! A complete mixture-of-experts layer over a text: computed by N ranks that exchange their tokens through XCCL, and by one
 //! process without it. The outputs are compared bit by bit.
 //!
-//! `model` is the layer, `single` and `distributed` are the two ways to run it, `compare` judges, `launch` starts the ranks.
+//! `model` is the layer, `single` and `distributed` are the two ways to run it, `compare` judges.
 
 mod compare;
 mod distributed;
-mod launch;
 mod model;
 mod single;
 
@@ -15,8 +14,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
+use example_parts::launch;
 use half::bf16;
-use xccl::{Communicator, Element, Error, Reduction};
+use xccl::{Communicator, Config, Element, Reduction};
 
 use distributed::{Outcome, experts_of, tokens_of};
 use model::Shape;
@@ -115,14 +115,13 @@ fn run(args: &Args) -> Result<()> {
     args.shape().check()?;
     ensure!(args.batch > 0, "--batch is 0: give at least 1");
     let tokens = args.tokens()?;
-    match Communicator::from_env() {
-        Ok(comm) => join(args, &tokens, &comm).with_context(|| format!("rank {}", comm.rank())),
-        Err(Error::NotLaunched { .. }) if std::env::var_os(launch::RANK).is_none() => {
+    match launch::join(Config::from_env()?)? {
+        Some(comm) => join(args, &tokens, &comm).with_context(|| format!("rank {}", comm.rank())),
+        None => {
             let ranks = args.ranks.unwrap_or(DEFAULT_RANKS);
             ensure!(ranks > 0, "--ranks is 0: give at least 1");
-            launch::start(ranks)
+            launch::start(ranks, 1)
         }
-        Err(error) => Err(error).context("joining the other ranks"),
     }
 }
 

@@ -1,8 +1,9 @@
 //! The whole layer in one process, without XCCL: what the ranks' outputs are compared with.
 
+use example_parts::expert::Expert;
 use xccl::Element;
 
-use crate::model::{Expert, Router, Shape, embed};
+use crate::model::{Router, Shape, embed};
 
 /// The layer's outputs for a text, and what is needed to judge somebody else's.
 pub struct Reference<E> {
@@ -17,7 +18,7 @@ pub struct Reference<E> {
 pub fn run<E: Element>(shape: &Shape, tokens: &[u32]) -> Reference<E> {
     let rows: Vec<E> = embed(shape, tokens);
     let router = Router::seeded(shape);
-    let experts: Vec<Expert<E>> = (0..shape.experts).map(|expert| Expert::seeded(shape, expert)).collect();
+    let experts: Vec<Expert<E>> = (0..shape.experts).map(|expert| shape.expert(expert)).collect();
 
     let mut reference = Reference { outputs: vec![], magnitudes: vec![], loads: vec![0; shape.experts] };
     let mut answer = vec![E::from_f32(0.0); shape.hidden];
@@ -64,7 +65,7 @@ mod tests {
         let shape = Shape { experts: 1, topk: 1, ..SHAPE };
         let row: Vec<bf16> = embed(&shape, &[17]);
         let mut expected = vec![bf16::ZERO; shape.hidden];
-        Expert::seeded(&shape, 0).forward(&row, &mut expected);
+        shape.expert(0).forward(&row, &mut expected);
         let reference = run::<bf16>(&shape, &[17]);
         assert_eq!(reference.outputs, expected);
         assert_eq!(reference.loads, [1]);

@@ -1,80 +1,16 @@
 //! The example as a user runs it: real processes, the text that ships with it, and the verdict.
 
-use std::fs::File;
-use std::io::{Read, Seek};
-use std::process::{Command, ExitStatus, Stdio};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use example_parts::program;
 
-const DEADLINE: Duration = Duration::from_secs(60);
-/// What would make the example believe that a launcher has started it already.
-const LAUNCHERS: [&str; 8] = [
-    "XCCL_RANK",
-    "XCCL_WORLD_SIZE",
-    "XCCL_JOB",
-    "RANK",
-    "WORLD_SIZE",
-    "OMPI_COMM_WORLD_RANK",
-    "PMI_RANK",
-    "SLURM_PROCID",
-];
-
-struct Output {
-    status: ExitStatus,
-    stdout: String,
-    stderr: String,
-}
-
-/// Runs the example with `args`, and ends it after [`DEADLINE`].
-fn moe_layer(args: &str) -> Output {
-    // Files, not pipes: a pipe that nobody reads would stop the program, and a rank left behind would keep it open.
-    let (mut stdout, mut stderr) = (tempfile(), tempfile());
-    let mut command = Command::new(env!("CARGO_BIN_EXE_moe_layer"));
-    command.args(args.split_whitespace()).env("XCCL_TIMEOUT", "20").stdin(Stdio::null());
-    command.stdout(stdout.try_clone().unwrap()).stderr(stderr.try_clone().unwrap());
-    for variable in LAUNCHERS {
-        command.env_remove(variable);
-    }
-    let mut child = command.spawn().unwrap();
-    let started = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        if started.elapsed() > DEADLINE {
-            // The ranks themselves end by XCCL's own deadline.
-            child.kill().unwrap();
-            child.wait().unwrap();
-            panic!("moe_layer {args} did not end within {DEADLINE:?}: {}{}", text(&mut stdout), text(&mut stderr));
-        }
-        sleep(Duration::from_millis(10));
-    };
-    Output { status, stdout: text(&mut stdout), stderr: text(&mut stderr) }
-}
-
-fn tempfile() -> File {
-    tempfile::tempfile().unwrap()
-}
-
-fn text(file: &mut File) -> String {
-    let mut text = String::new();
-    file.rewind().unwrap();
-    file.read_to_string(&mut text).unwrap();
-    text
-}
+const MOE_LAYER: &str = env!("CARGO_BIN_EXE_moe_layer");
 
 /// Asserts success, and gives what was printed.
 fn succeeds(args: &str) -> String {
-    let Output { status, stdout, stderr } = moe_layer(args);
-    assert!(status.success(), "moe_layer {args}: {status}\n{stdout}{stderr}");
-    stdout
+    program::succeeds(MOE_LAYER, args)
 }
 
 fn fails(args: &str) -> String {
-    let Output { status, stdout, stderr } = moe_layer(args);
-    assert_eq!(status.code(), Some(1), "moe_layer {args}\n{stdout}{stderr}");
-    assert!(!stdout.contains("outputs agree"), "{stdout}");
-    stderr
+    program::fails(MOE_LAYER, args)
 }
 
 fn agrees_bitwise(ranks: usize) {

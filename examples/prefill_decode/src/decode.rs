@@ -6,34 +6,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use xccl::{Communicator, KvOutcome, KvReceiver, KvTicket, PageLayout, SharedBuffer};
+use example_parts::arithmetic::greedy;
+use example_parts::cache::Pool;
+use xccl::{Communicator, KvOutcome, KvReceiver, KvTicket, PageLayout};
 
 use crate::job::{Answer, Job, Roles};
-use crate::model::{Cache, Model, greedy, prompt};
-
-/// The pool of pages, in memory that prefill ranks write.
-struct Pool {
-    memory: Arc<SharedBuffer>,
-    layout: PageLayout,
-    token_bytes: usize,
-}
-
-impl Pool {
-    fn at(&self, layer: usize, page: u32) -> usize {
-        layer * self.layout.layer_stride + page as usize * self.layout.page_stride
-    }
-}
-
-impl Cache for Pool {
-    fn store(&mut self, layer: usize, page: u32, token: usize, values: &[f32]) -> Result<()> {
-        let at = self.at(layer, page) + token * self.token_bytes;
-        Ok(self.memory.write(at, bytemuck::cast_slice(values))?)
-    }
-
-    fn load(&self, layer: usize, page: u32, into: &mut [f32]) -> Result<()> {
-        Ok(self.memory.read(self.at(layer, page), bytemuck::cast_slice_mut(into))?)
-    }
-}
+use crate::model::{Model, prompt};
 
 /// A request that this rank is at.
 struct Active {
@@ -60,7 +38,7 @@ pub fn run(comm: &Communicator, job: &Job) -> Result<Decoded> {
     let layout = PageLayout::by_page(&config, pages);
     let bytes = layout.bytes(&config).context("a pool of this size")?;
     let memory = Arc::new(comm.shared_alloc(bytes)?);
-    let mut pool = Pool { memory: memory.clone(), layout, token_bytes: shape.token_bytes() };
+    let mut pool = Pool { memory: memory.clone(), layout, sizes: shape.pages() };
     let mut receiver = KvReceiver::new(comm, config, memory, layout)?;
 
     let mut waiting: VecDeque<u64> = (0..job.requests).filter(|&id| roles.decode_of(id) == comm.rank()).collect();
@@ -92,16 +70,16 @@ pub fn run(comm: &Communicator, job: &Job) -> Result<Decoded> {
 
 /// Asks for the cache of a prompt; `None` while there is no room.
 fn start(receiver: &mut KvReceiver, job: &Job, roles: &Roles, id: u64, free: &mut Vec<u32>) -> Result<Option<Active>> {
-    let shape = &job.shape;
-    let tokens = prompt(shape, id, job.longest);
-    let (cached, needed) = (tokens.len() - 1, shape.pages_of(tokens.len() + job.new));
+    let sizes = job.shape.pages();
+    let tokens = prompt(&job.shape, id, job.longest);
+    let (cached, needed) = (tokens.len() - 1, sizes.pages_of(tokens.len() + job.new));
     if free.len() < needed {
         return Ok(None);
     }
     let table = free.split_off(free.len() - needed);
-    let posted = &table[..shape.pages_of(cached)];
-    let last = cached - posted.len().saturating_sub(1) * shape.page_tokens;
-    match receiver.post(roles.prefill_of(id), id, posted, last * shape.token_bytes())? {
+    let posted = &table[..sizes.pages_of(cached)];
+    let last = cached - posted.len().saturating_sub(1) * sizes.page_tokens;
+    match receiver.post(roles.prefill_of(id), id, posted, last * sizes.token_bytes())? {
         None => {
             free.extend(table);
             Ok(None)

@@ -45,7 +45,8 @@ impl Roles {
 impl Job {
     /// The cache as it is moved.
     pub fn kv_config(&self) -> KvConfig {
-        let pages = self.shape.pages_of(self.longest).max(1);
-        KvConfig::new(self.shape.layers, self.shape.page_bytes()).max_pages(pages).max_requests(4)
+        let sizes = self.shape.pages();
+        let pages = sizes.pages_of(self.longest).max(1);
+        KvConfig::new(sizes.layers, sizes.page_bytes()).max_pages(pages).max_requests(4)
     }
 }

@@ -2,12 +2,10 @@
 //! layer through XCCL to decode ranks, which go on from there. The logits are compared bit by bit with those of one process.
 //!
 //! `model` is the decoder, `prefill` and `decode` are the two roles, `single` is the one process, `job` says who
-//! serves what, `launch` starts the ranks.
+//! serves what.
 
 mod decode;
 mod job;
-#[path = "../../moe_layer/src/launch.rs"]
-mod launch;
 mod model;
 mod prefill;
 mod single;
@@ -16,7 +14,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use xccl::{Communicator, Config, Error};
+use example_parts::launch;
+use xccl::{Communicator, Config};
 
 use job::Job;
 use model::{Model, Shape};
@@ -76,7 +75,7 @@ impl Args {
         for (name, value) in [("prefill", prefill), ("decode", decode), ("prompt", longest), ("new", new)] {
             ensure!(value > 0, "--{name} is 0: give at least 1");
         }
-        let one = shape.pages_of(longest + new);
+        let one = shape.pages().pages_of(longest + new);
         let pages = self.pages.unwrap_or(4 * one);
         ensure!(pages >= one, "--pages is {pages}: the longest request needs {one}");
         Ok(Job { shape, prefill, decode, requests, longest, new, pages })
@@ -98,15 +97,14 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let job = args.job()?;
     let ranks = job.prefill + job.decode;
-    let pool = job.pages * job.shape.layers * job.shape.page_bytes();
-    match Communicator::from_env_with(Config::from_env()?.heap_bytes(pool + (4 << 20))) {
-        Ok(comm) => {
+    let pool = job.pages * job.shape.layers * job.shape.pages().page_bytes();
+    match launch::join(Config::from_env()?.heap_bytes(pool + (4 << 20)))? {
+        Some(comm) => {
             let started = comm.world_size();
             ensure!(started == ranks, "{started} ranks were started: --prefill and --decode ask for {ranks}");
             join(args, &job, &comm).with_context(|| format!("rank {}", comm.rank()))
         }
-        Err(Error::NotLaunched { .. }) if std::env::var_os(launch::RANK).is_none() => launch::start(ranks),
-        Err(error) => Err(error).context("joining the other ranks"),
+        None => launch::start(ranks, 1),
     }
 }
 

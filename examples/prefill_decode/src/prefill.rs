@@ -1,18 +1,18 @@
 //! A prefill rank: computes the keys and values of prompts, and pushes each layer as soon as it is done.
 
 use anyhow::{Result, bail};
+use example_parts::cache::Private;
 use xccl::{Communicator, Error, KvSender, KvSenderEvent, PageLayout, PagePair};
 
 use crate::job::{Job, Roles};
 use crate::model::{Model, prompt};
-use crate::single::Private;
 
 /// Serves all requests that are this rank's.
 pub fn run(comm: &Communicator, job: &Job) -> Result<()> {
     let (shape, roles) = (job.shape, Roles::of(job));
     let model = Model::new(shape);
     // One prompt at a time: its pages are this rank's own, from 0 on.
-    let pages = shape.pages_of(job.longest).max(1);
+    let pages = shape.pages().pages_of(job.longest).max(1);
     let config = job.kv_config();
     let mut sender = KvSender::new(comm, config, PageLayout::by_layer(&config, pages))?;
     let mine = (0..job.requests).filter(|&id| roles.prefill_of(id) == comm.rank()).count();
@@ -31,7 +31,7 @@ pub fn run(comm: &Communicator, job: &Job) -> Result<()> {
         let theirs = sender.pages(posted.ticket)?;
         let pairs: Vec<PagePair> = theirs.iter().enumerate().map(|(own, &page)| (own as u32, page).into()).collect();
         let table: Vec<u32> = (0..pages as u32).collect();
-        let mut cache = Private::new(&shape, pages);
+        let mut cache = Private::new(shape.pages(), pages);
         let push = |layer: usize, cache: &Private| {
             sender.push(posted.ticket, layer, cache.as_bytes(), &pairs)?;
             Ok(())

@@ -1,46 +1,19 @@
 //! The example as a user runs it: real processes, several requests in flight, and the verdict.
 
-use std::process::{Command, Output, Stdio};
+use example_parts::program;
 
-/// What would make the example believe that a launcher has started it already.
-const LAUNCHERS: [&str; 8] = [
-    "XCCL_RANK",
-    "XCCL_WORLD_SIZE",
-    "XCCL_JOB",
-    "RANK",
-    "WORLD_SIZE",
-    "OMPI_COMM_WORLD_RANK",
-    "PMI_RANK",
-    "SLURM_PROCID",
-];
-
-/// Runs the example; its ranks end by XCCL's own deadline.
-fn run(args: &str) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_prefill_decode"));
-    command.args(args.split_whitespace()).env("XCCL_TIMEOUT", "20").stdin(Stdio::null());
-    LAUNCHERS.iter().for_each(|variable| _ = command.env_remove(variable));
-    command.output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
+const PREFILL_DECODE: &str = env!("CARGO_BIN_EXE_prefill_decode");
 
 /// Asserts that the logits agree, and gives the first line: how many requests, and how many at once.
 fn agrees(args: &str, ranks: (usize, usize)) -> String {
-    let output = run(&format!("--prefill {} --decode {} {args}", ranks.0, ranks.1));
-    let printed = text(&output.stdout);
-    assert!(output.status.success(), "{args}: {printed}{}", text(&output.stderr));
+    let printed = program::succeeds(PREFILL_DECODE, &format!("--prefill {} --decode {} {args}", ranks.0, ranks.1));
     let verdict = format!("agree bitwise with one process ({} prefill ranks, {} decode ranks)", ranks.0, ranks.1);
     assert!(printed.contains(&verdict), "{printed}");
     printed.lines().next().unwrap_or_default().to_owned()
 }
 
 fn fails(args: &str) -> String {
-    let output = run(args);
-    assert_eq!(output.status.code(), Some(1), "{args}: {}", text(&output.stdout));
-    assert!(!text(&output.stdout).contains("agree"));
-    text(&output.stderr)
+    program::fails(PREFILL_DECODE, args)
 }
 
 #[test]
