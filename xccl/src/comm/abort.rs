@@ -25,7 +25,7 @@ const _: () = assert!(ABORT_BYTES <= MOST_BYTES);
 
 /// What a rank says of its abort, as it lies in memory.
 fn note_of(code: i32, why: &str) -> [u64; ABORT_BYTES / 8] {
-    let len = why.floor_char_boundary(MOST_TEXT);
+    let len = (0..=MOST_TEXT.min(why.len())).rev().find(|&at| why.is_char_boundary(at)).unwrap_or(0);
     let mut words = [0; ABORT_BYTES / 8];
     (words[0], words[1]) = (code as u32 as u64, len as u64);
     bytemuck::cast_slice_mut(&mut words)[HEAD..HEAD + len].copy_from_slice(&why.as_bytes()[..len]);
