@@ -543,6 +543,13 @@ impl CommInner {
         self.ending.state(rank)
     }
 
+    /// Where bytes lie in this rank's symmetric heap, if they do.
+    pub(crate) fn in_heap(&self, data: &[u8]) -> Option<usize> {
+        let heap = &self.fabric.heap;
+        let offset = (data.as_ptr() as usize).checked_sub(heap.at(0, 0) as usize)?;
+        (offset <= heap.len() && data.len() <= heap.len() - offset).then_some(offset)
+    }
+
     /// Whether `rank` can read this rank's private memory.
     pub(crate) fn can_read_me(&self, rank: usize) -> bool {
         self.can_read(rank, self.rank)

@@ -6,7 +6,8 @@
 //! contract allows.
 //!
 //! *Contract.* A put's bytes are in the target's memory before its immediate arrives there, exactly once. Nothing is said of the
-//! order of two puts, not even to the same rank. Nothing happens unless [`poll`](Endpoint::poll) is called, on both sides.
+//! order of two puts, not even to the same rank. A put has *left* when its bytes are read no more: that may be long before it
+//! arrives, or be heard of after. Nothing happens unless [`poll`](Endpoint::poll) is called, on both sides.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -57,6 +58,8 @@ pub(crate) enum Posted {
 pub(crate) enum Event {
     /// A put of another rank is complete here.
     Arrived { immediate: u32 },
+    /// A put that was posted with this token has left.
+    Left { token: u64 },
     /// A get is complete here; `token` is the one it was posted with.
     Got { token: u64 },
     /// An operation of this rank to `to` has failed for good: that rank is gone, or the way to it.
@@ -75,7 +78,8 @@ pub(crate) trait Endpoint: Send {
     fn register(&mut self, memory: &Arc<Mapping>, range: Range<usize>, access: Access) -> Result<Region>;
 
     /// Starts to copy `from`, a part of a region of this rank (offsets within it), to `offset` of a region of rank `to`; then
-    /// `immediate` arrives there. `from` may be empty. The bytes may be read at any time until the put has arrived.
+    /// `immediate` arrives there. `from` may be empty. The bytes may be read at any time until the put has left, which is told
+    /// where there is a token.
     ///
     /// # Panics
     /// When a range leaves its region: offsets are the crate's own, or were checked before.
@@ -85,6 +89,7 @@ pub(crate) trait Endpoint: Send {
         from: (Region, Range<usize>),
         into: (RemoteRegion, usize),
         immediate: u32,
+        token: Option<u64>,
     ) -> Result<Posted>;
 
     /// Starts to copy `from`, an offset of a region of rank `of`, to a part of a region of this rank.

@@ -24,6 +24,8 @@ pub(crate) struct Far {
     pub(crate) plane: Arc<Plane>,
     /// Puts of the payload rings leave from here: all of this rank's outbox.
     outbox: Region,
+    /// And of the symmetric heap, all of it.
+    pub(crate) own_heap: Region,
     /// By rank, what it lets this one reach.
     reach: Vec<Option<Reach>>,
     /// What one-sided puts leave from, and gets come to.
@@ -60,7 +62,8 @@ impl Far {
         plane.connect(&addresses.into_iter().map(|(address, _)| address).collect::<Vec<_>>())?;
 
         let outbox = plane.register(&fabric.outbox, 0..fabric.outbox.len(), Access::Local)?;
-        let heap = plane.register(&fabric.heap, 0..fabric.heap.len(), Access::Remote)?.remote;
+        let own_heap = plane.register(&fabric.heap, 0..fabric.heap.len(), Access::Remote)?;
+        let heap = own_heap.remote;
         let bounce = Bounce::new(&plane)?;
         let mut offers = Vec::with_capacity(ranks);
         let (mut words, mut heaps) = (vec![None; ranks], vec![None; ranks]);
@@ -93,7 +96,7 @@ impl Far {
         star.exchange(&[], &[], deadline)?;
         let chores = Arc::new(Chores::default());
         let mover = mover(plane.clone(), chores.clone())?;
-        Ok(Far { plane, outbox, reach, bounce, chores, mover })
+        Ok(Far { plane, outbox, own_heap, reach, bounce, chores, mover })
     }
 
     /// The heap of a far rank.

@@ -7,21 +7,29 @@ use super::Remote;
 use crate::comm::inner::{Call, CommInner};
 use crate::error::{Error, Result};
 use crate::fabric::bounce::{CHUNK, Chunk};
+use crate::fabric::endpoint::RemoteRegion;
 use crate::fabric::far::{Far, HEAP, OUTBOX};
-use crate::fabric::plane::{self, Change, Put};
+use crate::fabric::plane::{self, Change, Departure, MOST_BYTES, Put};
 use crate::sync::progress::{Operation, Waiting};
 use crate::sync::signal::Update;
 
-/// Pieces of one batch.
-const PIECES: usize = 64;
+/// Bytes of one put at most: others' records would wait behind a longer one.
+const LONGEST: usize = 4 << 20;
+/// Gets of one call that are on their way at once.
+const GETS: usize = 4;
 
-/// Puts that are being gathered into a batch: they leave together from one chunk.
-struct Batch {
-    chunk: Option<Chunk>,
-    /// Bytes of the chunk that are used.
+/// A chunk that pieces of other memory are being gathered in.
+struct Gathering {
+    chunk: Chunk,
+    departure: Departure,
     used: usize,
-    puts: [Option<Put>; PIECES],
-    count: usize,
+}
+
+/// A part of a get that is on its way.
+struct Getting<'d> {
+    chunk: Chunk,
+    token: u64,
+    into: &'d mut [u8],
 }
 
 /// Access to one far rank, by one call.
@@ -56,78 +64,146 @@ impl<'a> ToFar<'a> {
         self.wait(|| far.bounce.take(&far.plane))
     }
 
-    /// Puts pieces, by their offsets in the heap, then makes the changes that follow.
+    /// Puts one piece, by its offset in the heap, then makes a change.
+    pub(super) fn put_one(&mut self, offset: usize, data: &[u8], then: Option<plane::Update>) -> Result<()> {
+        if data.len() > MOST_BYTES {
+            return self.put([(offset, data)], then);
+        }
+        // A put of its own would cost as much as the record.
+        let mut words = [0; MOST_BYTES / 8];
+        bytemuck::cast_slice_mut(&mut words)[..data.len()].copy_from_slice(data);
+        let bytes = plane::Update::Bytes { window: HEAP, offset, len: data.len(), words };
+        match then {
+            Some(then) => self.far.plane.send(self.rank, [], &[bytes, then]),
+            None => self.far.plane.send(self.rank, [], &[bytes]),
+        }
+        Ok(())
+    }
+
+    /// Puts pieces, by their offsets in the heap, then makes a change, if there is one. What lies in this rank's heap leaves from there,
+    /// and the call waits until it has; all else is copied into chunks, so that one is filled while those before leave.
     pub(super) fn put<'d>(
         &mut self,
         pieces: impl IntoIterator<Item = (usize, &'d [u8])>,
-        then: &[plane::Update],
+        then: Option<plane::Update>,
     ) -> Result<()> {
-        let mut batch = Batch { chunk: None, used: 0, puts: [const { None }; PIECES], count: 0 };
+        let (far, rank) = (self.far, self.rank);
+        let Some(into) = far.heap_of(rank) else { return Ok(()) };
+        let (mut straight, mut gathering) = (None, None);
         for (offset, data) in pieces {
-            let mut offset = offset;
-            let mut rest = data;
-            while !rest.is_empty() {
-                if batch.used == CHUNK || batch.count == PIECES {
-                    self.send(&mut batch, &[]);
-                }
-                let room = CHUNK - batch.used;
-                let (part, others) = rest.split_at(room.min(rest.len()));
-                self.add(&mut batch, offset, part)?;
-                (offset, rest) = (offset + part.len(), others);
+            let Some(at) = self.comm.in_heap(data) else {
+                self.gather(&mut gathering, into, offset, data)?;
+                continue;
+            };
+            let departure = *straight.get_or_insert_with(|| far.plane.departure());
+            let parts = (0..data.len()).step_by(LONGEST).map(|start| {
+                let end = data.len().min(start + LONGEST);
+                Put { from: far.own_heap, range: at + start..at + end, into, offset: offset + start }
+            });
+            far.plane.put(rank, parts, departure);
+        }
+        if let Some(Gathering { chunk, departure, .. }) = gathering {
+            far.bounce.leaves(chunk, departure);
+        }
+        if let Some(then) = then {
+            far.plane.send(rank, [], &[then]);
+        }
+        match straight {
+            // Of a rank that cannot be reached, too, nothing leaves any more.
+            Some(departure) => self.wait(|| far.plane.has_left(departure).then_some(())),
+            None => Ok(()),
+        }
+    }
+
+    /// Puts a piece of memory that is not registered.
+    fn gather(
+        &mut self,
+        gathering: &mut Option<Gathering>,
+        into: RemoteRegion,
+        mut offset: usize,
+        mut data: &[u8],
+    ) -> Result<()> {
+        let far = self.far;
+        while !data.is_empty() {
+            if let Some(Gathering { chunk, departure, .. }) = gathering.take_if(|g| g.used == CHUNK) {
+                far.bounce.leaves(chunk, departure);
             }
-        }
-        if batch.count > 0 || !then.is_empty() {
-            self.send(&mut batch, then);
+            let Gathering { chunk, departure, used } = match gathering {
+                Some(gathering) => gathering,
+                None => {
+                    let (chunk, departure) = (self.chunk()?, far.plane.departure());
+                    gathering.insert(Gathering { chunk, departure, used: 0 })
+                }
+            };
+            let (part, rest) = data.split_at(data.len().min(CHUNK - *used));
+            far.bounce.write(chunk, *used, part);
+            let start = chunk.start() + *used;
+            let put = Put { from: far.bounce.region, range: start..start + part.len(), into, offset };
+            far.plane.put(self.rank, [put], *departure);
+            (*used, offset, data) = (*used + part.len(), offset + part.len(), rest);
         }
         Ok(())
-    }
-
-    fn add(&mut self, batch: &mut Batch, offset: usize, part: &[u8]) -> Result<()> {
-        let Some(into) = self.far.heap_of(self.rank) else { return Ok(()) };
-        if batch.chunk.is_none() {
-            batch.chunk = Some(self.chunk()?);
-        }
-        let Some(chunk) = &batch.chunk else { return Ok(()) };
-        self.far.bounce.write(chunk, batch.used, part);
-        let start = chunk.start() + batch.used;
-        let put = Put { from: self.far.bounce.region, range: start..start + part.len(), into, offset };
-        batch.puts[batch.count] = Some(put);
-        (batch.used, batch.count) = (batch.used + part.len(), batch.count + 1);
-        Ok(())
-    }
-
-    fn send(&mut self, batch: &mut Batch, then: &[plane::Update]) {
-        self.far.plane.send(self.rank, batch.puts.iter_mut().filter_map(Option::take), then);
-        if let Some(chunk) = batch.chunk.take() {
-            self.far.bounce.sent(chunk, self.rank, self.far.plane.started(self.rank));
-        }
-        (batch.used, batch.count) = (0, 0);
     }
 
     /// Copies memory from there.
     pub(super) fn get(&mut self, from: Remote, into: &mut [u8]) -> Result<()> {
         let Some(region) = self.far.heap_of(self.rank) else { return Ok(()) };
-        let far = self.far;
-        for (i, part) in into.chunks_mut(CHUNK).enumerate() {
-            let chunk = self.chunk()?;
-            let (offset, range) = (from.offset + i * CHUNK, chunk.start()..chunk.start() + part.len());
-            let token = self.wait(|| {
-                let into = (far.bounce.region, range.clone());
-                far.plane.get(from.rank, (region, offset), into).transpose()
-            });
-            let token = match token.and_then(|token| token) {
-                Ok(token) => token,
-                Err(err) => {
-                    // Nothing was started.
-                    far.bounce.free(chunk);
-                    return Err(err);
+        let mut under_way = [const { None }; GETS];
+        let got = self.get_parts((region, from.offset), into, &mut under_way);
+        // Those that an error has left.
+        for Getting { chunk, token, .. } in under_way.into_iter().flatten() {
+            self.far.bounce.give_up(chunk, token);
+        }
+        got
+    }
+
+    fn get_parts<'d>(
+        &mut self,
+        (region, offset): (RemoteRegion, usize),
+        into: &'d mut [u8],
+        under_way: &mut [Option<Getting<'d>>; GETS],
+    ) -> Result<()> {
+        let (far, parts) = (self.far, into.len().div_ceil(CHUNK));
+        let mut oldest = 0;
+        for (i, into) in into.chunks_mut(CHUNK).enumerate() {
+            let chunk = loop {
+                // Only who has no chunk waits for one: others may be waiting, too.
+                let free = match i - oldest {
+                    0 => Some(self.chunk()?),
+                    GETS => None,
+                    _ => far.bounce.take(&far.plane),
+                };
+                if let Some(chunk) = free {
+                    break chunk;
                 }
+                self.finish(&mut under_way[oldest % GETS])?;
+                oldest += 1;
             };
-            if let Err(err) = self.wait(|| far.plane.answer(token)) {
-                far.plane.forget(token);
-                return Err(err);
+            under_way[i % GETS] = Some(self.begin(chunk, (region, offset + i * CHUNK), into)?);
+        }
+        (oldest..parts).try_for_each(|i| self.finish(&mut under_way[i % GETS]))
+    }
+
+    fn begin<'d>(&mut self, chunk: Chunk, from: (RemoteRegion, usize), into: &'d mut [u8]) -> Result<Getting<'d>> {
+        let (far, rank, range) = (self.far, self.rank, chunk.start()..chunk.start() + into.len());
+        let token = self.wait(|| far.plane.get(rank, from, (far.bounce.region, range.clone())).transpose());
+        match token.and_then(|token| token) {
+            Ok(token) => Ok(Getting { chunk, token, into }),
+            Err(err) => {
+                // Nothing was started.
+                far.bounce.free(chunk);
+                Err(err)
             }
-            far.bounce.read(&chunk, part);
+        }
+    }
+
+    /// Waits for a part, and copies it out of its chunk.
+    fn finish(&mut self, under_way: &mut Option<Getting<'_>>) -> Result<()> {
+        let far = self.far;
+        let Some(token) = under_way.as_ref().map(|getting| getting.token) else { return Ok(()) };
+        self.wait(|| far.plane.answer(token))?;
+        if let Some(Getting { chunk, into, .. }) = under_way.take() {
+            far.bounce.read(&chunk, into);
             far.bounce.free(chunk);
         }
         Ok(())

@@ -54,7 +54,7 @@ impl CommInner {
         self.check_partner(to.rank, DURING)?;
         match self.reach(to.rank, DURING) {
             Reach::Near(heap) => heap.put(to.offset, data),
-            Reach::Far(mut there) => there.put([(to.offset, data)], &[])?,
+            Reach::Far(mut there) => there.put_one(to.offset, data, None)?,
         }
         Ok(())
     }
@@ -81,7 +81,7 @@ impl CommInner {
                 }
                 stream::end_streaming();
             }
-            Reach::Far(mut there) => there.put(inside, &[])?,
+            Reach::Far(mut there) => there.put(inside, None)?,
         }
         Ok(())
     }
@@ -112,7 +112,7 @@ impl CommInner {
                 heap.put(to.offset, data);
                 self.change(heap, word, |word| signal::apply(word, update));
             }
-            Reach::Far(mut there) => there.put([(to.offset, data)], &[told(word.offset, update)])?,
+            Reach::Far(mut there) => there.put_one(to.offset, data, Some(told(word.offset, update)))?,
         }
         Ok(())
     }
@@ -122,7 +122,7 @@ impl CommInner {
         self.check_partner(word.rank, DURING)?;
         match self.reach(word.rank, DURING) {
             Reach::Near(heap) => self.change(heap, word, |word| signal::apply(word, update)),
-            Reach::Far(mut there) => there.put([], &[told(word.offset, update)])?,
+            Reach::Far(mut there) => there.put([], Some(told(word.offset, update)))?,
         }
         Ok(())
     }

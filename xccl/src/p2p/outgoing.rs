@@ -323,13 +323,11 @@ impl Outgoing {
         if comm.fabric.far_to(to).is_some() {
             return None;
         }
-        let heap = &comm.fabric.heap;
-        let (start, address) = (heap.at(0, 0) as usize, data.as_ptr() as usize);
-        if address >= start && address + data.len() <= start + heap.len() {
-            return (data.len() >= comm.config.rendezvous_bytes).then_some((HEAP, (address - start) as u64));
+        if let Some(offset) = comm.in_heap(data) {
+            return (data.len() >= comm.config.rendezvous_bytes).then_some((HEAP, offset as u64));
         }
         let is_long = data.len() >= comm.p2p.private_rendezvous();
-        (is_long && comm.can_read_me(to)).then_some((PRIVATE, address as u64))
+        (is_long && comm.can_read_me(to)).then_some((PRIVATE, data.as_ptr() as u64))
     }
 
     fn look_at_receiver(&mut self, comm: &CommInner, to: usize) {

@@ -330,7 +330,7 @@ pub(super) struct OpsRma {
     pub(super) readmsg: unsafe extern "C" fn(*mut FidEp, *const MsgRma, flags: u64) -> isize,
     write: Unused,
     writev: Unused,
-    writemsg: Unused,
+    pub(super) writemsg: unsafe extern "C" fn(*mut FidEp, *const MsgRma, flags: u64) -> isize,
     inject: Unused,
     pub(super) writedata: unsafe extern "C" fn(
         *mut FidEp,

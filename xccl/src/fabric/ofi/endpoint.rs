@@ -101,25 +101,31 @@ struct Registered {
     range: Range<usize>,
 }
 
-/// A get that has not ended.
+/// An operation whose end is to be told, and has not come.
 #[derive(Clone, Copy)]
-struct Get {
-    of: usize,
+struct Told {
+    rank: usize,
     token: u64,
+    is_get: bool,
 }
 
 /// What a put or get is known by when it ends: a number, where libfabric has a pointer. Zero is neither, since providers report
 /// troubles that belong to no operation with a null context.
 enum Context {
-    Put { to: usize },
-    Get { slot: usize },
+    /// A put whose end nobody is told.
+    Put {
+        to: usize,
+    },
+    Told {
+        slot: usize,
+    },
 }
 
 impl Context {
     fn pack(self) -> *mut c_void {
         let number = match self {
             Context::Put { to } => (to + 1) << 1,
-            Context::Get { slot } => slot << 1 | 1,
+            Context::Told { slot } => slot << 1 | 1,
         };
         std::ptr::without_provenance_mut(number)
     }
@@ -127,7 +133,7 @@ impl Context {
     fn unpack(context: *mut c_void) -> Option<Context> {
         match context.addr() {
             0 => None,
-            number if number & 1 == 1 => Some(Context::Get { slot: number >> 1 }),
+            number if number & 1 == 1 => Some(Context::Told { slot: number >> 1 }),
             number => Some(Context::Put { to: (number >> 1) - 1 }),
         }
     }
@@ -180,7 +186,7 @@ pub(super) struct OfiEndpoint {
     /// How many of them are held up.
     held_up: usize,
     /// By slot; none for those that are free.
-    gets: Vec<Option<Get>>,
+    told: Vec<Option<Told>>,
     free_slots: Vec<usize>,
     /// Operations that could not even be started.
     failed: VecDeque<Event>,
@@ -247,7 +253,7 @@ impl OfiEndpoint {
             wake_fd,
             peers: Vec::new(),
             held_up: 0,
-            gets: Vec::new(),
+            told: Vec::new(),
             free_slots: Vec::new(),
             failed: VecDeque::new(),
         })
@@ -460,7 +466,7 @@ impl OfiEndpoint {
             let why = self.reason(&entry);
             let to = match Context::unpack(entry.op_context) {
                 Some(Context::Put { to }) => Some(to),
-                Some(Context::Get { slot }) => self.end_get(slot).map(|get| get.of),
+                Some(Context::Told { slot }) => self.end(slot).map(|told| told.rank),
                 None => None,
             };
             events.push(match to {
@@ -488,20 +494,58 @@ impl OfiEndpoint {
         format!("{} ({}: {})", self.library.text(entry.err.into()), self.provider, string(text))
     }
 
-    fn begin_get(&mut self, get: Get) -> usize {
+    fn begin(&mut self, told: Told) -> usize {
         let slot = self.free_slots.pop().unwrap_or_else(|| {
-            self.gets.push(None);
-            self.gets.len() - 1
+            self.told.push(None);
+            self.told.len() - 1
         });
-        self.gets[slot] = Some(get);
+        self.told[slot] = Some(told);
         slot
     }
 
-    /// The get that a slot held; none if it has ended before, as after an error that is reported twice.
-    fn end_get(&mut self, slot: usize) -> Option<Get> {
-        let get = self.gets.get_mut(slot)?.take()?;
+    /// The operation that a slot held; none if it has ended before, as after an error that is reported twice.
+    fn end(&mut self, slot: usize) -> Option<Told> {
+        let told = self.told.get_mut(slot)?.take()?;
         self.free_slots.push(slot);
-        Some(get)
+        Some(told)
+    }
+
+    /// Posts an operation whose end is told.
+    fn post_told(
+        &mut self,
+        told: Told,
+        local: (Region, Range<usize>),
+        remote: (RemoteRegion, usize),
+        immediate: u32,
+    ) -> Result<Posted> {
+        let (address, mut desc) = self.local(local.0, &local.1);
+        let bytes = local.1.len();
+        let (iov_base, number) = (address.cast_mut().cast(), self.peer(told.rank).number);
+        let local = libc::iovec { iov_base, iov_len: bytes };
+        let remote = abi::RmaIov { addr: reach(remote.0, remote.1, bytes), len: bytes, key: remote.0.key };
+        let slot = self.begin(told);
+        let message = abi::MsgRma {
+            msg_iov: &local,
+            desc: &mut desc,
+            iov_count: 1,
+            addr: number,
+            rma_iov: &remote,
+            rma_iov_count: 1,
+            context: Context::Told { slot }.pack(),
+            data: immediate.into(),
+        };
+        // SAFETY: an open endpoint has the table of remote reads and writes.
+        let rma = unsafe { &*(*self.ep.as_ptr()).rma };
+        let (call, post, flags) = match told.is_get {
+            true => ("fi_readmsg", rma.readmsg, abi::COMPLETION),
+            false => ("fi_writemsg", rma.writemsg, abi::COMPLETION | abi::REMOTE_CQ_DATA),
+        };
+        // SAFETY: an open endpoint; the message is read during the call only; the bytes stay mapped as long as it lives.
+        let code = unsafe { post(self.ep.as_ptr(), &message, flags) } as i64;
+        if code < 0 {
+            self.end(slot);
+        }
+        Ok(self.posted(told.rank, call, code))
     }
 }
 
@@ -654,14 +698,18 @@ impl Endpoint for OfiEndpoint {
         from: (Region, Range<usize>),
         into: (RemoteRegion, usize),
         immediate: u32,
+        token: Option<u64>,
     ) -> Result<Posted> {
-        let (address, desc) = self.local(from.0, &from.1);
         let bytes = from.1.len();
-        let remote = reach(into.0, into.1, bytes);
         self.check_length(bytes)?;
         if self.is_lost(to) {
             return Ok(Posted::Yes);
         }
+        if let Some(token) = token {
+            return self.post_told(Told { rank: to, token, is_get: false }, from, into, immediate);
+        }
+        let (address, desc) = self.local(from.0, &from.1);
+        let remote = reach(into.0, into.1, bytes);
         let number = self.peer(to).number;
         // Small ones too, though `fi_inject_writedata` would save 0.1 us of 5.6: of what is injected, providers do not say that it
         // has failed, and some take any number of them.
@@ -689,33 +737,12 @@ impl Endpoint for OfiEndpoint {
         into: (Region, Range<usize>),
         token: u64,
     ) -> Result<Posted> {
-        let (address, mut desc) = self.local(into.0, &into.1);
         assert!(self.regions[into.0.index].memory.is_writable(), "this segment belongs to another rank");
-        let bytes = into.1.len();
-        let local = libc::iovec { iov_base: address.cast_mut().cast(), iov_len: bytes };
-        let remote = abi::RmaIov { addr: reach(from.0, from.1, bytes), len: bytes, key: from.0.key };
-        self.check_length(bytes)?;
+        self.check_length(into.1.len())?;
         if self.is_lost(of) {
             return Ok(Posted::Yes);
         }
-        let number = self.peer(of).number;
-        let slot = self.begin_get(Get { of, token });
-        let message = abi::MsgRma {
-            msg_iov: &local,
-            desc: &mut desc,
-            iov_count: 1,
-            addr: number,
-            rma_iov: &remote,
-            rma_iov_count: 1,
-            context: Context::Get { slot }.pack(),
-            data: 0,
-        };
-        // SAFETY: an open endpoint; the message is read during the call only; the bytes stay mapped as long as it lives.
-        let code = unsafe { ((*(*self.ep.as_ptr()).rma).readmsg)(self.ep.as_ptr(), &message, abi::COMPLETION) } as i64;
-        if code < 0 {
-            self.end_get(slot);
-        }
-        Ok(self.posted(of, "fi_readmsg", code))
+        self.post_told(Told { rank: of, token, is_get: true }, into, from, 0)
     }
 
     fn poll(&mut self, events: &mut Vec<Event>) -> Result<()> {
@@ -737,10 +764,14 @@ impl Endpoint for OfiEndpoint {
             for entry in &entries[..count] {
                 // SAFETY: the call has written this many.
                 let entry = unsafe { entry.assume_init_read() };
-                if entry.flags & abi::REMOTE_CQ_DATA != 0 {
+                // A put of this rank that has left may be described by the flags it was posted with.
+                if entry.flags & abi::REMOTE_CQ_DATA != 0 && entry.flags & abi::WRITE == 0 {
                     events.push(Event::Arrived { immediate: entry.data as u32 });
-                } else if let Some(Context::Get { slot }) = Context::unpack(entry.op_context) {
-                    events.extend(self.end_get(slot).map(|get| Event::Got { token: get.token }));
+                } else if let Some(Context::Told { slot }) = Context::unpack(entry.op_context) {
+                    events.extend(self.end(slot).map(|Told { token, is_get, .. }| match is_get {
+                        true => Event::Got { token },
+                        false => Event::Left { token },
+                    }));
                 }
             }
             if count < BATCH {

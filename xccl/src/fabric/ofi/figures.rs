@@ -57,7 +57,7 @@ impl Side {
     }
 
     fn put(&mut self, bytes: usize) {
-        while self.endpoint.put(0, (self.region, 0..bytes), (self.target, 0), 7).unwrap() == Posted::Full {
+        while self.endpoint.put(0, (self.region, 0..bytes), (self.target, 0), 7, None).unwrap() == Posted::Full {
             self.poll();
         }
     }

@@ -82,7 +82,7 @@ fn a_put_brings_its_bytes_and_then_its_immediate() {
         let target = ranks[1].region.remote;
         insist(&mut ranks, &mut seen, |ranks| {
             let from = (ranks[0].region, 100..110);
-            ranks[0].endpoint.put(1, from, (target, 5000), 0xfeed_beef).unwrap()
+            ranks[0].endpoint.put(1, from, (target, 5000), 0xfeed_beef, None).unwrap()
         });
         poll_until(&mut ranks, &mut seen, |seen| !seen[1].is_empty());
         let mut bytes = [0; 10];
@@ -114,7 +114,7 @@ fn puts_of_any_length_arrive_exactly_once_with_the_right_bytes() {
             let target = ranks[1].region.remote;
             insist(&mut ranks, &mut seen, |ranks| {
                 let part = (ranks[0].region, from..from + len);
-                ranks[0].endpoint.put(1, part, (target, to), i as u32).unwrap()
+                ranks[0].endpoint.put(1, part, (target, to), i as u32, None).unwrap()
             });
             poll_until(&mut ranks, &mut seen, |seen| seen[1].len() > i);
             let mut arrived = vec![0; len + 1];
@@ -162,7 +162,7 @@ fn a_full_queue_is_said_to_be_full_and_takes_more_once_polled() {
     let target = ranks[1].region.remote;
     let put = |ranks: &mut [Rank], immediate: u32| {
         let from = (ranks[0].region, 0..512);
-        ranks[0].endpoint.put(1, from, (target, 512 * (immediate as usize % 2000)), immediate).unwrap()
+        ranks[0].endpoint.put(1, from, (target, 512 * (immediate as usize % 2000)), immediate, None).unwrap()
     };
     insist(&mut ranks, &mut seen, |ranks| put(ranks, 0));
     // Nobody polls.
@@ -210,7 +210,7 @@ fn eight_ranks_put_into_each_others_memory_all_at_once_from_threads_of_their_own
                 rank.memory.write(at, &pattern(LEN, me * 1000 + round));
                 let slot = (me * ROUNDS + round) * LEN;
                 let immediate = (me * ROUNDS + round) as u32;
-                while rank.endpoint.put(to, (rank.region, at..at + LEN), (targets[to], slot), immediate).unwrap()
+                while rank.endpoint.put(to, (rank.region, at..at + LEN), (targets[to], slot), immediate, None).unwrap()
                     == Posted::Full
                 {
                     assert!(start.elapsed() < LONGEST, "rank {me} finds no room");
@@ -269,7 +269,7 @@ fn puts_to_a_rank_that_has_gone_fail_and_name_it_whether_it_was_ever_reached_or_
         let target = ranks[2].region.remote;
         let put = |ranks: &mut [Rank]| {
             let from = (ranks[0].region, 0..1000);
-            ranks[0].endpoint.put(2, from, (target, 0), 1).unwrap()
+            ranks[0].endpoint.put(2, from, (target, 0), 1, None).unwrap()
         };
         if reached {
             insist(&mut ranks, &mut seen, put);
@@ -293,7 +293,7 @@ fn puts_to_a_rank_that_has_gone_fail_and_name_it_whether_it_was_ever_reached_or_
         let target = ranks[1].region.remote;
         insist(&mut ranks, &mut seen, |ranks| {
             let from = (ranks[0].region, 0..10);
-            ranks[0].endpoint.put(1, from, (target, 0), 5).unwrap()
+            ranks[0].endpoint.put(1, from, (target, 0), 5, None).unwrap()
         });
         poll_until(&mut ranks, &mut seen, |seen| !seen[1].is_empty());
         assert_eq!(seen[..2], [vec![], vec![Event::Arrived { immediate: 5 }]]);
@@ -328,7 +328,7 @@ fn a_put_wakes_a_sleeper_that_was_told_it_may_sleep() {
         std::thread::sleep(Duration::from_millis(20));
         insist(&mut ranks, &mut seen, |ranks| {
             let from = (ranks[0].region, 0..100);
-            ranks[0].endpoint.put(1, from, (target, 0), i).unwrap()
+            ranks[0].endpoint.put(1, from, (target, 0), i, None).unwrap()
         });
         ranks[0].endpoint.poll(&mut seen[0]).unwrap();
     }
@@ -386,7 +386,7 @@ fn a_rank_that_is_there_but_does_not_poll_for_long_is_waited_for() {
     let target = ranks[1].region.remote;
     let put = |ranks: &mut [Rank]| {
         let from = (ranks[0].region, 0..10);
-        ranks[0].endpoint.put(1, from, (target, 0), 5).unwrap()
+        ranks[0].endpoint.put(1, from, (target, 0), 5, None).unwrap()
     };
     // Long enough to be asked more than once whether it is there.
     let start = Instant::now();
@@ -418,7 +418,7 @@ fn the_process_to_be_killed() {
     let (start, mut events) = (Instant::now(), Vec::new());
     while start.elapsed() < LONGEST {
         // Whether it is taken or not: this only keeps the way busy.
-        let _ = endpoint.put(0, (region, 0..1 << 20), (target, 0), 2).unwrap();
+        let _ = endpoint.put(0, (region, 0..1 << 20), (target, 0), 2, None).unwrap();
         endpoint.poll(&mut events).unwrap();
     }
 }
@@ -483,7 +483,7 @@ fn a_process_that_is_killed_while_puts_and_gets_are_on_their_way_to_it_fails_the
             let whole = (region, 0..1 << 20);
             let taken = match gets {
                 true => endpoint.get(1, (target, 0), whole, posted).unwrap(),
-                false => endpoint.put(1, whole, (target, 0), 1).unwrap(),
+                false => endpoint.put(1, whole, (target, 0), 1, None).unwrap(),
             };
             posted += u64::from(taken == Posted::Yes);
             if posted >= 100 && !killed {
@@ -512,7 +512,8 @@ fn an_endpoint_is_closed_while_a_put_is_halfway_into_its_memory() {
     let mut seen = vec![Vec::new(); 2];
     let target = ranks[1].region.remote;
     ranks[0].memory.write(0, &vec![7; 16 << 20]);
-    let put = |ranks: &mut [Rank]| ranks[0].endpoint.put(1, (ranks[0].region, 0..16 << 20), (target, 0), 1).unwrap();
+    let put =
+        |ranks: &mut [Rank]| ranks[0].endpoint.put(1, (ranks[0].region, 0..16 << 20), (target, 0), 1, None).unwrap();
     insist(&mut ranks, &mut seen, put);
     // Its first byte is here and its last is not.
     let start = Instant::now();

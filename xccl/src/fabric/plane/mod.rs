@@ -7,6 +7,8 @@
 //! # The protocol, per ordered pair of ranks
 //! - The sender numbers its batches from 1. A batch is any number of data puts and one put of a *record* into the landing ring at
 //!   the target, at slot `number % RECORDS`. Each put carries an immediate: (data or record, sender, number).
+//! - Data puts that no update follows yet ([`Plane::put`]) leave at once, and belong to the batch that the next record ends: so
+//!   a long transfer is bare puts and one record.
 //! - The target counts. A batch is complete when its record has arrived and as many data puts as the record says: nothing is
 //!   inferred from the order of arrivals. Complete batches are applied in the order of their numbers: the record is copied out
 //!   and checked, its updates are stored, with release order, into landing zones or the symmetric heap.
@@ -26,6 +28,7 @@ pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -45,6 +48,8 @@ use crate::memory::mapping::Mapping;
 pub(crate) const RECORD_BYTES: usize = 256;
 /// Batches that may be on their way from one rank to another.
 pub(crate) const RECORDS: u64 = 64;
+/// Puts of a batch without a record: what is in flight is bounded by this and the credit.
+const MOST_PUTS: u32 = 64;
 /// Batches that may have been applied without a word to their sender.
 const UNTOLD: u64 = RECORDS / 4;
 /// Bytes of the ring that one rank's records land in.
@@ -84,6 +89,10 @@ pub(crate) struct Put {
     pub(crate) into: RemoteRegion,
     pub(crate) offset: usize,
 }
+
+/// Puts whose memory waits to be used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Departure(u64);
 
 /// Words that one rank may change in this process.
 #[derive(Clone)]
@@ -139,8 +148,11 @@ struct Peer {
     /// It wants to be told when this one is applied.
     wants: u64,
     arrived: [Arrival; RECORDS as usize],
-    /// Batches that have not left: their puts, with the batch's number, and their records with how many puts each has.
-    puts: VecDeque<(u64, Put)>,
+    /// Puts of the batch after the last one that was started: of an open one, that has no record yet.
+    open: u32,
+    /// What has not been posted: puts, with their batch's number and who asks whether they have left, and records with how many
+    /// puts each has.
+    puts: VecDeque<(u64, Put, Option<Departure>)>,
     batches: VecDeque<(Record, u32)>,
     /// When its last batch was applied.
     last_heard: Option<Instant>,
@@ -166,6 +178,8 @@ struct State {
     heard: Vec<bool>,
     /// What the answers to fetches and gets are; `None` until they come.
     answers: HashMap<u64, Option<u64>>,
+    /// Puts that have not left, and the rank they go to.
+    departures: HashMap<Departure, (usize, u32)>,
     next_token: u64,
     /// Answers to the fetches of others that are to be sent.
     to_answer: Vec<(usize, Update)>,
@@ -202,6 +216,7 @@ impl Plane {
             heard: vec![false; peers.len()],
             peers,
             answers: HashMap::new(),
+            departures: HashMap::new(),
             next_token: 0,
             to_answer: vec![],
         };
@@ -252,6 +267,25 @@ impl Plane {
         lock(&self.state).send(to, puts, updates);
     }
 
+    /// Starts puts to `to`, which the next batch's record counts. Never blocks. Their memory stays as it is until they
+    /// [have left](Self::has_left). Several calls may be given one departure, which is of one rank.
+    pub(crate) fn put(&self, to: usize, puts: impl IntoIterator<Item = Put>, departure: Departure) {
+        lock(&self.state).put(to, puts, departure);
+    }
+
+    /// What puts can be asked for by, whether they have left.
+    pub(crate) fn departure(&self) -> Departure {
+        let mut state = lock(&self.state);
+        state.next_token += 1;
+        Departure(state.next_token)
+    }
+
+    /// Whether all puts of a departure have left, so that their memory may change. Also where they never will: of a rank that cannot
+    /// be reached nothing is sent any more.
+    pub(crate) fn has_left(&self, departure: Departure) -> bool {
+        !lock(&self.state).departures.contains_key(&departure)
+    }
+
     /// Changes a word at `to`; gives a token for what was there.
     pub(crate) fn fetch(&self, to: usize, window: u16, offset: usize, change: Change) -> u64 {
         let mut state = lock(&self.state);
@@ -295,19 +329,6 @@ impl Plane {
     /// cannot be reached.
     pub(crate) fn is_settled(&self, to: usize) -> bool {
         lock(&self.state).is_settled(to)
-    }
-
-    /// The number of the last batch to `to`.
-    pub(crate) fn started(&self, to: usize) -> u64 {
-        lock(&self.state).peers[to].as_ref().map_or(0, |peer| peer.started)
-    }
-
-    /// Whether `to` has applied its batch `number`: the memory that was put from may change. Otherwise as
-    /// [`is_settled`](Self::is_settled).
-    pub(crate) fn is_applied(&self, to: usize, number: u64) -> bool {
-        let mut state = lock(&self.state);
-        let applied = state.peers[to].as_ref().is_none_or(|peer| peer.taken >= number);
-        applied || state.is_settled(to)
     }
 
     /// Moves everything on, if no other thread is at it. Then `heard` is told each rank that has changed words here. Says
@@ -396,6 +417,7 @@ impl Peer {
             applied: 0,
             told: 0,
             wants: 0,
+            open: 0,
             arrived: [Arrival::default(); RECORDS as usize],
             puts: VecDeque::new(),
             batches: VecDeque::new(),
@@ -408,7 +430,7 @@ impl Peer {
 
     /// Whether something of it has not left.
     fn is_held_up(&self) -> bool {
-        !self.batches.is_empty() || self.asking || self.owes_word()
+        !self.puts.is_empty() || !self.batches.is_empty() || self.asking || self.owes_word()
     }
 
     /// Whether the peer is to be told how much of it was applied.
@@ -423,7 +445,7 @@ impl Peer {
     fn give_up(&mut self, trouble: Trouble) {
         self.puts.clear();
         self.batches.clear();
-        (self.asking, self.told, self.wants) = (false, self.applied, 0);
+        (self.asking, self.told, self.wants, self.open) = (false, self.applied, 0, 0);
         self.trouble.get_or_insert(trouble);
     }
 }
@@ -441,9 +463,9 @@ impl State {
         // More updates than a record holds are several batches; all puts go with the first.
         loop {
             peer.started += 1;
-            let (number, before) = (peer.started, peer.puts.len());
-            peer.puts.extend(puts.by_ref().map(|put| (number, put)));
-            let count = (peer.puts.len() - before) as u32;
+            let (number, before, open) = (peer.started, peer.puts.len(), std::mem::take(&mut peer.open));
+            peer.puts.extend(puts.by_ref().map(|put| (number, put, None)));
+            let count = open + (peer.puts.len() - before) as u32;
             let mut record = Record::new(number);
             while let Some((first, rest)) = updates.split_first()
                 && record.push(first)
@@ -458,7 +480,23 @@ impl State {
         self.flush(to);
     }
 
+    fn put(&mut self, to: usize, puts: impl IntoIterator<Item = Put>, departure: Departure) {
+        for put in puts {
+            let Some(peer) = self.peers[to].as_mut().filter(|peer| peer.trouble.is_none()) else { return };
+            peer.open += 1;
+            peer.puts.push_back((peer.started + 1, put, Some(departure)));
+            self.departures.entry(departure).or_insert((to, 0)).1 += 1;
+            match peer.open {
+                MOST_PUTS => self.send(to, [], &[]),
+                _ => _ = self.flush(to),
+            }
+        }
+    }
+
     fn is_settled(&mut self, to: usize) -> bool {
+        if self.peers[to].as_ref().is_some_and(|peer| peer.open > 0) {
+            self.send(to, [], &[]);
+        }
         let Some(peer) = &mut self.peers[to] else { return true };
         if peer.taken == peer.started || peer.trouble.is_some() {
             return true;
@@ -503,6 +541,14 @@ impl State {
                     self.arrived(source, kind, low);
                 }
             }
+            Event::Left { token } => {
+                if let Entry::Occupied(mut departure) = self.departures.entry(Departure(token)) {
+                    departure.get_mut().1 -= 1;
+                    if departure.get().1 == 0 {
+                        departure.remove();
+                    }
+                }
+            }
             Event::Got { token } => {
                 if let Some(answer) = self.answers.get_mut(&token) {
                     *answer = Some(0);
@@ -522,6 +568,7 @@ impl State {
         let Some(peer) = &mut self.peers[rank] else { return };
         peer.give_up(trouble);
         self.held_up -= usize::from(std::mem::take(&mut peer.held_up));
+        self.departures.retain(|_, (to, _)| *to != rank);
         // Whoever sleeps for it is to look.
         self.heard[rank] = true;
     }
@@ -610,7 +657,7 @@ impl State {
         match update {
             Update::Bytes { window, offset, len, words } => {
                 let (memory, at) = place(window, offset, len, 1)?;
-                memory.write(at, &bytemuck::cast_slice(&words)[..len]);
+                memory.put(at, &bytemuck::cast_slice(&words)[..len]);
             }
             Update::Word64 { window, offset, value } => {
                 let (memory, at) = word(window, offset, 8)?;
@@ -676,25 +723,32 @@ impl State {
         // Before its set-up is through, nothing leaves.
         let Some(records) = peer.records else { return Ok(false) };
         let mut sent = false;
-        while let Some((record, puts)) = peer.batches.front_mut()
-            && record.number() <= peer.taken + RECORDS
-        {
-            let number = record.number();
-            while let Some((_, put)) = peer.puts.front().filter(|(of, _)| *of == number) {
+        loop {
+            let ended = peer.batches.front().map_or(u64::MAX, |(record, _)| record.number());
+            let number = peer.puts.front().map_or(ended, |(of, ..)| ended.min(*of));
+            if number > peer.taken + RECORDS {
+                break;
+            }
+            while let Some((_, put, departure)) = peer.puts.front().filter(|(of, ..)| *of == number) {
                 let (bytes, imm) = (put.range.len(), immediate(DATA, me, number));
-                if endpoint.put(to, (put.from, put.range.clone()), (put.into, put.offset), imm)? == Posted::Full {
+                let (from, into) = ((put.from, put.range.clone()), (put.into, put.offset));
+                if endpoint.put(to, from, into, imm, departure.map(|Departure(token)| token))? == Posted::Full {
                     return Ok(sent);
                 }
                 peer.puts.pop_front();
                 (peer.moved.puts, peer.moved.bytes, sent) =
                     (peer.moved.puts + 1, peer.moved.bytes + bytes as u64, true);
             }
+            // An open batch has no record yet.
+            let Some((record, puts)) = peer.batches.front_mut().filter(|(record, _)| record.number() == number) else {
+                break;
+            };
             let slot = (number % RECORDS) as usize * RECORD_BYTES;
             let at = to * RING + slot;
             let bytes = record.finish(*puts, peer.applied);
             staging.0.write(at, bytes);
             let from = (staged, at..at + bytes.len());
-            if endpoint.put(to, from, (records, slot), immediate(RECORD, me, number))? == Posted::Full {
+            if endpoint.put(to, from, (records, slot), immediate(RECORD, me, number), None)? == Posted::Full {
                 return Ok(sent);
             }
             peer.told = peer.applied;
@@ -707,7 +761,7 @@ impl State {
             let due = if kind == TOLD { peer.owes_word() } else { peer.asking && peer.batches.is_empty() };
             if due {
                 let from = (staged, 0..0);
-                if endpoint.put(to, from, (records, 0), immediate(kind, me, number))? == Posted::Full {
+                if endpoint.put(to, from, (records, 0), immediate(kind, me, number), None)? == Posted::Full {
                     break;
                 }
                 match kind {

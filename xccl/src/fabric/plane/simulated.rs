@@ -1,5 +1,5 @@
 //! A network in this process that keeps to the [endpoint's contract](crate::fabric::endpoint) and to nothing more: puts arrive in
-//! any order, late, after any number of polls; queues are short.
+//! any order, late, after any number of polls, and are read at any time until they have left; queues are short.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -17,6 +17,10 @@ struct Transfer {
     by: usize,
     to: usize,
     from: (Arc<Mapping>, Range<usize>),
+    /// What was read there, once it has left.
+    bytes: Option<Vec<u8>>,
+    /// Who is told that it has left.
+    token: Option<u64>,
     into: (Arc<Mapping>, usize),
     done: (usize, Event),
 }
@@ -78,12 +82,25 @@ impl Network {
             if its.is_empty() {
                 return;
             }
-            let Transfer { from: (from, range), into: (into, at), done: (who, event), .. } =
-                self.under_way.swap_remove(its[self.random.random_range(0..its.len())]);
-            let mut bytes = vec![0; range.len()];
-            from.read(range.start, &mut bytes);
-            into.write(at, &bytes);
-            self.events[who].push(event);
+            let chosen = its[self.random.random_range(0..its.len())];
+            let has_left = self.under_way[chosen].bytes.is_some();
+            self.leave(chosen);
+            if has_left || self.random.random() {
+                let Transfer { bytes, into: (into, at), done: (who, event), .. } = self.under_way.swap_remove(chosen);
+                into.write(at, &bytes.unwrap_or_default());
+                self.events[who].push(event);
+            }
+        }
+    }
+
+    /// Reads the bytes of a transfer, if that has not been done.
+    fn leave(&mut self, chosen: usize) {
+        let Transfer { by, from: (from, range), bytes, token, .. } = &mut self.under_way[chosen];
+        if bytes.is_none() {
+            let mut read = vec![0; range.len()];
+            from.read(range.start, &mut read);
+            *bytes = Some(read);
+            self.events[*by].extend(token.map(|token| Event::Left { token }));
         }
     }
 
@@ -120,13 +137,14 @@ impl Endpoint for Simulated {
         (from, range): (Region, Range<usize>),
         (into, offset): (RemoteRegion, usize),
         immediate: u32,
+        token: Option<u64>,
     ) -> Result<Posted> {
         let mut network = self.network.lock().unwrap();
         let (memory, at) = network.at(from.index as u64, range.start, range.len());
         let from = (memory, at..at + range.len());
         let into = network.at(into.key, offset, range.len());
         let done = (to, Event::Arrived { immediate });
-        Ok(network.start(Transfer { by: self.rank, to, from, into, done }))
+        Ok(network.start(Transfer { by: self.rank, to, from, bytes: None, token, into, done }))
     }
 
     fn get(
@@ -140,7 +158,8 @@ impl Endpoint for Simulated {
         let (memory, at) = network.at(from.key, offset, range.len());
         let into = network.at(into.index as u64, range.start, range.len());
         let done = (self.rank, Event::Got { token });
-        Ok(network.start(Transfer { by: self.rank, to: of, from: (memory, at..at + range.len()), into, done }))
+        let from = (memory, at..at + range.len());
+        Ok(network.start(Transfer { by: self.rank, to: of, from, bytes: None, token: None, into, done }))
     }
 
     fn poll(&mut self, events: &mut Vec<Event>) -> Result<()> {
