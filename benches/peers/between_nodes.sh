@@ -48,7 +48,8 @@ ours() {
   children=()
   for host in $(seq $((hosts - 1)) -1 0); do
     XCCL_JOB=$stem-$1 ip netns exec "$stem-$host" "$xccl" run -n "$each" --nnodes "$hosts" --node-rank "$host" \
-      --master 10.74.0.1:29541 -- "$xccl" bench moe --tokens "$tokens" --routing "$work/ids.npy" --iters 40 --warmup 10 ${verify:-} &
+      --master 10.74.0.1:29541 -- "$xccl" bench moe --tokens "$tokens" --reduction engine --routing "$work/ids.npy" \
+      --iters 40 --warmup 10 ${verify:-} &
     children+=($!)
   done
   for pid in "${children[@]}"; do wait "$pid"; done
