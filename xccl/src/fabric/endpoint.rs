@@ -44,6 +44,16 @@ pub(crate) struct RemoteRegion {
     pub(crate) bytes: u64,
 }
 
+/// What a put copies: a part of a region of this rank, and where in one of the target it goes.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub(crate) from: (Region, Range<usize>),
+    pub(crate) into: (RemoteRegion, usize),
+}
+
+/// Parts that any caller may make room for.
+pub(crate) const MOST_PARTS: usize = 4;
+
 /// Whether an operation was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -91,6 +101,15 @@ pub(crate) trait Endpoint: Send {
         immediate: u32,
         token: Option<u64>,
     ) -> Result<Posted>;
+
+    /// How many parts one put may have: at most [`MOST_PARTS`].
+    fn most_parts(&self) -> usize;
+
+    /// As [`put`](Self::put), with one immediate for several parts, of which there is one at least.
+    ///
+    /// # Panics
+    /// As [`put`](Self::put).
+    fn put_parts(&mut self, to: usize, parts: &[Part], immediate: u32) -> Result<Posted>;
 
     /// Starts to copy `from`, an offset of a region of rank `of`, to a part of a region of this rank.
     ///

@@ -20,7 +20,7 @@ use super::library::{Infos, Library, string};
 use super::probe::Probe;
 use super::{Options, abi, providers, watched};
 use crate::error::{Error, Result};
-use crate::fabric::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
+use crate::fabric::endpoint::{Access, Endpoint, Event, MOST_PARTS, Part, Posted, Region, RemoteRegion};
 use crate::fabric::{decode, encode};
 use crate::memory::mapping::Mapping;
 
@@ -728,6 +728,46 @@ impl Endpoint for OfiEndpoint {
             )
         };
         Ok(self.posted(to, "fi_writedata", code as i64))
+    }
+
+    fn most_parts(&self) -> usize {
+        // SAFETY: entries of `fi_getinfo` have all their parts.
+        let limits = unsafe { &*self.info().tx_attr };
+        limits.iov_limit.min(limits.rma_iov_limit).clamp(1, MOST_PARTS)
+    }
+
+    fn put_parts(&mut self, to: usize, parts: &[Part], immediate: u32) -> Result<Posted> {
+        if let [Part { from, into }] = parts {
+            return self.put(to, from.clone(), *into, immediate, None);
+        }
+        assert!(parts.len() <= self.most_parts(), "{} parts", parts.len());
+        self.check_length(parts.iter().map(|part| part.from.1.len()).sum())?;
+        if self.is_lost(to) {
+            return Ok(Posted::Yes);
+        }
+        let mut desc = [NOTHING; MOST_PARTS];
+        let mut local = [libc::iovec { iov_base: NOTHING, iov_len: 0 }; MOST_PARTS];
+        let mut remote = [const { abi::RmaIov { addr: 0, len: 0, key: 0 } }; MOST_PARTS];
+        for (i, Part { from, into }) in parts.iter().enumerate() {
+            let (address, known_by) = self.local(from.0, &from.1);
+            let len = from.1.len();
+            desc[i] = known_by;
+            local[i] = libc::iovec { iov_base: address.cast_mut().cast(), iov_len: len };
+            remote[i] = abi::RmaIov { addr: reach(into.0, into.1, len), len, key: into.0.key };
+        }
+        let message = abi::MsgRma {
+            msg_iov: local.as_ptr(),
+            desc: desc.as_mut_ptr(),
+            iov_count: parts.len(),
+            addr: self.peer(to).number,
+            rma_iov: remote.as_ptr(),
+            rma_iov_count: parts.len(),
+            context: Context::Put { to }.pack(),
+            data: immediate.into(),
+        };
+        // SAFETY: an open endpoint; the message is read during the call only; the bytes stay mapped as long as it lives.
+        let code = unsafe { ((*(*self.ep.as_ptr()).rma).writemsg)(self.ep.as_ptr(), &message, abi::REMOTE_CQ_DATA) };
+        Ok(self.posted(to, "fi_writemsg", code as i64))
     }
 
     fn get(

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::library::Library;
 use super::{Options, open};
-use crate::fabric::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
+use crate::fabric::endpoint::{Access, Endpoint, Event, MOST_PARTS, Part, Posted, Region, RemoteRegion};
 use crate::memory::MemoryFlavour;
 use crate::memory::mapping::Mapping;
 use crate::memory::segment::{OwnSegment, Writers};
@@ -125,6 +125,40 @@ fn puts_of_any_length_arrive_exactly_once_with_the_right_bytes() {
         let all: Vec<_> = (0..lengths.len()).map(|i| Event::Arrived { immediate: i as u32 }).collect();
         assert_eq!(seen, [vec![], all]);
     }
+}
+
+#[test]
+fn the_parts_of_a_put_all_lie_there_when_its_one_immediate_arrives() {
+    if without_library() {
+        return;
+    }
+    let mut ranks = ranks(2, "127.0.0.1", 1 << 20);
+    let mut seen = vec![Vec::new(); 2];
+    let most = ranks[0].endpoint.most_parts();
+    assert!((2..=MOST_PARTS).contains(&most), "{most} parts");
+    // Of several lengths, and at the target in the opposite order.
+    let parts = [(5, 0, 900_000), (300_000, 10, 500_000), (1, 400_000, 450_000), (12_345, 500_000, 10)];
+    for count in 1..=most {
+        let parts = &parts[..count];
+        for (i, &(len, from, to)) in parts.iter().enumerate() {
+            ranks[0].memory.write(from, &pattern(len, i + count));
+            ranks[1].memory.write(to, &vec![0xee; len + 1]);
+        }
+        let (source, target) = (ranks[0].region, ranks[1].region.remote);
+        let part =
+            |&(len, from, to): &(usize, usize, usize)| Part { from: (source, from..from + len), into: (target, to) };
+        let put: Vec<_> = parts.iter().map(part).collect();
+        insist(&mut ranks, &mut seen, |ranks| ranks[0].endpoint.put_parts(1, &put, count as u32).unwrap());
+        poll_until(&mut ranks, &mut seen, |seen| seen[1].len() >= count);
+        for (i, &(len, _, to)) in parts.iter().enumerate() {
+            let mut arrived = vec![0; len + 1];
+            ranks[1].memory.read(to, &mut arrived);
+            assert!(arrived[..len] == pattern(len, i + count), "part {i} of {count}");
+            assert_eq!(arrived[len], 0xee, "a byte behind part {i} was written");
+        }
+    }
+    let all: Vec<_> = (1..=most).map(|count| Event::Arrived { immediate: count as u32 }).collect();
+    assert_eq!(seen, [vec![], all]);
 }
 
 #[test]

@@ -9,6 +9,8 @@
 //!   the target, at slot `number % RECORDS`. Each put carries an immediate: (data or record, sender, number).
 //! - Data puts that no update follows yet ([`Plane::put`]) leave at once, and belong to the batch that the next record ends: so
 //!   a long transfer is bare puts and one record.
+//! - Where the card puts several ranges at once, those of a batch go together, and the last of them with the record: a small
+//!   exchange is one put. Then they count as one, or are there when the record is.
 //! - The target counts. A batch is complete when its record has arrived and as many data puts as the record says: nothing is
 //!   inferred from the order of arrivals. Complete batches are applied in the order of their numbers: the record is copied out
 //!   and checked, its updates are stored, with release order, into landing zones or the symmetric heap.
@@ -39,7 +41,7 @@ use std::time::{Duration, Instant};
 pub(crate) use record::{Change, MOST_BYTES, Update};
 use record::{Record, WORDS};
 
-use super::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
+use super::endpoint::{Access, Endpoint, Event, MOST_PARTS, Part, Posted, Region, RemoteRegion};
 use crate::comm::inner::lock;
 use crate::error::{Error, Result};
 use crate::memory::mapping::Mapping;
@@ -90,6 +92,12 @@ pub(crate) struct Put {
     pub(crate) offset: usize,
 }
 
+impl Put {
+    fn part(&self) -> Part {
+        Part { from: (self.from, self.range.clone()), into: (self.into, self.offset) }
+    }
+}
+
 /// Puts whose memory waits to be used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Departure(u64);
@@ -107,7 +115,7 @@ pub(crate) struct Window {
 /// What was sent to far ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Moved {
-    /// Data puts.
+    /// Ranges of data that were put.
     pub(crate) puts: u64,
     /// Their bytes.
     pub(crate) bytes: u64,
@@ -176,6 +184,8 @@ struct State {
     events: Vec<Event>,
     /// Ranks that have changed words here since they were last reported.
     heard: Vec<bool>,
+    /// What is being posted.
+    parts: Vec<Part>,
     /// What the answers to fetches and gets are; `None` until they come.
     answers: HashMap<u64, Option<u64>>,
     /// Puts that have not left, and the rank they go to.
@@ -214,6 +224,7 @@ impl Plane {
             staging: (staging, region),
             events: vec![],
             heard: vec![false; peers.len()],
+            parts: Vec::with_capacity(MOST_PARTS),
             peers,
             answers: HashMap::new(),
             departures: HashMap::new(),
@@ -440,6 +451,17 @@ impl Peer {
 
     fn arrival(&mut self, number: u64) -> &mut Arrival {
         &mut self.arrived[(number % RECORDS) as usize]
+    }
+
+    /// So many puts have been posted, and the batch is of so many fewer than was counted.
+    fn take_out(&mut self, posted: usize, fewer: usize) {
+        for (_, put, _) in self.puts.drain(..posted) {
+            self.moved.puts += 1;
+            self.moved.bytes += put.range.len() as u64;
+        }
+        if let Some((_, puts)) = self.batches.front_mut() {
+            *puts -= fewer as u32;
+        }
     }
 
     fn give_up(&mut self, trouble: Trouble) {
@@ -717,8 +739,8 @@ impl State {
     }
 
     fn post_all(&mut self, to: usize) -> Result<bool> {
-        let State { endpoint, rank, peers, staging, .. } = self;
-        let (me, staged) = (*rank, staging.1);
+        let State { endpoint, rank, peers, staging, parts, .. } = self;
+        let (me, staged, most) = (*rank, staging.1, endpoint.most_parts());
         let Some(peer) = &mut peers[to] else { return Ok(false) };
         // Before its set-up is through, nothing leaves.
         let Some(records) = peer.records else { return Ok(false) };
@@ -729,15 +751,32 @@ impl State {
             if number > peer.taken + RECORDS {
                 break;
             }
-            while let Some((_, put, departure)) = peer.puts.front().filter(|(of, ..)| *of == number) {
-                let (bytes, imm) = (put.range.len(), immediate(DATA, me, number));
-                let (from, into) = ((put.from, put.range.clone()), (put.into, put.offset));
-                if endpoint.put(to, from, into, imm, departure.map(|Departure(token)| token))? == Posted::Full {
+            // What nobody asks about goes together; the last of it with the record.
+            let is_ended = number == ended;
+            loop {
+                let mut of_batch = peer.puts.iter().take_while(|(of, ..)| *of == number);
+                let together = of_batch.clone().take_while(|(.., departure)| is_ended && departure.is_none());
+                parts.clear();
+                parts.extend(together.take(most).map(|(_, put, _)| put.part()));
+                if is_ended && parts.len() < most && of_batch.nth(parts.len()).is_none() {
+                    break;
+                }
+                let posted = match parts.is_empty() {
+                    true => {
+                        let Some((_, put, departure)) = peer.puts.front().filter(|(of, ..)| *of == number) else {
+                            break;
+                        };
+                        let Part { from, into } = put.part();
+                        let token = departure.map(|Departure(token)| token);
+                        endpoint.put(to, from, into, immediate(DATA, me, number), token)?
+                    }
+                    false => endpoint.put_parts(to, parts, immediate(DATA, me, number))?,
+                };
+                if posted == Posted::Full {
                     return Ok(sent);
                 }
-                peer.puts.pop_front();
-                (peer.moved.puts, peer.moved.bytes, sent) =
-                    (peer.moved.puts + 1, peer.moved.bytes + bytes as u64, true);
+                peer.take_out(parts.len().max(1), parts.len().saturating_sub(1));
+                sent = true;
             }
             // An open batch has no record yet.
             let Some((record, puts)) = peer.batches.front_mut().filter(|(record, _)| record.number() == number) else {
@@ -745,12 +784,13 @@ impl State {
             };
             let slot = (number % RECORDS) as usize * RECORD_BYTES;
             let at = to * RING + slot;
-            let bytes = record.finish(*puts, peer.applied);
+            let bytes = record.finish(*puts - parts.len() as u32, peer.applied);
             staging.0.write(at, bytes);
-            let from = (staged, at..at + bytes.len());
-            if endpoint.put(to, from, (records, slot), immediate(RECORD, me, number), None)? == Posted::Full {
+            parts.push(Part { from: (staged, at..at + bytes.len()), into: (records, slot) });
+            if endpoint.put_parts(to, parts, immediate(RECORD, me, number))? == Posted::Full {
                 return Ok(sent);
             }
+            peer.take_out(parts.len() - 1, 0);
             peer.told = peer.applied;
             peer.moved.records += 1;
             peer.batches.pop_front();

@@ -9,19 +9,20 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::error::Result;
-use crate::fabric::endpoint::{Access, Endpoint, Event, Posted, Region, RemoteRegion};
+use crate::fabric::endpoint::{Access, Endpoint, Event, MOST_PARTS, Part, Posted, Region, RemoteRegion};
 use crate::memory::mapping::Mapping;
 
 #[derive(Debug)]
 struct Transfer {
     by: usize,
     to: usize,
-    from: (Arc<Mapping>, Range<usize>),
+    /// Part by part.
+    from: Vec<(Arc<Mapping>, Range<usize>)>,
     /// What was read there, once it has left.
-    bytes: Option<Vec<u8>>,
+    bytes: Option<Vec<Vec<u8>>>,
     /// Who is told that it has left.
     token: Option<u64>,
-    into: (Arc<Mapping>, usize),
+    into: Vec<(Arc<Mapping>, usize)>,
     done: (usize, Event),
 }
 
@@ -86,8 +87,10 @@ impl Network {
             let has_left = self.under_way[chosen].bytes.is_some();
             self.leave(chosen);
             if has_left || self.random.random() {
-                let Transfer { bytes, into: (into, at), done: (who, event), .. } = self.under_way.swap_remove(chosen);
-                into.write(at, &bytes.unwrap_or_default());
+                let Transfer { bytes, into, done: (who, event), .. } = self.under_way.swap_remove(chosen);
+                for (bytes, (into, at)) in bytes.unwrap_or_default().iter().zip(into) {
+                    into.write(at, bytes);
+                }
                 self.events[who].push(event);
             }
         }
@@ -95,11 +98,14 @@ impl Network {
 
     /// Reads the bytes of a transfer, if that has not been done.
     fn leave(&mut self, chosen: usize) {
-        let Transfer { by, from: (from, range), bytes, token, .. } = &mut self.under_way[chosen];
+        let Transfer { by, from, bytes, token, .. } = &mut self.under_way[chosen];
         if bytes.is_none() {
-            let mut read = vec![0; range.len()];
-            from.read(range.start, &mut read);
-            *bytes = Some(read);
+            let read = |(from, range): &(Arc<Mapping>, Range<usize>)| {
+                let mut read = vec![0; range.len()];
+                from.read(range.start, &mut read);
+                read
+            };
+            *bytes = Some(from.iter().map(read).collect());
             self.events[*by].extend(token.map(|token| Event::Left { token }));
         }
     }
@@ -108,6 +114,20 @@ impl Network {
         let (_, memory, range) = &self.regions[key as usize];
         assert!(offset + bytes <= range.len(), "{bytes} bytes at {offset} of a region of {range:?}");
         (memory.clone(), range.start + offset)
+    }
+}
+
+impl Simulated {
+    fn post(&self, to: usize, parts: &[Part], immediate: u32, token: Option<u64>) -> Posted {
+        let mut network = self.network.lock().unwrap();
+        let from = |Part { from: (region, range), .. }: &Part| {
+            let (memory, at) = network.at(region.index as u64, range.start, range.len());
+            (memory, at..at + range.len())
+        };
+        let into = |Part { from: (_, range), into: (into, at) }: &Part| network.at(into.key, *at, range.len());
+        let (from, into) = (parts.iter().map(from).collect(), parts.iter().map(into).collect());
+        let done = (to, Event::Arrived { immediate });
+        network.start(Transfer { by: self.rank, to, from, bytes: None, token, into, done })
     }
 }
 
@@ -134,17 +154,21 @@ impl Endpoint for Simulated {
     fn put(
         &mut self,
         to: usize,
-        (from, range): (Region, Range<usize>),
-        (into, offset): (RemoteRegion, usize),
+        from: (Region, Range<usize>),
+        into: (RemoteRegion, usize),
         immediate: u32,
         token: Option<u64>,
     ) -> Result<Posted> {
-        let mut network = self.network.lock().unwrap();
-        let (memory, at) = network.at(from.index as u64, range.start, range.len());
-        let from = (memory, at..at + range.len());
-        let into = network.at(into.key, offset, range.len());
-        let done = (to, Event::Arrived { immediate });
-        Ok(network.start(Transfer { by: self.rank, to, from, bytes: None, token, into, done }))
+        Ok(self.post(to, &[Part { from, into }], immediate, token))
+    }
+
+    fn most_parts(&self) -> usize {
+        1 + self.network.lock().unwrap().depth % MOST_PARTS
+    }
+
+    fn put_parts(&mut self, to: usize, parts: &[Part], immediate: u32) -> Result<Posted> {
+        assert!((1..=self.most_parts()).contains(&parts.len()));
+        Ok(self.post(to, parts, immediate, None))
     }
 
     fn get(
@@ -158,7 +182,7 @@ impl Endpoint for Simulated {
         let (memory, at) = network.at(from.key, offset, range.len());
         let into = network.at(into.index as u64, range.start, range.len());
         let done = (self.rank, Event::Got { token });
-        let from = (memory, at..at + range.len());
+        let (from, into) = (vec![(memory, at..at + range.len())], vec![into]);
         Ok(network.start(Transfer { by: self.rank, to: of, from, bytes: None, token: None, into, done }))
     }
 
