@@ -558,6 +558,54 @@ pub enum Error {
         /// What it should not exceed.
         limit: u64,
     },
+
+    /// A rank makes the handle of another role than the configuration gives it.
+    #[error(
+        "rank {rank} makes a handle for {claimed}, RoleConfig names it as {configured}: make the handle of its role"
+    )]
+    RoleMismatch {
+        /// The rank.
+        rank: usize,
+        /// The role whose handle it makes.
+        claimed: String,
+        /// Its role.
+        configured: String,
+    },
+
+    /// A rank is named twice where attention and experts are apart.
+    #[error("rank {rank} is named as {first} and as {second}: each rank has one role")]
+    RoleConflict {
+        /// The rank.
+        rank: usize,
+        /// The role that was named first.
+        first: String,
+        /// The one that was named too.
+        second: String,
+    },
+
+    /// A rank has no role where attention and experts are apart.
+    #[error(
+        "rank {rank} of {world_size} has no role: name it in RoleConfig::attention or RoleConfig::experts, or split the communicator"
+    )]
+    NoRole {
+        /// The rank.
+        rank: usize,
+        /// The number of ranks.
+        world_size: usize,
+    },
+
+    /// An expert is placed on a rank that holds none.
+    #[error(
+        "expert {expert} is placed on rank {rank}, which is {role}: experts belong on the ranks of RoleConfig::experts"
+    )]
+    ExpertWithoutRole {
+        /// The expert.
+        expert: usize,
+        /// The rank.
+        rank: usize,
+        /// That rank's role.
+        role: String,
+    },
 }
 
 /// What a deadline leaves of a call.
@@ -565,7 +613,7 @@ fn after_timeout(during: &Operation) -> &'static str {
     match during {
         Operation::Init | Operation::Setup => "what was being set up is given up on every rank",
         Operation::Send => "a request can be waited for again, a blocking send has given its message up",
-        Operation::CombineRecv => "the exchange is given up",
+        Operation::CombineRecv | Operation::E2aRecv => "the exchange is given up",
         collective if collective.is_collective() => {
             "a request can be waited for again, a blocking call has given up this communicator's collectives"
         }

@@ -6,6 +6,7 @@
 //!
 //! - [`Communicator`]: a group of ranks; how they find each other ([`UniqueId`], launchers' environments), `split`, barrier.
 //! - [`Moe`]: dispatch each token to the ranks that hold its experts, combine what comes back.
+//! - [`Attention`] and [`Experts`]: the same between ranks that hold attention and ranks that hold experts.
 //! - Collectives: [`Communicator::all_reduce`], [`Communicator::all_gather`] and the like, at once or in the background.
 //! - Point to point: [`Communicator::send`], [`Communicator::recv`].
 //! - One-sided: [`Communicator::put`], [`Communicator::get`], signals and atomics on [`SharedBuffer`]s of other ranks.
@@ -55,8 +56,9 @@ pub use crate::{
     kv::{KvConfig, KvEvent, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, KvTicket, PageLayout, PagePair},
     memory::MemoryFlavour,
     moe::{
-        Arrivals, BatchRow, Epilogue, Exchange, ExpertBatch, InputRows, Lanes, Moe, MoeConfig, Reduction, Residual,
-        RmsNorm, Routing, ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
+        Arrivals, Attention, BatchRow, DomainBatch, Ended, Epilogue, Exchange, ExpertBatch, Experts, InputRows, Lanes,
+        Moe, MoeConfig, Reduction, Residual, RmsNorm, Role, RoleConfig, Routing, ScaleLayout, SmoothScales, TokenSum,
+        WireFormat, WireRow, WireRows,
     },
     onesided::{Remote, SharedBuffer},
     p2p::{Calibration, CalibrationPoint, CollectiveRequest, RawRequest, Request, Scope, Source, Status, wait_all},

@@ -57,9 +57,23 @@ pub(crate) fn exchange_segments(
     bytes: usize,
     deadline: Instant,
 ) -> Result<Segments> {
+    exchange_segments_of(star, config, before, writers, (|_| bytes, |_| true), deadline)
+}
+
+/// As [`exchange_segments`], with segments of `bytes_of` their ranks, of which only those of ranks that it `maps` are mapped.
+pub(crate) fn exchange_segments_of(
+    star: &mut Star,
+    config: &Config,
+    before: Result<()>,
+    writers: Writers,
+    (bytes_of, maps): (impl Fn(usize) -> usize, impl Fn(usize) -> bool),
+    deadline: Instant,
+) -> Result<Segments> {
+    let bytes = bytes_of(star.rank());
     let created = before.and_then(|()| OwnSegment::create(config.memory, writers, bytes, config.huge_pages));
-    let (own, fds) = exchange_created(star, created, config.memory, |_| bytes, deadline)?;
-    let peers = fds.iter().map(|fd| fd.as_ref().map(|fd| map_peer(fd, writers, bytes)).transpose());
+    let (own, fds) = exchange_created(star, created, config.memory, &bytes_of, deadline)?;
+    let near = fds.iter().enumerate().map(|(rank, fd)| (rank, fd.as_ref().filter(|_| maps(rank))));
+    let peers = near.map(|(rank, fd)| fd.map(|fd| map_peer(fd, writers, bytes_of(rank))).transpose());
     Ok(Segments { own, peers: peers.collect::<Result<_>>()? })
 }
 

@@ -4,7 +4,7 @@
 pub(crate) const LINE: usize = 64;
 
 /// Adds areas one after another and remembers how far it has come.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Layout {
     end: usize,
 }

@@ -138,27 +138,31 @@ impl<'m> ExpertBatch<'m> {
     /// the starts of one source's list while the next source is looked at, the entries of all while the starts are read. Only
     /// before it has to wait does it take what has come.
     pub(super) fn receive_all(&mut self) -> Result<()> {
-        let (mut taken, ranks) = (0, self.moe.comm.world_size);
+        let (mut taken, sources) = (0, &self.moe.parties.sources[..]);
         let mut call = Call::default();
-        for source in 0..ranks {
+        for (i, &source) in sources.iter().enumerate() {
             if self.has_sent(source).is_none() {
-                self.take_all(taken..source)?;
-                taken = source;
+                self.take_all(&sources[taken..i])?;
+                taken = i;
             }
-            let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: Some(source) };
+            let what = Waiting {
+                operation: self.moe.operation(Operation::DispatchRecv),
+                epoch: self.epoch,
+                peer: Some(source),
+            };
             self.moe.comm.wait_in(&mut call, what, || self.has_sent(source))??;
             let bytes = (self.local_experts().len() + 1) * size_of::<u32>();
             fetch::lines(self.moe.peers[source].at(self.starts_at(), bytes), bytes).for_each(fetch::to_read);
         }
-        self.take_all(taken..ranks)
+        self.take_all(&sources[taken..])
     }
 
-    fn take_all(&mut self, sources: std::ops::Range<usize>) -> Result<()> {
-        for source in sources.clone() {
+    fn take_all(&mut self, sources: &[usize]) -> Result<()> {
+        for &source in sources {
             self.take_starts(source)?;
             self.fetch_entries(source);
         }
-        sources.into_iter().try_for_each(|source| self.take_entries(source))
+        sources.iter().try_for_each(|&source| self.take_entries(source))
     }
 
     /// Asks for the lines that [`take_entries`](Self::take_entries) reads and writes.
@@ -186,13 +190,14 @@ impl<'m> ExpertBatch<'m> {
     /// Waits for any source whose lists have not been taken, and takes them. `None` when all have.
     pub(super) fn receive_any(&mut self) -> Result<Option<usize>> {
         let pending = |source: &usize| !self.received().has(*source);
-        if !(0..self.moe.comm.world_size).any(|source| pending(&source)) {
+        let sources = &self.moe.parties.sources;
+        if !sources.iter().any(pending) {
             return Ok(None);
         }
         let what = Waiting { operation: Operation::DispatchRecv, epoch: self.epoch, peer: None };
         let source = self.moe.comm.wait(what, || {
             let mut refused = None;
-            for source in (0..self.moe.comm.world_size).filter(pending) {
+            for source in sources.iter().copied().filter(pending) {
                 match self.has_sent(source) {
                     Some(Ok(())) => return Some(Ok(source)),
                     // What others have sent can be worked on before this is told.
@@ -274,7 +279,8 @@ impl<'m> ExpertBatch<'m> {
     }
 
     pub(super) fn arrived_row(&self, entry: usize) -> BatchRow {
-        let source = (0..self.moe.comm.world_size).find(|&source| self.rows_of(source).contains(&entry));
+        let sources = self.moe.parties.sources.iter().copied();
+        let source = { sources }.find(|&source| self.rows_of(source).contains(&entry));
         let source = source.unwrap_or_else(|| panic!("row {entry} has not arrived"));
         let mut experts = 0..self.local_experts().len();
         let expert = experts.find(|&expert| self.received().range(source, expert).contains(&entry));
@@ -341,8 +347,8 @@ impl<'m> ExpertBatch<'m> {
     /// All rows, in order.
     pub fn rows(&self) -> impl Iterator<Item = BatchRow> + '_ {
         let received = self.received();
-        let sources = self.moe.comm.world_size;
-        let runs = (0..received.counts.len()).flat_map(move |e| (0..sources).map(move |s| (e, s)));
+        let sources = &self.moe.parties.sources;
+        let runs = (0..received.counts.len()).flat_map(move |e| sources.iter().map(move |&s| (e, s)));
         runs.flat_map(move |(e, s)| received.range(s, e).map(move |entry| self.describe(e, s, entry)))
     }
 
@@ -376,7 +382,7 @@ impl<'m> ExpertBatch<'m> {
     fn token_address(&self, source: usize, entry: usize) -> *const u8 {
         let outbox = match source == self.moe.comm.rank {
             true => self.moe.own.address().0,
-            false => self.moe.peers[source].at(0, self.moe.layout.bytes),
+            false => self.moe.peers[source].at(0, self.moe.layout.send_bytes),
         };
         outbox.wrapping_add(self.token_offset(source, entry))
     }
@@ -449,8 +455,8 @@ impl<'m> ExpertBatch<'m> {
         let outputs = self.received_mut().outputs.as_mut_ptr();
         let (as_arrived, stride) = (self.outputs == Outputs::AsArrived, self.moe.layout.stride);
         let (batch, received) = (&*self, self.received());
-        let sources = self.moe.comm.world_size;
-        let runs = (0..received.counts.len()).flat_map(move |e| (0..sources).map(move |s| (e, s)));
+        let sources = &self.moe.parties.sources;
+        let runs = (0..received.counts.len()).flat_map(move |e| sources.iter().map(move |&s| (e, s)));
         let entries = runs.flat_map(move |(e, s)| received.range(s, e).map(move |entry| (e, s, entry)));
         entries.enumerate().map(move |(i, (expert, source, entry))| {
             let output = outputs.wrapping_add(if as_arrived { entry } else { i } * stride);
@@ -684,8 +690,7 @@ impl<'m> ExpertBatch<'m> {
         self.published = true;
         self.end();
         epoch::publish(moe.own.word64(slot.combined), epoch);
-        moe.comm.notify_all();
-        moe.comm.call_for_chores();
+        moe.notify_sources();
         Ok(())
     }
 

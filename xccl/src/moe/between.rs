@@ -22,6 +22,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::layout::{Entry, MoeLayout, SLOTS, slot_of};
+use super::parties::Parties;
 use super::placement::Placement;
 use super::rail::{Duty, Near, Rail, Staging};
 use super::routing::{Choice, NONE};
@@ -50,41 +51,60 @@ pub(super) const BY: usize = ABANDONED + SLOTS * 8;
 
 const _: () = assert!(BY + SLOTS * 8 <= LINE);
 
+/// What a handle's outboxes look like.
+pub(super) type Shape<'a> = (&'a MoeConfig, &'a MoeLayout, &'a Placement);
+
 /// Which rank is where.
-struct Map {
+struct Map<'p> {
+    parties: &'p Parties,
     /// By rank.
     node: Vec<usize>,
-    /// By node, its ranks, ascending.
+    /// By rank, its place among the ranks of its node that have the same part.
+    index: Vec<usize>,
+    /// By node, its ranks that have experts, ascending.
     members: Vec<Vec<usize>>,
     /// The rank's own node.
     mine: usize,
 }
 
-impl Map {
-    fn new(nodes: &[usize], rank: usize) -> Self {
-        let mut members = vec![vec![]; nodes.iter().max().map_or(0, |most| most + 1)];
-        nodes.iter().enumerate().for_each(|(rank, &node)| members[node].push(rank));
-        Map { node: nodes.to_vec(), members, mine: nodes[rank] }
+impl<'p> Map<'p> {
+    fn new(nodes: &[usize], rank: usize, parties: &'p Parties) -> Self {
+        let count = nodes.iter().max().map_or(0, |most| most + 1);
+        let (mut members, mut index) = (vec![vec![]; count], vec![0; nodes.len()]);
+        for (ranks, have_experts) in [(&parties.sources, false), (&parties.destinations, true)] {
+            let mut seen = vec![0; count];
+            for &rank in ranks {
+                index[rank] = seen[nodes[rank]];
+                seen[nodes[rank]] += 1;
+                if have_experts {
+                    members[nodes[rank]].push(rank);
+                }
+            }
+        }
+        Map { parties, node: nodes.to_vec(), index, members, mine: nodes[rank] }
     }
 
     /// The rank of `node` that stands for `rank` there.
     fn rail(&self, rank: usize, node: usize) -> usize {
-        let index = self.members[self.node[rank]].iter().position(|&r| r == rank).unwrap_or(0);
-        self.members[node][index % self.members[node].len()]
+        self.members[node][self.index[rank] % self.members[node].len()]
     }
 
     /// The ranks of other nodes that `rank` stands for at its own.
     fn duties(&self, rank: usize) -> Vec<usize> {
+        if !self.parties.part(rank).receives() {
+            return vec![];
+        }
         let node = self.node[rank];
-        (0..self.node.len()).filter(|&r| self.node[r] != node && self.rail(r, node) == rank).collect()
+        let sources = self.parties.sources.iter().copied();
+        sources.filter(|&r| self.node[r] != node && self.rail(r, node) == rank).collect()
     }
 
-    /// The nodes other than `node`, ascending.
+    /// The nodes other than `node` that have experts, ascending.
     fn others(&self, node: usize) -> impl Iterator<Item = usize> + '_ {
         (0..self.members.len()).filter(move |&n| n != node && !self.members[n].is_empty())
     }
 
-    /// A node's ranks as ranges of neighbours.
+    /// Those of a node's ranks that have experts, as ranges of neighbours.
     fn blocks(&self, node: usize) -> Vec<Range<usize>> {
         let mut blocks: Vec<Range<usize>> = vec![];
         for &rank in &self.members[node] {
@@ -153,20 +173,21 @@ impl Between {
         comm: &CommInner,
         far: &Far,
         star: &mut Star,
-        shape: (&MoeConfig, &MoeLayout, &Placement),
+        (shape, parties): (Shape<'_>, &Arc<Parties>),
         own: &Arc<Mapping>,
         deadline: Instant,
     ) -> Result<(Self, Vec<Option<Mapping>>)> {
         let (config, layout, placement) = shape;
-        let (map, ranks) = (Map::new(&comm.nodes, comm.rank), comm.world_size);
+        let (map, ranks) = (Map::new(&comm.nodes, comm.rank, parties), comm.world_size);
+        let part = parties.part(comm.rank);
         let plane = &far.plane;
-        let mirror_bytes = layout.bytes.next_multiple_of(PAGE);
+        let mirror_bytes = layout.send_bytes.next_multiple_of(PAGE);
         let bytes_of = |rank: usize| map.duties(rank).len() * mirror_bytes;
         let LandingSegments { own: landing, peers } = fabric::exchange_landings(star, bytes_of, deadline)?;
 
         // What lands here: mirrors of those that this rank stands for, and sums for its own tokens.
         let duties = map.duties(comm.rank);
-        let others: Vec<usize> = map.others(map.mine).collect();
+        let others: Vec<usize> = if part.sends() { map.others(map.mine).collect() } else { vec![] };
         let rows_bytes = config.max_tokens * layout.stride;
         let result_rows = (others.len() * LINE).next_multiple_of(PAGE);
         let results = Arc::new(Mapping::anonymous(result_rows + SLOTS * others.len() * rows_bytes)?);
@@ -222,19 +243,20 @@ impl Between {
         // Mirrors of far ranks, which their rail peers of this node have.
         let mut mirrors = vec![];
         for source in 0..ranks {
-            mirrors.push(match map.node[source] == map.mine {
-                true => None,
-                false => {
+            let is_far = map.node[source] != map.mine && parties.part(source).sends();
+            mirrors.push(match is_far && part.receives() {
+                false => None,
+                true => {
                     let rail = map.rail(source, map.mine);
                     let index = map.duties(rail).iter().position(|&s| s == source).unwrap_or(0);
-                    Some(peers.map(rail, index * mirror_bytes, layout.bytes)?)
+                    Some(peers.map(rail, index * mirror_bytes, layout.send_bytes)?)
                 }
             });
         }
         let duties = duties.iter().map(duty).collect::<Result<_>>()?;
         let staging = Staging { plane: plane.clone(), rows_bytes, result_words };
         let near = Near { ranks: map.members[map.mine].clone(), blocks: map.blocks(map.mine) };
-        let rail = Rail::new(comm, far, duties, near, staging, shape)?;
+        let rail = Rail::new(comm, far, (duties, near), staging, (shape, parties))?;
         let between = Between {
             outbox: plane.register(own, 0..own.len(), Access::Local)?,
             node_of_expert,
@@ -252,7 +274,7 @@ impl Between {
     pub(super) fn dispatch(
         &mut self,
         far: &Far,
-        (config, layout, placement): (&MoeConfig, &MoeLayout, &Placement),
+        (config, layout, placement): Shape<'_>,
         epoch: u64,
         tokens: usize,
         choices: &[Choice],
@@ -415,7 +437,8 @@ mod tests {
                 seen.push(*n);
                 seen.len() - 1
             })).collect();
-            let map = Map::new(&nodes, 0);
+            let parties = Parties::all(nodes.len());
+            let map = Map::new(&nodes, 0, &parties);
             for rank in 0..nodes.len() {
                 let rails: Vec<_> = map.others(nodes[rank]).map(|node| map.rail(rank, node)).collect();
                 prop_assert_eq!(rails.len(), seen.len() - 1);

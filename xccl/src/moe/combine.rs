@@ -16,8 +16,7 @@ use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::memory::divided::{Divided, Owners};
 use crate::memory::row::Row;
-use crate::sync::epoch;
-use crate::sync::progress::{Operation, Waiting};
+use crate::sync::progress::Operation;
 
 /// Where the peers say that their output rows for this rank begin; kept from exchange to exchange.
 pub(super) struct FirstRows {
@@ -120,7 +119,11 @@ impl Moe {
         out: &mut [E],
         epilogue: Epilogue<'_, E>,
     ) -> Result<()> {
-        let epoch = self.check_exchange("combine_recv", &sent, Phase::Combined, "combine_recv after combine_send")?;
+        let before = match self.parties.part(self.comm.rank).receives() {
+            true => Phase::Combined,
+            false => Phase::Sent,
+        };
+        let epoch = self.check_exchange("combine_recv", &sent, before, "combine_recv after combine_send")?;
         let mut state = self.state.borrow_mut();
         let State { flights, first_rows, seen, .. } = &mut *state;
         let slot = slot_of(epoch);
@@ -173,9 +176,7 @@ impl Moe {
         let (epoch, slot) = (flight.epoch, self.layout.slot(flight.epoch));
         for peer in self.ranks_of(&mut flight.lists) {
             let outbox = &self.peers[peer];
-            let word = outbox.word64(slot.combined);
-            let what = Waiting { operation: Operation::CombineRecv, epoch, peer: Some(peer) };
-            self.comm.wait_in(call, what, || epoch::reached(word, epoch).then_some(()))?;
+            self.await_combined(call, peer, epoch, Operation::CombineRecv)?;
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
                 return Err(Error::PeerAbandoned { rank: peer, epoch });
             }
@@ -212,7 +213,7 @@ impl Moe {
 
     /// Where every rank has the bases for this one.
     fn bases_at(&self, slot: &SlotLayout) -> usize {
-        slot.bases.start + self.comm.rank * self.layout.bases_per_source * size_of::<u32>()
+        slot.bases.start + self.parties.index_of(self.comm.rank) * self.layout.bases_per_source * size_of::<u32>()
     }
 }
 

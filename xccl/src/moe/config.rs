@@ -1,5 +1,6 @@
 //! What a MoE handle is made for.
 
+use super::parties::{Part, Parties};
 use super::smooth::SmoothScales;
 use super::wire::WireFormat;
 use crate::dtype::DType;
@@ -91,7 +92,8 @@ impl MoeConfig {
     pub fn outbox_bytes(&self, world_size: usize) -> Result<usize> {
         self.check(world_size)?;
         let placement = super::placement::Placement::new(self, world_size);
-        Ok(super::layout::MoeLayout::new(self, &placement, world_size).bytes)
+        let layout = super::layout::MoeLayout::new(self, &placement, &Parties::all(world_size));
+        Ok(layout.bytes_of(Part::Both))
     }
 
     pub(super) fn check(&self, world_size: usize) -> Result<()> {

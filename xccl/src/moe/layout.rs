@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::parties::{Part, Parties};
 use super::placement::Placement;
 use super::wire::RowLayout;
 use super::{MoeConfig, Reduction};
@@ -40,6 +41,9 @@ pub(super) struct MoeLayout {
     pub(super) dispatched: usize,
     /// The exchange whose input was refused here. Read by all ranks that wait for it.
     pub(super) refused: usize,
+    /// Where attention and experts are apart: this rank takes part in no exchange from this one on (0: it goes on). Read by who waits for
+    /// it. See [`roles`](super::roles).
+    pub(super) closed: usize,
     slots: [SlotLayout; SLOTS],
     /// Bytes from one row to the next, of outputs and sums.
     pub(super) stride: usize,
@@ -51,7 +55,12 @@ pub(super) struct MoeLayout {
     pub(super) sum_rows: usize,
     /// Entries of `bases` per source.
     pub(super) bases_per_source: usize,
-    pub(super) bytes: usize,
+    /// Where the words end.
+    words_end: usize,
+    /// Bytes of the outbox of a rank that sends tokens, and of one that has experts: the same where every rank does both. Where
+    /// none does, either has its own areas after the words, at offsets that the other's have in its own outbox.
+    pub(super) send_bytes: usize,
+    receive_bytes: usize,
 }
 
 /// One exchange's part of the outbox.
@@ -71,7 +80,7 @@ pub(super) struct SlotLayout {
     pub(super) starts: Range<usize>,
     /// The entries, sorted by expert position, then token.
     pub(super) entries: Range<usize>,
-    /// u32 per source rank and local expert: the output row of its first entry. With [`Reduction::PerRank`] the first one of
+    /// u32 per source and local expert: the output row of its first entry. With [`Reduction::PerRank`] the first one of
     /// each source counts: the row of its first sum.
     pub(super) bases: Range<usize>,
     /// The token rows, as the wire format has them: one per token, or with smooth scales one per entry, in the entries' order.
@@ -86,36 +95,51 @@ pub(super) struct SlotLayout {
 pub(super) const AREAS: usize = 6;
 
 impl SlotLayout {
-    /// Everything that only one value at a time may write, in the order of their offsets.
-    pub(super) fn areas(&self) -> [Range<usize>; AREAS] {
+    /// Everything that only one value at a time may write, in the order of their offsets; those that a rank with this part does not
+    /// have are empty. All lie at `end` or later, which becomes the end of the last.
+    pub(super) fn areas(&self, part: Part, end: &mut usize) -> [Range<usize>; AREAS] {
         let SlotLayout { starts, entries, bases, rows, outputs, sums, .. } = self.clone();
-        [starts, entries, bases, rows, outputs, sums]
+        let (sent, received) = (part.sends(), part.receives());
+        let areas =
+            [(starts, sent), (entries, sent), (bases, received), (rows, sent), (outputs, received), (sums, received)];
+        areas.map(|(area, has)| {
+            let area = if has { area } else { *end..*end };
+            *end = area.end;
+            area
+        })
     }
 }
 
 impl MoeLayout {
-    pub(super) fn new(config: &MoeConfig, placement: &Placement, world_size: usize) -> Self {
+    pub(super) fn new(config: &MoeConfig, placement: &Placement, parties: &Parties) -> Self {
+        let sources = parties.sources.len();
         let stride = (config.hidden * config.dtype.size()).next_multiple_of(LINE);
         let token = config.wire.row_layout(config.hidden, config.dtype);
         let token_rows = config.max_tokens * if config.smooth.is_some() { config.topk } else { 1 };
-        let worst = world_size * config.max_tokens * config.topk;
+        let worst = sources * config.max_tokens * config.topk;
         let output_rows = config.max_expert_rows.unwrap_or(worst).min(worst);
         let sum_rows = match config.reduction {
             Reduction::PerExpert => 0,
-            Reduction::PerRank => (world_size * config.max_tokens).min(output_rows),
+            Reduction::PerRank => (sources * config.max_tokens).min(output_rows),
         };
-        let bases_per_source = (0..world_size).map(|rank| placement.local(rank).len()).fold(1, usize::max);
+        let local = parties.destinations.iter().map(|&rank| placement.local(rank).len());
+        let bases_per_source = local.fold(1, usize::max);
 
         let mut layout = Layout::default();
         let dispatched = layout.add(LINE);
-        let (refused, tokens) = (dispatched + 8, [dispatched + 16, dispatched + 24]);
+        let (refused, tokens, closed) = (dispatched + 8, [dispatched + 16, dispatched + 24], dispatched + 32);
         let words = tokens.map(|tokens| {
             let [combined, done] = std::array::from_fn(|_| layout.add(LINE));
             [combined, combined + 8, tokens, done]
         });
+        // The areas of who sends and of who receives: after one another, or where no rank does both, each from the words on.
+        let words_end = words[SLOTS - 1][3] + LINE;
+        let (mut other, received) = (layout.clone(), usize::from(parties.are_apart));
+        let mut layouts = [&mut layout, &mut other];
+        const SENT: usize = 0;
         let slots = words.map(|[combined, abandoned, tokens, done]| {
-            let mut area = |bytes: usize, align: usize| {
-                let start = layout.add_aligned(bytes, align);
+            let mut area = |of: usize, bytes: usize, align: usize| {
+                let start = layouts[of].add_aligned(bytes, align);
                 start..start + bytes
             };
             SlotLayout {
@@ -123,21 +147,46 @@ impl MoeLayout {
                 abandoned,
                 tokens,
                 done,
-                starts: area((config.experts + 1) * 4, LINE),
-                entries: area(config.max_tokens * config.topk * size_of::<Entry>(), LINE),
-                bases: area(world_size * bases_per_source * 4, LINE),
-                rows: area(token_rows * token.stride, PAGE),
-                outputs: area(output_rows * stride, PAGE),
-                sums: area(sum_rows * stride, PAGE),
+                starts: area(SENT, (config.experts + 1) * 4, LINE),
+                entries: area(SENT, config.max_tokens * config.topk * size_of::<Entry>(), LINE),
+                bases: area(received, sources * bases_per_source * 4, LINE),
+                rows: area(SENT, token_rows * token.stride, PAGE),
+                outputs: area(received, output_rows * stride, PAGE),
+                sums: area(received, sum_rows * stride, PAGE),
             }
         });
-        let bytes = layout.bytes();
-        MoeLayout { dispatched, refused, slots, stride, token, output_rows, sum_rows, bases_per_source, bytes }
+        let bytes = [layout.bytes(), other.bytes()];
+        let (send_bytes, receive_bytes) = (bytes[SENT], bytes[received]);
+        MoeLayout {
+            dispatched,
+            refused,
+            closed,
+            slots,
+            stride,
+            token,
+            output_rows,
+            sum_rows,
+            bases_per_source,
+            words_end,
+            send_bytes,
+            receive_bytes,
+        }
+    }
+
+    /// Bytes of the outbox of a rank with this part: of one with no part a page, which is never touched.
+    pub(super) fn bytes_of(&self, part: Part) -> usize {
+        match part {
+            Part::Both => self.send_bytes.max(self.receive_bytes),
+            Part::Source => self.send_bytes,
+            Part::Destination => self.receive_bytes,
+            Part::Neither => PAGE,
+        }
     }
 
     /// Takes this rank's outbox apart: the words, and each slot's areas.
-    pub(super) fn split(&self, own: Arc<Mapping>) -> (Words, [[Area; AREAS]; SLOTS]) {
-        let [first, second] = self.slots.each_ref().map(SlotLayout::areas);
+    pub(super) fn split(&self, own: Arc<Mapping>, part: Part) -> (Words, [[Area; AREAS]; SLOTS]) {
+        let mut end = self.words_end;
+        let [first, second] = self.slots.each_ref().map(|slot| slot.areas(part, &mut end));
         let [a, b, c, d, e, f] = first;
         let [g, h, i, j, k, l] = second;
         let (words, [a, b, c, d, e, f, g, h, i, j, k, l]) = area::split(own, [a, b, c, d, e, f, g, h, i, j, k, l]);

@@ -31,9 +31,11 @@ mod joined;
 mod kernels;
 mod lanes;
 mod layout;
+mod parties;
 mod placement;
 mod rail;
 mod received;
+mod roles;
 mod routing;
 mod smooth;
 mod terms;
@@ -56,8 +58,10 @@ pub use epilogue::{Epilogue, Residual, RmsNorm};
 use lanes::LaneSet;
 pub use lanes::Lanes;
 use layout::{AREAS, MoeLayout, SLOTS, slot_of};
+use parties::{Parties, Peers};
 use placement::Placement;
 use received::{Received, SendAreas};
+pub use roles::{Attention, DomainBatch, Ended, Experts, Role, RoleConfig};
 pub use routing::Routing;
 use routing::{Choice, ListBuilder};
 pub use smooth::SmoothScales;
@@ -164,12 +168,13 @@ pub struct Moe {
     config: MoeConfig,
     layout: MoeLayout,
     placement: Placement,
+    parties: Arc<Parties>,
     /// What encodes, decodes, sums and norms rows.
     kernels: Kernels,
     /// The words of this rank's outbox for the handle.
     own: Words,
-    /// Every rank's outbox for the handle, or its mirror.
-    peers: Arc<Vec<Mapping>>,
+    /// The other ranks' outboxes for the handle, or their mirrors.
+    peers: Arc<Peers>,
     state: RefCell<State>,
     lanes: RefCell<LaneSet>,
     ways: RefCell<Ways>,
@@ -256,7 +261,7 @@ impl Drop for Refusal<'_> {
 /// What any thread needs to find rows in the ranks' outboxes.
 #[derive(Clone, Copy)]
 struct Outboxes<'m> {
-    peers: &'m [Mapping],
+    peers: &'m Peers,
     layout: &'m MoeLayout,
     hidden: usize,
     format: (Kernels, WireFormat),
@@ -299,57 +304,81 @@ impl Moe {
     /// [`Error::Config`] for a value out of range, [`Error::NotEnoughMemory`] before anything is created (the
     /// other ranks get [`Error::Bootstrap`] with its text), [`Error::Mismatch`] on every rank when the configurations differ.
     pub fn new(comm: &Communicator, config: MoeConfig) -> Result<Self> {
-        let comm = comm.inner.clone();
+        let comm = &comm.inner;
         config.check(comm.world_size)?;
+        let mine = format!("{config:?}");
+        let configurations = comm.star().exchange(mine.as_bytes(), &[], comm.deadline())?;
+        for (rank, (theirs, _)) in configurations.into_iter().enumerate() {
+            if theirs != mine.as_bytes() {
+                let theirs = String::from_utf8_lossy(&theirs).into_owned();
+                return Err(Error::Mismatch { rank, what: "the MoE configuration".to_owned(), theirs, ours: mine });
+            }
+        }
+        Self::between_parties(comm, config, Parties::all(comm.world_size))
+    }
+
+    /// Makes a handle among the ranks that have a part in it. Every rank of `comm` must call it, with the same configuration, which
+    /// was checked and compared.
+    fn between_parties(comm: &Arc<CommInner>, config: MoeConfig, parties: Parties) -> Result<Self> {
+        let (comm, parties) = (comm.clone(), Arc::new(parties));
+        let part = parties.part(comm.rank);
         let placement = Placement::new(&config, comm.world_size);
         let kernels = comm.config.kernels.resolve("Config::kernels")?;
-        let layout = MoeLayout::new(&config, &placement, comm.world_size);
+        let layout = MoeLayout::new(&config, &placement, &parties);
         let deadline = comm.deadline();
         let outboxes = {
             let mut star = comm.star();
-            let mine = format!("{config:?}");
-            for (rank, (theirs, _)) in star.exchange(mine.as_bytes(), &[], deadline)?.into_iter().enumerate() {
-                if theirs != mine.as_bytes() {
-                    let theirs = String::from_utf8_lossy(&theirs).into_owned();
-                    return Err(Error::Mismatch { rank, what: "the MoE configuration".to_owned(), theirs, ours: mine });
-                }
-            }
-            let enough = fabric::check_memory("the MoE handle", layout.bytes, star.ranks_here());
-            let outboxes =
-                fabric::exchange_segments(&mut star, &comm.config, enough, Writers::Owner, layout.bytes, deadline)?;
+            let here = (0..comm.world_size).filter(|&rank| comm.is_near(rank));
+            let all_here = here.map(|rank| layout.bytes_of(parties.part(rank))).sum();
+            let enough = fabric::check_memory("the MoE handle", all_here, 1);
+            let (bytes_of, maps) = (
+                |rank| layout.bytes_of(parties.part(rank)),
+                // Who answers for far sources sums what all ranks of the node have.
+                |rank| parties.concerns(comm.rank, rank, comm.fabric.far.is_some()),
+            );
+            let outboxes = fabric::exchange_segments_of(
+                &mut star,
+                &comm.config,
+                enough,
+                Writers::Owner,
+                (bytes_of, maps),
+                deadline,
+            )?;
             let own = Arc::new(outboxes.own);
             let (between, mirrors) = match &comm.fabric.far {
                 None => (None, vec![]),
                 Some(far) => {
                     let shape = (&config, &layout, &placement);
-                    let (between, mirrors) = Between::new(&comm, far, &mut star, shape, &own, deadline)?;
+                    let (between, mirrors) = Between::new(&comm, far, &mut star, (shape, &parties), &own, deadline)?;
                     (Some(RefCell::new(between)), mirrors)
                 }
             };
             let mirrors = mirrors.into_iter().chain(std::iter::repeat_with(|| None));
-            (own, between, outboxes.peers.into_iter().zip(mirrors).filter_map(|(near, far)| near.or(far)).collect())
+            (own, between, outboxes.peers.into_iter().zip(mirrors).map(|(near, far)| near.or(far)).collect())
         };
-        let (own, between, peers): (Arc<Mapping>, Option<RefCell<Between>>, Vec<Mapping>) = outboxes;
-        let peers = Arc::new(peers);
+        let (own, between, peers): (Arc<Mapping>, Option<RefCell<Between>>, Vec<Option<Mapping>>) = outboxes;
+        let peers = Arc::new(Peers::new(peers));
         if let Some(between) = &between {
             between.borrow().rail.set_peers(peers.clone());
         }
-        let (own, areas) = layout.split(own);
+        let (own, areas) = layout.split(own, part);
         let local = placement.local(comm.rank).len();
+        let sent = if part.sends() { config.max_tokens * config.topk } else { 0 };
         let flights = areas.map(|areas: [Area; AREAS]| {
-            let (received, SendAreas { starts, entries, rows }) = Received::new(comm.world_size, local, areas);
+            let (received, SendAreas { starts, entries, rows }) =
+                Received::new(&parties, comm.world_size, local, areas);
             Flight {
                 epoch: 0,
                 phase: Phase::Free,
                 tokens: 0,
-                choices: Vec::with_capacity(config.max_tokens * config.topk),
+                choices: Vec::with_capacity(sent),
                 weights: Vec::with_capacity(match config.reduction {
-                    Reduction::PerExpert => config.max_tokens * config.topk,
+                    Reduction::PerExpert => sent,
                     Reduction::PerRank => 0,
                 }),
                 lists: Lists { starts, entries },
                 rows: Some(rows),
-                received: Some(Box::new(received)),
+                received: part.receives().then(|| Box::new(received)),
                 orphaned: false,
             }
         });
@@ -358,7 +387,7 @@ impl Moe {
         let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: 0 };
         let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
         let (lanes, ways) = (RefCell::default(), RefCell::default());
-        Ok(Moe { comm, config, layout, placement, kernels, own, peers, state, lanes, ways, between })
+        Ok(Moe { comm, config, layout, placement, parties, kernels, own, peers, state, lanes, ways, between })
     }
 
     /// The configuration.
@@ -389,7 +418,7 @@ impl Moe {
     /// Where rows lie, for any thread.
     fn outboxes(&self) -> Outboxes<'_> {
         Outboxes {
-            peers: &self.peers[..],
+            peers: &self.peers,
             layout: &self.layout,
             hidden: self.config.hidden,
             format: (self.kernels, self.config.wire),
@@ -541,24 +570,56 @@ impl Moe {
         }
         let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > seen.all) else { return Ok(epoch) };
         let mut call = Call::default();
-        for (peer, seen) in seen.epochs[slot].iter_mut().enumerate().filter(|(_, seen)| **seen < previous) {
-            if !self.comm.is_near(peer) {
-                continue;
+        for &peer in self.parties.destinations.iter().filter(|&&peer| self.comm.is_near(peer)) {
+            let seen = &mut seen.epochs[slot][peer];
+            if *seen < previous {
+                self.await_combined(&mut call, peer, previous, Operation::DispatchSend)?;
+                *seen = previous;
             }
-            let word = self.peers[peer].word64(self.layout.slot(previous).combined);
-            let what = Waiting { operation: Operation::DispatchSend, epoch, peer: Some(peer) };
-            self.comm.wait_in(&mut call, what, || epoch::reached(word, previous).then_some(()))?;
-            *seen = previous;
         }
         if let Some((_, between)) = self.between() {
             let between = between.borrow();
-            let what = Waiting { operation: Operation::DispatchSend, epoch, peer: None };
+            let what = Waiting { operation: self.operation(Operation::DispatchSend), epoch, peer: None };
             // All of this node have combined, as just seen.
             self.comm.wait_in(&mut call, what, || between.rail.is_done(previous).then_some(()))?;
-            between.await_returned(&self.comm, &mut call, previous, Operation::DispatchSend)?;
+            between.await_returned(&self.comm, &mut call, previous, self.operation(Operation::DispatchSend))?;
         }
         seen.all = previous;
         Ok(epoch)
+    }
+
+    /// Waits until a rank of this node has combined `epoch`.
+    fn await_combined(&self, call: &mut Call, peer: usize, epoch: u64, during: Operation) -> Result<()> {
+        let outbox = &self.peers[peer];
+        let (combined, closed) = (outbox.word64(self.layout.slot(epoch).combined), outbox.word64(self.layout.closed));
+        let during = self.operation(during);
+        let what = Waiting { operation: during, epoch, peer: Some(peer) };
+        self.comm.wait_in(call, what, || {
+            if epoch::reached(combined, epoch) {
+                return Some(Ok(()));
+            }
+            // An exchange that it has begun before it left may still be combined.
+            let has_left = (1..=epoch).contains(&closed.load(Acquire));
+            has_left.then_some(Err(Error::PeerLeft { rank: peer, during, epoch }))
+        })?
+    }
+
+    /// What a call is named in errors and progress words.
+    fn operation(&self, operation: Operation) -> Operation {
+        match operation {
+            _ if !self.parties.are_apart => operation,
+            Operation::DispatchSend => Operation::A2eSend,
+            Operation::DispatchRecv => Operation::A2eRecv,
+            Operation::CombineSend => Operation::E2aSend,
+            Operation::CombineRecv => Operation::E2aRecv,
+            other => other,
+        }
+    }
+
+    /// Tells the sources that wait for what this rank has combined, and who answers for those of other nodes.
+    fn notify_sources(&self) {
+        self.comm.notify_all();
+        self.comm.call_for_chores();
     }
 
     fn send<I: ExpertId>(
@@ -683,7 +744,11 @@ impl Moe {
     /// # Errors
     /// [`Error::Timeout`] and what waiting can meet; the call may be repeated.
     pub fn await_rows(&self, batch: &ExpertBatch<'_>) -> Result<()> {
-        let what = Waiting { operation: Operation::CombineSend, epoch: batch.epoch(), peer: Some(self.comm.rank) };
+        let what = Waiting {
+            operation: self.operation(Operation::CombineSend),
+            epoch: batch.epoch(),
+            peer: Some(self.comm.rank),
+        };
         let (done, rows) = (batch.rows_done(), batch.len() as u64);
         self.comm.poll(what, || (done.load(Acquire) >= rows).then_some(()))
     }
@@ -695,10 +760,11 @@ impl Moe {
     /// [`Error::InvalidRank`].
     pub fn outbox_address(&self, rank: usize) -> Result<(*const u8, usize)> {
         self.comm.check_rank(rank)?;
-        Ok(match rank == self.comm.rank {
-            true => self.own.address(),
-            false => (self.peers[rank].at(0, self.layout.bytes), self.layout.bytes),
-        })
+        if rank == self.comm.rank {
+            return Ok(self.own.address());
+        }
+        let outbox = self.peers.get(rank).ok_or(Error::InvalidRank { rank, world_size: self.comm.world_size })?;
+        Ok((outbox.at(0, outbox.len()), outbox.len()))
     }
 
     /// Publishes the outputs that were written through [`ExpertBatch::output_row`]. With [`Reduction::PerRank`] it first forms
@@ -771,8 +837,7 @@ impl Moe {
         let slot = self.layout.slot(epoch);
         self.own.word64(slot.abandoned).store(epoch, Release);
         epoch::publish(self.own.word64(slot.combined), epoch);
-        self.comm.notify_all();
-        self.comm.call_for_chores();
+        self.notify_sources();
     }
 }
 
@@ -782,7 +847,7 @@ impl Drop for Moe {
         let Some((_, between)) = self.between() else { return };
         let between = between.borrow();
         let Some(epoch) = between.rail.undone() else { return };
-        let what = Waiting { operation: Operation::CombineRecv, epoch, peer: None };
+        let what = Waiting { operation: self.operation(Operation::CombineRecv), epoch, peer: None };
         // Who has died or left is found by those who wait for it.
         let _ = self.comm.wait(what, || between.rail.undone().is_none().then_some(()));
     }
@@ -793,7 +858,7 @@ impl Drop for Exchange<'_> {
         let mut state = self.moe.state.borrow_mut();
         let flight = state.flight(self.epoch);
         // A batch that is still out abandons for itself when it is dropped, or combines after all.
-        let abandons = flight.phase == Phase::Sent;
+        let abandons = flight.phase == Phase::Sent && self.moe.parties.part(self.moe.comm.rank).receives();
         match flight.phase {
             Phase::Received => flight.orphaned = true,
             _ => flight.phase = Phase::Free,

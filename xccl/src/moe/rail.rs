@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 
 use half::{bf16, f16};
 
-use super::between::{ABANDONED, BY, RETURNED};
+use super::between::{ABANDONED, BY, RETURNED, Shape};
 use super::config::MAX_TOPK;
 use super::layout::{Entry, MoeLayout, SLOTS, slot_of};
+use super::parties::{Parties, Peers};
 use super::placement::Placement;
 use super::terms::{Terms, sum_each};
 use super::{MoeConfig, Outboxes, Reduction};
@@ -78,9 +79,10 @@ pub(super) struct Rail {
     config: MoeConfig,
     layout: MoeLayout,
     placement: Placement,
+    parties: Arc<Parties>,
     kernels: Kernels,
     /// Every rank's outbox, or its mirror: once they are mapped.
-    peers: OnceLock<Arc<Vec<Mapping>>>,
+    peers: OnceLock<Arc<Peers>>,
     duties: Vec<Duty>,
     near: Near,
     staging: Staging,
@@ -97,10 +99,9 @@ impl Rail {
     pub(super) fn new(
         comm: &CommInner,
         far: &Far,
-        duties: Vec<Duty>,
-        near: Near,
+        (duties, near): (Vec<Duty>, Near),
         staging: Staging,
-        (config, layout, placement): (&MoeConfig, &MoeLayout, &Placement),
+        ((config, layout, placement), parties): (Shape<'_>, &Arc<Parties>),
     ) -> Result<Arc<Self>> {
         let bytes = duties.len() * staging.rows_bytes;
         let memory = Arc::new(Mapping::anonymous(SLOTS * bytes)?);
@@ -111,6 +112,7 @@ impl Rail {
             config: config.clone(),
             layout: layout.clone(),
             placement: placement.clone(),
+            parties: parties.clone(),
             kernels: comm.config.kernels.resolve("Config::kernels")?,
             peers: OnceLock::new(),
             duties,
@@ -129,7 +131,7 @@ impl Rail {
     }
 
     /// Takes the ranks' outboxes.
-    pub(super) fn set_peers(&self, peers: Arc<Vec<Mapping>>) {
+    pub(super) fn set_peers(&self, peers: Arc<Peers>) {
         // They are mapped once.
         let _ = self.peers.set(peers);
     }
@@ -152,6 +154,20 @@ impl Rail {
         state.done[slot] >= epoch || state.begun[slot] < epoch
     }
 
+    /// From `epoch` on there will be no duty: tells the sources that wait for either exchange that may be in flight.
+    pub(super) fn leave(&self, epoch: u64) {
+        for duty in &self.duties {
+            for epoch in epoch..epoch + SLOTS as u64 {
+                let word = |at: usize, value: u64| {
+                    let (window, offset) = (self.staging.result_words, duty.line + at + slot_of(epoch) * 8);
+                    Update::Word64 { window, offset, value }
+                };
+                let updates = [word(BY, self.me as u64), word(ABANDONED, epoch), word(RETURNED, epoch)];
+                self.staging.plane.send(duty.source, [], &updates);
+            }
+        }
+    }
+
     /// Exchanges whose duty was begun and not done.
     pub(super) fn undone(&self) -> Option<u64> {
         let state = lock(&self.state);
@@ -159,15 +175,19 @@ impl Rail {
     }
 
     /// Whether the ranks of this node have combined, hence received from all sources, and which of them has given up instead.
-    fn combined(&self, peers: &[Mapping], epoch: u64) -> Option<Option<usize>> {
-        let slot = self.layout.slot(epoch);
-        let is_there = |&rank: &usize| epoch::reached(peers[rank].word64(slot.combined), epoch);
-        let gave_up = |&&rank: &&usize| peers[rank].word64(slot.abandoned).load(Acquire) == epoch;
+    fn combined(&self, peers: &Peers, epoch: u64) -> Option<Option<usize>> {
+        let (slot, closed) = (self.layout.slot(epoch), self.layout.closed);
+        let has_combined = |rank: usize| epoch::reached(peers[rank].word64(slot.combined), epoch);
+        // Who has left before it has given it up.
+        let has_left = |rank: usize| (1..=epoch).contains(&peers[rank].word64(closed).load(Acquire));
+        let is_there = |&rank: &usize| has_combined(rank) || has_left(rank);
+        let gave_up =
+            |&&rank: &&usize| peers[rank].word64(slot.abandoned).load(Acquire) == epoch || !has_combined(rank);
         self.near.ranks.iter().all(is_there).then(|| self.near.ranks.iter().find(gave_up).copied())
     }
 
     /// Sends back what the sources get from this node.
-    fn send_back(&self, peers: &[Mapping], state: &mut State, epoch: u64, gave_up: Option<usize>) {
+    fn send_back(&self, peers: &Peers, state: &mut State, epoch: u64, gave_up: Option<usize>) {
         let slot = slot_of(epoch);
         for (index, duty) in self.duties.iter().enumerate() {
             let sums = match gave_up {
@@ -206,7 +226,7 @@ impl Rail {
     /// Forms the sums of one source over the experts of this node; gives their number.
     fn sum_for<'s, E: Element>(
         &'s self,
-        peers: &'s [Mapping],
+        peers: &'s Peers,
         state: &mut State,
         index: usize,
         epoch: u64,
@@ -242,7 +262,7 @@ impl Rail {
     }
 
     /// Lists the terms of each token of a source: copied out of its mirror and the near ranks' outboxes, and checked.
-    fn take_terms(&self, peers: &[Mapping], source: usize, epoch: u64, sums: &mut Sums) -> Result<()> {
+    fn take_terms(&self, peers: &Peers, source: usize, epoch: u64, sums: &mut Sums) -> Result<()> {
         let (config, layout, placement) = (&self.config, &self.layout, &self.placement);
         let (mirror, slot) = (&peers[source], layout.slot(epoch));
         let corrupt = |what, value: u32, limit: usize| {
@@ -286,7 +306,8 @@ impl Rail {
                 // Between two blocks there is one more start.
                 at += usize::from(n > 0 && self.near.ranks[n - 1] + 1 != rank);
                 let local = placement.local(rank).len();
-                let from = slot.bases.start + source * layout.bases_per_source * size_of::<u32>();
+                let from =
+                    slot.bases.start + self.parties.index_of(source) * layout.bases_per_source * size_of::<u32>();
                 bases.resize(layout.bases_per_source, 0);
                 peers[rank].read_into(from, bases);
                 match config.reduction {

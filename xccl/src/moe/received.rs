@@ -1,8 +1,11 @@
 //! The receiver's side of a slot: the lists that came, and the areas that answers are written to.
 
+use std::sync::Arc;
+
 use super::config::MAX_TOPK;
 use super::lanes::{Cut, LaneSet};
 use super::layout::{AREAS, Entry, MoeLayout, SlotLayout};
+use super::parties::Parties;
 use super::terms::{Terms, sum_each};
 use crate::dtype::Element;
 use crate::error::Result;
@@ -14,6 +17,8 @@ use crate::memory::row::Row;
 
 /// Lists copied out of the senders' memory and checked; kept from exchange to exchange.
 pub(super) struct Received {
+    parties: Arc<Parties>,
+    /// Ranks of the communicator: what is said to be by source is by rank, with nothing for those that send no tokens.
     world_size: usize,
     local: usize,
     /// `[source][local expert]`, and one more per source: indices into `entries`.
@@ -92,9 +97,15 @@ pub(super) struct SendAreas {
 
 impl Received {
     /// Shares a slot's areas between its two sides.
-    pub(super) fn new(world_size: usize, local: usize, areas: [Area; AREAS]) -> (Self, SendAreas) {
+    pub(super) fn new(
+        parties: &Arc<Parties>,
+        world_size: usize,
+        local: usize,
+        areas: [Area; AREAS],
+    ) -> (Self, SendAreas) {
         let [starts, entries, bases, rows, outputs, sums] = areas;
         let received = Received {
+            parties: parties.clone(),
             world_size,
             local,
             starts: vec![0; world_size * (local + 1)],
@@ -203,7 +214,7 @@ impl Received {
     pub(super) fn write_bases(&mut self, layout: &MoeLayout, slot: &SlotLayout, in_order: bool) {
         let per_source = layout.bases_per_source;
         let bases = self.bases.slice_mut::<u32>(0, slot.bases.len() / 4);
-        for (source, bases) in bases.chunks_exact_mut(per_source).enumerate() {
+        for (&source, bases) in self.parties.sources.iter().zip(bases.chunks_exact_mut(per_source)) {
             let first_rows = match in_order {
                 true => &self.runs[source * self.local..],
                 false => &self.starts[source * (self.local + 1)..],
@@ -215,9 +226,9 @@ impl Received {
     /// Tells the sources where their sums begin.
     pub(super) fn write_sum_bases(&mut self, layout: &MoeLayout, slot: &SlotLayout) {
         self.index_tokens();
-        let (world_size, per_source) = (self.world_size, layout.bases_per_source);
+        let per_source = layout.bases_per_source;
         let bases = self.bases.slice_mut::<u32>(0, slot.bases.len() / 4);
-        for (source, bases) in bases.chunks_exact_mut(per_source).enumerate().take(world_size) {
+        for (&source, bases) in self.parties.sources.iter().zip(bases.chunks_exact_mut(per_source)) {
             bases[0] = self.by_token.tokens.partition_point(|span| (span.source as usize) < source) as u32;
         }
     }
@@ -334,7 +345,7 @@ impl ByToken {
         self.entries.resize(total, 0);
         self.rows.resize(total, 0);
         let mut at = 0;
-        for source in 0..received.world_size {
+        for &source in &received.parties.sources {
             let range = received.entries_of(source);
             let entries = &received.entries[range.clone()];
             let tokens = entries.iter().fold(0, |most, e| most.max(e.token as usize + 1));
@@ -364,21 +375,29 @@ impl ByToken {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::dtype::DType;
     use crate::memory::area;
     use crate::memory::segment::{MemoryFlavour, OwnSegment, Writers};
     use crate::moe::MoeConfig;
+    use crate::moe::parties::Part;
     use crate::moe::placement::Placement;
     use proptest::prelude::*;
 
     fn received(world: usize, local: usize) -> Received {
         let config = MoeConfig::new(4, 8, 1, world * local, DType::F32);
-        let layout = MoeLayout::new(&config, &Placement::new(&config, world), world);
-        let mapping = OwnSegment::create(MemoryFlavour::Memfd, Writers::Owner, layout.bytes, false).unwrap().mapping;
-        Received::new(world, local, area::split(Arc::new(mapping), layout.slot(0).areas()).1).0
+        let parties = Arc::new(Parties::all(world));
+        let layout = MoeLayout::new(&config, &Placement::new(&config, world), &parties);
+        let mapping = OwnSegment::create(MemoryFlavour::Memfd, Writers::Owner, layout.bytes_of(Part::Both), false)
+            .unwrap()
+            .mapping;
+        Received::new(
+            &parties,
+            world,
+            local,
+            area::split(Arc::new(mapping), layout.slot(0).areas(Part::Both, &mut 0)).1,
+        )
+        .0
     }
 
     proptest! {

@@ -61,10 +61,18 @@ pub enum Operation {
     KvSend = 22,
     /// Getting KV pages from senders.
     KvRecv = 23,
+    /// Attention sends tokens to experts.
+    A2eSend = 24,
+    /// Experts receive tokens from attention.
+    A2eRecv = 25,
+    /// Experts send their outputs back.
+    E2aSend = 26,
+    /// Attention receives the experts' outputs.
+    E2aRecv = 27,
 }
 
 /// All of them.
-const ALL: [Operation; 23] = {
+const ALL: [Operation; 27] = {
     use Operation::*;
     [
         Computing,
@@ -90,6 +98,10 @@ const ALL: [Operation; 23] = {
         SignalWait,
         KvSend,
         KvRecv,
+        A2eSend,
+        A2eRecv,
+        E2aSend,
+        E2aRecv,
     ]
 };
 
@@ -135,6 +147,10 @@ impl fmt::Display for Operation {
             Operation::SignalWait => "signal_wait",
             Operation::KvSend => "kv send",
             Operation::KvRecv => "kv recv",
+            Operation::A2eSend => "a2e_send",
+            Operation::A2eRecv => "a2e_recv",
+            Operation::E2aSend => "e2a_send",
+            Operation::E2aRecv => "e2a_recv",
         })
     }
 }

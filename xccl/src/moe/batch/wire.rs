@@ -178,7 +178,8 @@ impl ExpertBatch<'_> {
             // Places count through one matrix after the other.
             let part = if parts == 1 { 0 } else { expert };
             let (mut at, mut n) = (begin, 0);
-            let entries = (0..self.moe.comm.world_size).flat_map(|s| received.range(s, expert).map(move |e| (s, e)));
+            let sources = self.moe.parties.sources.iter();
+            let entries = sources.flat_map(|&s| received.range(s, expert).map(move |e| (s, e)));
             let mut entries = entries.peekable();
             while let Some((source, entry)) = entries.next() {
                 let from = outboxes.scales(source, self.token_offset(source, entry));
