@@ -53,6 +53,25 @@ fn killed_while_others_wait_in_combine_recv() {
     survivors_name_the_dead("die-in-combine");
 }
 
+#[test]
+fn killed_while_others_wait_for_somebody_else() {
+    survivors_name_the_dead("die-in-recv-other");
+}
+
+#[test]
+fn killed_while_others_set_something_up() {
+    survivors_name_the_dead("die-in-split");
+}
+
+#[test]
+fn the_first_death_is_named_and_not_those_it_has_caused() {
+    for n in [3, 5] {
+        let ended = Job::start(RANK, n, "die-of-it", &[]).wait();
+        let (dead, survivors) = ended.split_last().expect("there are ranks");
+        assert!(dead.code.is_none() && survivors.iter().all(|s| s.code == Some(0)), "{n} ranks: {survivors:#?}");
+    }
+}
+
 /// Rank 2 never comes, so the others are still joining when one of them is killed.
 fn killed_while_joining(victim: usize, memory: &str) {
     let mut job = Job::start_some(RANK, 3, [0, 1], "join", &[("XCCL_MEMORY", memory)]);

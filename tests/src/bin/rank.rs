@@ -82,7 +82,9 @@ fn main() -> Result<()> {
         "own-cores" => many::own_cores(&comm),
         "put" => onesided::puts_and_signals(&comm),
         kv if kv.starts_with("kv-") => kv::transfer(&comm, kv),
+        "die-of-it" => kill::die_of_it(&comm),
         die if die.starts_with("die-") => kill::die(&comm, die),
+        told if told.starts_with("told-") => kill::told(&comm, told),
         other => bail!("unknown scenario {other:?}"),
     }
 }

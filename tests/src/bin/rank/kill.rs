@@ -3,54 +3,126 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use xccl::{Communicator, DType, Error, Moe, MoeConfig, Routing, Source, Until, Update};
+use xccl::{Communicator, DType, Error, Moe, MoeConfig, ReduceOp, Routing, SharedBuffer, Source, Until, Update};
+
+/// What the ranks wait in.
+struct Waits<'a> {
+    comm: &'a Communicator,
+    block: SharedBuffer,
+    moe: Moe,
+}
+
+impl<'a> Waits<'a> {
+    fn new(comm: &'a Communicator) -> Result<Self> {
+        let block = comm.shared_alloc(8)?;
+        let moe = Moe::new(comm, MoeConfig::new(1, 8, 1, comm.world_size(), DType::F32))?;
+        comm.barrier()?;
+        Ok(Waits { comm, block, moe })
+    }
+
+    /// Waits in vain: rank `last` does not come.
+    fn wait(&self, what: &str, last: usize) -> xccl::Result<()> {
+        let comm = self.comm;
+        match what {
+            "barrier" => comm.barrier(),
+            "recv" => comm.recv(last, 1, &mut [0; 8]).map(|_| ()),
+            "recv-any" => comm.recv(Source::Any, 1, &mut [0; 8]).map(|_| ()),
+            // Of one that lives.
+            "recv-other" => comm.recv((last + 1) % comm.world_size(), 1, &mut [0; 8]).map(|_| ()),
+            "signal" => self.block.signal_wait(last, 0, Until::Ne(0)).map(|_| ()),
+            "signal-any" => self.block.signal_wait(Source::Any, 0, Until::Ne(0)).map(|_| ()),
+            "all-reduce" => comm.all_reduce_in_place(&mut [1.0f32], ReduceOp::Sum),
+            "split" => comm.split(Some(0), 0).map(|_| ()),
+            "dispatch" => {
+                let sent = self.moe.dispatch_send(&[1.0f32; 8], &Routing::new(&[last as i32], &[1.0]))?;
+                self.moe.dispatch_recv(&sent).map(|_| ())
+            }
+            other => unreachable!("{other}"),
+        }
+    }
+}
+
+fn die_now() -> Result<()> {
+    Ok(nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL)?)
+}
 
 /// The last rank kills itself at the point that the scenario names; the others expect to be told.
 pub(crate) fn die(comm: &Communicator, scenario: &str) -> Result<()> {
     let last = comm.world_size() - 1;
-    let block = comm.shared_alloc(8)?;
-    let moe = Moe::new(comm, MoeConfig::new(1, 8, 1, comm.world_size(), DType::F32))?;
-    comm.barrier()?;
-    let kill = || nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+    let waits = Waits::new(comm)?;
+    let what = scenario.trim_start_matches("die-in-");
     let dies = comm.rank() == last;
-    let routing = ([last as i32], [1.0f32]);
-    if dies && scenario != "die-in-combine" {
+    if dies && what != "combine" {
         // The others are asleep by then.
         std::thread::sleep(Duration::from_millis(300));
-        kill()?;
+        die_now()?;
     }
     let start = Instant::now();
-    let outcome = match scenario {
-        "die-in-barrier" => comm.barrier(),
-        "die-in-recv" => comm.recv(last, 1, &mut [0; 8]).map(|_| ()),
-        "die-in-signal" => block.signal_wait(last, 0, Until::Ne(0)).map(|_| ()),
-        "die-in-signal-any" => block.signal_wait(Source::Any, 0, Until::Ne(0)).map(|_| ()),
-        "die-in-recv-any" => comm.recv(Source::Any, 1, &mut [0; 8]).map(|_| ()),
-        _ => {
-            let sent = moe.dispatch_send(&[1.0f32; 8], &Routing::new(&routing.0, &routing.1))?;
+    let outcome = match what {
+        "combine" => {
+            let moe = &waits.moe;
+            let sent = moe.dispatch_send(&[1.0f32; 8], &Routing::new(&[last as i32], &[1.0]))?;
             let batch = moe.dispatch_recv(&sent);
             if dies {
                 std::thread::sleep(Duration::from_millis(300));
-                kill()?;
+                die_now()?;
             }
             match batch {
                 Err(err) => Err(err),
                 Ok(batch) => moe.combine_send(batch).and_then(|()| moe.combine_recv(sent, &mut [0.0f32; 8])),
             }
         }
+        what => waits.wait(what, last),
     };
     // From another node a death may look as if the link were down.
     let Err(Error::PeerDied { rank, .. } | Error::PeerUnreachable { rank, .. }) = outcome else { bail!("{outcome:?}") };
     ensure!(start.elapsed() < Duration::from_secs(5), "told only after {:?}", start.elapsed());
     ensure!(rank == last, "rank {rank} was blamed, rank {last} died");
     // Later calls say the same.
-    let put = comm.put_signal(block.remote().of(last), &[], block.remote().of(last), Update::Add(1));
-    let again = comm.barrier();
-    let names = |err: &Error| match *err {
+    let (block, names) = (&waits.block, |err: &Error| match *err {
         Error::PeerDied { rank, .. } | Error::PeerUnreachable { rank, .. } => Some(rank),
         _ => None,
-    };
+    });
+    let put = comm.put_signal(block.remote().of(last), &[], block.remote().of(last), Update::Add(1));
     ensure!(put.as_ref().err().and_then(names) == Some(last), "put_signal: {put:?}");
-    ensure!(again.as_ref().err().and_then(names) == Some(last), "barrier: {again:?}");
+    for again in ["barrier", "split", "all-reduce"] {
+        let outcome = waits.wait(again, last);
+        ensure!(outcome.as_ref().err().and_then(names) == Some(last), "{again}: {outcome:?}");
+    }
     Ok(())
+}
+
+/// The last rank dies; rank 0 is told, and ends at once without leaving; the others look only afterwards, and are to name the
+/// first.
+pub(crate) fn die_of_it(comm: &Communicator) -> Result<()> {
+    let last = comm.world_size() - 1;
+    comm.barrier()?;
+    if comm.rank() == last {
+        die_now()?;
+    }
+    if comm.rank() != 0 {
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let outcome = comm.barrier();
+    let Err(Error::PeerDied { rank, .. }) = outcome else { bail!("{outcome:?}") };
+    ensure!(rank == last, "rank {rank} was blamed, rank {last} died first");
+    std::process::exit(0)
+}
+
+/// Waits for a rank that the test kills, and prints the machine's time when it is told: its name, and that it was so.
+pub(crate) fn told(comm: &Communicator, scenario: &str) -> Result<()> {
+    let last = comm.world_size() - 1;
+    let waits = Waits::new(comm)?;
+    if comm.rank() == last {
+        std::thread::sleep(Duration::from_secs(10));
+        bail!("nobody has killed rank {last}");
+    }
+    match waits.wait(scenario.trim_start_matches("told-"), last) {
+        Err(Error::PeerDied { rank, .. } | Error::PeerUnreachable { rank, .. }) => {
+            let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+            eprintln!("told {} {rank}", Duration::from(now).as_nanos());
+            Ok(())
+        }
+        outcome => bail!("{outcome:?}"),
+    }
 }
