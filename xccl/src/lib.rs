@@ -51,7 +51,7 @@ pub use crate::{
     comm::{Communicator, Config, HeapBuffer, MemoryPlan, Origin, Setting, Statistics},
     dtype::{DType, Element, ExpertId},
     error::{Error, Result},
-    fabric::NetworkProvider,
+    fabric::{BareNetwork, NetworkProvider},
     kernels::Kernels,
     kv::{KvConfig, KvEvent, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, KvTicket, PageLayout, PagePair},
     memory::MemoryFlavour,

@@ -44,12 +44,22 @@ fn payload(from: usize, to: usize, n: usize, len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 31 + from * 7 + to * 3 + n) as u8).collect()
 }
 
-/// Every rank sends messages of `sizes` to every rank, and checks what comes.
-fn all_to_all(comm: &Communicator, sizes: &[usize]) {
+/// Every rank sends messages of `sizes` to every rank, of private memory or of the heap, and checks what comes.
+fn all_to_all(comm: &Communicator, sizes: &[usize], in_heap: bool) {
     let (me, ranks) = (comm.rank(), comm.world_size());
     comm.barrier().unwrap();
-    let data: Vec<Vec<Vec<u8>>> =
+    let private: Vec<Vec<Vec<u8>>> =
         (0..ranks).map(|to| sizes.iter().enumerate().map(|(n, &len)| payload(me, to, n, len)).collect()).collect();
+    let mut heap = comm.heap_alloc(if in_heap { ranks * sizes.iter().sum::<usize>() } else { 1 }).unwrap();
+    let mut data: Vec<Vec<&[u8]>> = private.iter().map(|data| data.iter().map(|data| &data[..]).collect()).collect();
+    if in_heap {
+        let mut rest = &mut heap[..];
+        for data in data.iter_mut().flatten() {
+            let (place, others) = rest.split_at_mut(data.len());
+            place.copy_from_slice(data);
+            (*data, rest) = (place, others);
+        }
+    }
     comm.scope(|scope| {
         let mut requests = vec![];
         for (to, data) in data.iter().enumerate() {
@@ -76,21 +86,72 @@ proptest! {
 
     #[test]
     fn messages_of_all_sizes_arrive_in_order(
-        nodes in nodes(), seed: u64, thread: bool,
+        nodes in nodes(), seed: u64, thread: bool, in_heap: bool,
         sizes in prop::collection::vec(prop_oneof![0usize..64, 0usize..5000, 0usize..400_000], 1..12),
     ) {
-        let config = quick().progress_thread(thread).p2p_ring_bytes(16 << 10);
-        on_nodes(&nodes, seed, config, |comm| all_to_all(&comm, &sizes));
+        let heap = (1 << 16) + nodes.len() * sizes.iter().sum::<usize>();
+        let config = quick().progress_thread(thread).p2p_ring_bytes(16 << 10).heap_bytes(heap);
+        on_nodes(&nodes, seed, config, |comm| all_to_all(&comm, &sizes, in_heap));
     }
 }
 
 #[test]
 fn messages_of_all_sizes_arrive_in_order_over_the_real_network() {
-    for thread in [true, false] {
-        on_nodes(&[0, 1, 0, 1], None, quick().progress_thread(thread), |comm| {
-            all_to_all(&comm, &[0, 1, 40, 41, 5000, 70_000, 1 << 20, 3, 200_000]);
+    for (thread, in_heap) in [(true, true), (true, false), (false, true)] {
+        on_nodes(&[0, 1, 0, 1], None, quick().progress_thread(thread).heap_bytes(8 << 20), |comm| {
+            all_to_all(&comm, &[0, 1, 40, 41, 5000, 70_000, 1 << 20, 3, 200_000], in_heap);
         });
     }
+}
+
+/// A send from the heap that is given up halfway: the receiver gets all of it as it was, or is told.
+#[test]
+fn a_message_of_the_heap_that_is_given_up_is_whole_or_withdrawn() {
+    const LEN: usize = 60_000;
+    let mut outcomes = [0; 2];
+    for seed in 0..30 {
+        let config = quick().p2p_ring_bytes(16 << 10);
+        let outcome = on_nodes(&[0, 1], seed, config, |comm| {
+            if comm.rank() == 0 {
+                let mut data = comm.heap_alloc(LEN).unwrap();
+                data.fill(1);
+                comm.scope(|scope| {
+                    let mut send = scope.isend(1, 1, &data)?;
+                    for _ in 0..seed * 5 {
+                        send.test()?;
+                    }
+                    Ok(())
+                })
+                .unwrap();
+                data.fill(2);
+                comm.send(1, 2, b"over").unwrap();
+                comm.recv(1, 3, &mut []).unwrap();
+                return None;
+            }
+            let mut data = vec![0; LEN];
+            let got = comm.scope(|scope| {
+                let mut first = scope.irecv(0, 1, &mut data)?;
+                // Sent after it. Nothing comes of one that was given up before it had begun.
+                comm.recv(0, 2, &mut [0; 4])?;
+                Ok(first.test().transpose())
+            });
+            comm.send(0, 3, &[]).unwrap();
+            got.unwrap().map(|got| match got {
+                Ok(status) => {
+                    assert!(status.len == LEN && data == [1; LEN]);
+                    true
+                }
+                Err(error) => {
+                    assert!(matches!(error, Error::Withdrawn { rank: 0, tag: 1 }), "{error}");
+                    false
+                }
+            })
+        });
+        if let Some(whole) = outcome[1] {
+            outcomes[usize::from(whole)] += 1;
+        }
+    }
+    assert!(outcomes[0] > 0, "none was withdrawn: {outcomes:?}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::bounce::Bounce;
 use super::endpoint::{Access, Endpoint, Region, RemoteRegion};
-use super::plane::{MOST_BYTES, Plane, Put, Update, Window};
+use super::plane::{Departure, MOST_BYTES, Plane, Put, Update, Window};
 use super::progress::{Chores, Mover};
 use super::{Fabric, decode, encode};
 use crate::bootstrap::Star;
@@ -112,6 +112,13 @@ impl Far {
     /// As [`tell`](Self::tell), for a word of four bytes.
     pub(crate) fn tell32(&self, to: usize, offset: usize, value: u32) {
         self.plane.send(to, [], &[Update::Word32 { window: OUTBOX, offset, value }]);
+    }
+
+    /// Puts a part of this rank's heap into the ring to `to`; the line that tells of it has to follow.
+    pub(crate) fn put_into_ring(&self, to: usize, in_heap: usize, in_ring: usize, bytes: usize, departure: Departure) {
+        let Some(reach) = &self.reach[to] else { return };
+        let range = in_heap..in_heap + bytes;
+        self.plane.put(to, [Put { from: self.own_heap, range, into: reach.payload, offset: in_ring }], departure);
     }
 
     /// Puts payload of the ring to `to` (its offset in `outbox`, this rank's, and in that ring, and its bytes), then a line.

@@ -5,6 +5,7 @@
 //! - of a *near* rank, on the same node, the outbox itself is mapped ([`shm`]);
 //! - of a *far* one there is a landing zone on this node, which it puts what concerns this rank into ([`plane`]).
 
+pub(crate) mod bare;
 pub(crate) mod bounce;
 pub(crate) mod cma;
 pub(crate) mod endpoint;
@@ -21,6 +22,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use bare::BareNetwork;
 use endpoint::Endpoint;
 use far::Far;
 pub use ofi::NetworkProvider;

@@ -55,6 +55,39 @@ fn what_is_put_is_read_and_got() {
 }
 
 #[test]
+fn long_data_of_the_heap_and_of_private_memory_may_change_as_soon_as_it_was_put() {
+    const LONG: usize = 200_000;
+    ranks(3, |comm| {
+        let block = comm.shared_alloc(64 + 2 * LONG).unwrap();
+        let (right, left) = ((comm.rank() + 1) % 3, (comm.rank() + 2) % 3);
+        let (mut heap, mut private) = (comm.heap_alloc(LONG).unwrap(), vec![0; LONG]);
+        let data =
+            |rank: usize, n: u64| (0..LONG).map(|i| (i * 7 + i / 256 + rank) as u8 ^ n as u8).collect::<Vec<u8>>();
+        comm.barrier().unwrap();
+        let theirs = block.remote().of(right);
+        for round in 1..=3 {
+            heap.copy_from_slice(&data(comm.rank(), round));
+            private.copy_from_slice(&data(comm.rank(), round + 100));
+            comm.put(theirs.skip(64), &heap[..LONG / 2]).unwrap();
+            comm.put(theirs.skip(64 + LONG), &private).unwrap();
+            comm.put_signal(theirs.skip(64 + LONG / 2), &heap[LONG / 2..], theirs, Update::Add(1)).unwrap();
+            heap.fill(0xee);
+            private.fill(0xee);
+            block.signal_wait(left, 0, Until::Ge(round)).unwrap();
+            let mut found = vec![0; LONG];
+            block.read(64, &mut found).unwrap();
+            assert!(found == data(left, round));
+            block.read(64 + LONG, &mut found).unwrap();
+            assert!(found == data(left, round + 100));
+            comm.barrier().unwrap();
+            comm.get(theirs.skip(64), &mut found).unwrap();
+            assert!(found == data(comm.rank(), round));
+            comm.barrier().unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_signal_comes_after_its_data_and_wakes_who_sleeps() {
     const ROUNDS: u64 = 200;
     ranks(2, |comm| {

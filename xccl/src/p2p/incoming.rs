@@ -15,7 +15,7 @@ use std::sync::atomic::fence;
 use super::outgoing::Traffic;
 use super::queues::TagQueues;
 use super::slab::Slab;
-use super::slot::{HEAP, Head, INLINE, INLINE_BYTES, MORE, PRIVATE, RING, Slot};
+use super::slot::{HEAP, Head, INLINE, INLINE_BYTES, MORE, PRIVATE, RING, Slot, WITHDRAWN};
 use super::{Source, Status};
 use crate::comm::inner::CommInner;
 use crate::comm::layout::SLOTS;
@@ -39,6 +39,8 @@ enum Held {
         address: u64,
         rendezvous: u64,
     },
+    /// Nowhere: its sender has given it up.
+    Withdrawn,
 }
 
 impl Held {
@@ -58,7 +60,7 @@ impl Held {
         match self {
             Held::Inline(_) => INLINE_BYTES,
             Held::Bytes(bytes) => bytes.len(),
-            Held::Heap { .. } | Held::Private { .. } => 0,
+            Held::Heap { .. } | Held::Private { .. } | Held::Withdrawn => 0,
         }
     }
 }
@@ -323,6 +325,7 @@ impl Incoming {
                 self.take_piece(comm, source, a, b as usize)?;
             }
             MORE => self.take_piece(comm, source, a, len)?,
+            WITHDRAWN if self.partial[source].is_some() => self.take_withdrawn(comm, source),
             HEAP | PRIVATE => {
                 let held = match kind {
                     HEAP => Held::Heap { offset: a, rendezvous: b },
@@ -332,7 +335,7 @@ impl Incoming {
             }
             INLINE => return corrupt("a short message's length", len as u64, INLINE_BYTES as u64),
             RING => return corrupt("a piece's length", b, len as u64),
-            kind => return corrupt("a message's kind", kind.into(), PRIVATE.into()),
+            kind => return corrupt("a message's kind", kind.into(), WITHDRAWN.into()),
         }
         let payload = match kind {
             RING => b as usize,
@@ -399,6 +402,20 @@ impl Incoming {
             }
         }
         Ok(())
+    }
+
+    /// Ends the message that is being taken from `source`, of which no more comes.
+    fn take_withdrawn(&mut self, comm: &CommInner, source: usize) {
+        let Some(Partial { tag, len, into, .. }) = self.partial[source].take() else { return };
+        match into {
+            Into::Receive(key) => {
+                end_streaming();
+                self.set(key, State::Done(Err(Error::Withdrawn { rank: source, tag: tag as u32 })));
+            }
+            Into::Kept(_) => {
+                self.deliver(comm, Message { source, tag, len, held: Held::Withdrawn }, TagQueues::push);
+            }
+        }
     }
 
     fn set(&mut self, key: usize, state: State) {
@@ -504,6 +521,7 @@ fn copy_out(comm: &CommInner, message: &Message, buffer: &mut [u8]) -> Result<()
             buffer.copy_from_slice(bytes);
             return Ok(());
         }
+        Held::Withdrawn => return Err(Error::Withdrawn { rank: source, tag: message.tag as u32 }),
         Held::Heap { offset, rendezvous } => {
             let end = offset.checked_add(message.len as u64);
             let heap = &near()?.heap;

@@ -4,6 +4,10 @@
 //! copies one piece out while the next is copied in, and both cores copy at once. A message that has begun stays first in
 //! the queue until its last piece is in.
 //!
+//! To another node, what lies in the symmetric heap is put into the receiver's ring straight from there. All but the last piece,
+//! which is copied into the ring here and sent when those before have left: so a sender that gives up may change its memory at once,
+//! and the receiver is told, who has not got the whole message.
+//!
 //! A rendezvous has a number, counted per pair of ranks; when the receiver has copied the payload it stores that number into
 //! the word of its own outbox that belongs to it (number modulo [`SLOTS`]). The sender uses a number only when the one
 //! `SLOTS` before it is finished, so a word is never overwritten before it was seen, in whatever order they finish.
@@ -12,9 +16,10 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering::{Acquire, Release, SeqCst};
 use std::sync::atomic::fence;
 
-use super::slot::{HEAP, Head, INLINE, INLINE_BYTES, MORE, PRIVATE, RING, Slot};
+use super::slot::{HEAP, Head, INLINE, INLINE_BYTES, MORE, PRIVATE, RING, Slot, WITHDRAWN};
 use crate::comm::inner::CommInner;
 use crate::comm::layout::SLOTS;
+use crate::fabric::plane::Departure;
 use crate::memory::lent::LentBytes;
 use crate::sync::ring;
 
@@ -25,8 +30,9 @@ const PAYLOAD_ALIGN: u64 = 64;
 /// 8, 16 and 32 KiB; 1 MiB 30.6, 23.1, 21.0 and 20.7.
 const SHORT_PIECE: usize = 8 << 10;
 const LONG_PIECE: usize = 16 << 10;
-/// Between nodes a piece is a put and a record, which cost the same whatever their size.
+/// Between nodes a piece is a put and a record, which cost the same whatever their size: a fourth of the message within these.
 const FAR_PIECE: usize = 64 << 10;
+const LONGEST_FAR_PIECE: usize = 256 << 10;
 /// From here on, long pieces.
 const LONG_MESSAGE: usize = 128 << 10;
 
@@ -65,6 +71,22 @@ struct PendingSend {
     bytes: Bytes,
     /// Bytes that are in the ring already.
     done: usize,
+    /// Pieces that were put straight from the heap.
+    straight: Option<Departure>,
+    /// Given up while some of them had not left.
+    is_withdrawn: bool,
+}
+
+impl PendingSend {
+    fn new(number: u64, tag: u64, bytes: LentBytes) -> Self {
+        PendingSend { number, tag, bytes: Bytes::Lent(bytes), done: 0, straight: None, is_withdrawn: false }
+    }
+
+    /// Whether the pieces that were put straight from the heap have left.
+    fn has_left(&self, comm: &CommInner, to: usize) -> bool {
+        let plane = || comm.fabric.far_to(to).map(|far| &far.plane);
+        self.straight.zip(plane()).is_none_or(|(departure, plane)| plane.has_left(departure))
+    }
 }
 
 /// What has become of a send.
@@ -121,7 +143,7 @@ impl Outgoing {
         let number = self.started;
         self.started += 1;
         self.traffic.count(bytes.as_slice().len());
-        let mut send = PendingSend { number, tag, bytes: Bytes::Lent(bytes), done: 0 };
+        let mut send = PendingSend::new(number, tag, bytes);
         let progress = match self.waiting.is_empty() {
             true => self.advance(comm, to, &mut send),
             false => Progress::Waits,
@@ -181,6 +203,8 @@ impl Outgoing {
         let Ok(at) = self.waiting.binary_search_by_key(&number, |send| send.number) else { return };
         if self.waiting[at].done == 0 {
             self.waiting.remove(at);
+        } else if !self.waiting[at].has_left(comm, to) {
+            (self.waiting[at].bytes, self.waiting[at].is_withdrawn) = (Bytes::Owned(vec![]), true);
         } else {
             let copy = self.waiting[at].bytes.as_slice().to_vec();
             self.waiting[at].bytes = Bytes::Owned(copy);
@@ -199,7 +223,14 @@ impl Outgoing {
 
     /// Sends as much of a message as there is room for.
     fn advance(&mut self, comm: &CommInner, to: usize, send: &mut PendingSend) -> Progress {
-        if send.bytes.as_slice().len() <= INLINE_BYTES {
+        if send.is_withdrawn {
+            if !self.has_slot(comm, to) {
+                return Progress::Waits;
+            }
+            let slot = self.slot(comm, to);
+            slot.set_head(Head { tag: send.tag, kind: WITHDRAWN, len: 0 });
+            self.publish(comm, to, slot, None);
+        } else if send.bytes.as_slice().len() <= INLINE_BYTES {
             if !self.has_slot(comm, to) {
                 return Progress::Waits;
             }
@@ -255,7 +286,22 @@ impl Outgoing {
         let layout = &comm.layout;
         let piece = &data[send.done..send.done + piece];
         let in_ring = (at % layout.ring_bytes as u64) as usize;
-        comm.fabric.outbox.write(layout.payload(to) + in_ring, piece);
+        let is_last = send.done + piece.len() == data.len();
+        let far = comm.fabric.far_to(to).zip(comm.in_heap(piece)).filter(|_| !is_last);
+        if is_last && !send.has_left(comm, to) {
+            return false;
+        }
+        let payload = match far {
+            Some((far, in_heap)) => {
+                let departure = *send.straight.get_or_insert_with(|| far.plane.departure());
+                far.put_into_ring(to, in_heap, in_ring, piece.len(), departure);
+                None
+            }
+            None => {
+                comm.fabric.outbox.write(layout.payload(to) + in_ring, piece);
+                Some((layout.payload(to) + in_ring, in_ring, piece.len()))
+            }
+        };
         self.head = at + piece.len() as u64;
         let slot = self.slot(comm, to);
         match send.done {
@@ -263,9 +309,8 @@ impl Outgoing {
             _ => slot.set_head(Head { tag: send.tag, kind: MORE, len: piece.len() as u64 }),
         }
         slot.set_numbers([at, piece.len() as u64]);
-        let payload = (layout.payload(to) + in_ring, in_ring, piece.len());
         send.done += piece.len();
-        self.publish(comm, to, slot, Some(payload));
+        self.publish(comm, to, slot, payload);
         true
     }
 
@@ -338,7 +383,7 @@ impl Outgoing {
     fn room(&mut self, comm: &CommInner, to: usize, len: usize, done: usize) -> Option<(u64, usize)> {
         let ring = comm.layout.ring_bytes as u64;
         let longest = match comm.fabric.far_to(to) {
-            Some(_) => FAR_PIECE,
+            Some(_) => (len / 4).clamp(FAR_PIECE, LONGEST_FAR_PIECE),
             None if len < LONG_MESSAGE => SHORT_PIECE,
             None => LONG_PIECE,
         };

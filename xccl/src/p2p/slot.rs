@@ -26,6 +26,9 @@ pub(super) const HEAP: u32 = 3;
 /// The payload is in the sender's private memory: address, number of the rendezvous.
 pub(super) const PRIVATE: u32 = 4;
 
+/// What has begun to come is given up by its sender: no further piece follows.
+pub(super) const WITHDRAWN: u32 = 5;
+
 const HEAD: usize = 1;
 const LEN: usize = 2;
 const BODY: usize = 3;

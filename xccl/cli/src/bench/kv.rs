@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use xccl::{
-    Communicator, Config, KvConfig, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, PageLayout, PagePair,
+    BareNetwork, Communicator, Config, KvConfig, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, PageLayout,
+    PagePair,
 };
 
 use super::Common;
@@ -32,6 +33,9 @@ pub struct KvArgs {
     /// Bytes between two pages, beyond their own
     #[arg(long, default_value_t = 0)]
     gap: usize,
+    /// Push from the symmetric heap instead of private memory
+    #[arg(long)]
+    heap: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum, Serialize)]
@@ -54,10 +58,14 @@ struct Point {
     gbps: f64,
     /// Plain copies of the same pages from the same memory into memory of both ranks.
     memcpy_us: Option<f64>,
+    /// Between nodes: bare puts of as many pages.
+    bare_us: Option<f64>,
     verified: Option<bool>,
 }
 
 const TAG: u32 = 0xffff_0004;
+/// Bare puts begin again at the first place after so many.
+const BARE_BYTES: usize = 64 << 20;
 
 impl KvArgs {
     fn layout(&self, config: &KvConfig, pages: usize) -> PageLayout {
@@ -79,9 +87,14 @@ impl KvArgs {
         // Twice as many as a request has, so that what is next to each other there need not be so here.
         let layout = self.layout(&config, 2 * most);
         let bytes = layout.bytes(&config).context("pages that are fewer or smaller")?;
-        let shared = Communicator::from_env_with(Config::from_env()?.heap_bytes(bytes + (16 << 20)))?;
+        let own = PageLayout::by_layer(&config, 2 * most);
+        let own_bytes = own.bytes(&config).context("pages that are fewer or smaller")?;
+        let heap = bytes + if self.heap { own_bytes } else { 0 };
+        let shared = Communicator::from_env_with(Config::from_env()?.heap_bytes(heap + (16 << 20)))?;
         let mut json = JsonLines::open(comm, self.common.json.as_deref())?;
         let pair = Pair::open(comm, bytes)?;
+        let bare_bytes = (most * self.layers * self.page_bytes).min(BARE_BYTES).max(self.page_bytes);
+        let mut bare = BareNetwork::open(comm, 1 - comm.rank(), bare_bytes)?;
         if comm.rank() == 0 {
             let lie = match self.layout {
                 Lie::Layer => "layer after layer",
@@ -93,21 +106,31 @@ impl KvArgs {
             ));
             json.table(&format!(
                 "{:>7} {:>10} {:>12} {:>12} {:>9} {:>11} {:>8} {:>9}",
-                "pages", "MiB", "request us", "p90 us", "GB/s", "memcpy us", "/ limit", "verified"
+                "pages",
+                "MiB",
+                "request us",
+                "p90 us",
+                "GB/s",
+                if bare.is_some() { "bare us" } else { "memcpy us" },
+                "/ limit",
+                "verified"
             ));
-            let own = PageLayout::by_layer(&config, 2 * most);
             let mut sender = KvSender::new(&shared, config, own)?;
-            let pool: Vec<u8> = (0..own.bytes(&config).unwrap_or(0)).map(byte).collect();
+            let mut private = vec![0; if self.heap { 0 } else { own_bytes }];
+            let mut heap = shared.heap_alloc(if self.heap { own_bytes } else { 1 })?;
+            let pool: &mut [u8] = if self.heap { &mut heap } else { &mut private };
+            pool.iter_mut().enumerate().for_each(|(at, to)| *to = byte(at));
             let ends = (&own, &layout);
             for &pages in &self.pages {
-                let point = self.send(comm, &mut sender, &pool, ends, pages, pair.as_ref())?;
+                let limits = (pair.as_ref(), bare.as_mut());
+                let point = self.send(comm, &mut sender, pool, ends, pages, limits)?;
                 self.show(&mut json, &point)?;
             }
         } else {
             let pool = shared.shared_alloc(bytes)?;
             let mut receiver = KvReceiver::new(&shared, config, pool, layout)?;
             for &pages in &self.pages {
-                self.receive(comm, &mut receiver, 2 * most, pages)?;
+                self.receive(comm, &mut receiver, 2 * most, pages, bare.as_mut())?;
             }
         }
         comm.barrier()?;
@@ -128,10 +151,10 @@ impl KvArgs {
         pool: &[u8],
         (own, theirs): (&PageLayout, &PageLayout),
         pages: usize,
-        pair: Option<&Pair>,
+        (pair, mut bare): (Option<&Pair>, Option<&mut BareNetwork>),
     ) -> Result<Point> {
         let (warmup, iters) = self.rounds(pages);
-        let (mut times, mut copies) = (vec![], vec![]);
+        let (mut times, mut copies, mut bares) = (vec![], vec![], vec![]);
         for round in 0..warmup + iters + u32::from(self.common.verify) {
             let posted = next(sender)?;
             let pairs = pairs(sender.pages(posted.ticket)?);
@@ -141,11 +164,13 @@ impl KvArgs {
             }
             comm.recv(1, TAG, &mut [])?;
             let took = start.elapsed().as_secs_f64() * 1e6;
+            let bare = bare.as_mut().map(|bare| bare.puts(self.page_bytes, pages * self.layers, true)).transpose()?;
             if !(warmup..warmup + iters).contains(&round) {
                 continue;
             }
             times.push(took);
-            let Some(pair) = pair else { continue };
+            bares.extend(bare.map(|time| time.as_secs_f64() * 1e6));
+            let Some(pair) = pair.filter(|_| bare.is_none()) else { continue };
             let start = Instant::now();
             for layer in 0..self.layers {
                 for page in &pairs {
@@ -167,12 +192,14 @@ impl KvArgs {
             gbps: bytes as f64 / request_us.median / 1e3,
             request_us,
             memcpy_us: (!copies.is_empty()).then(|| Percentiles::of(copies).median),
+            bare_us: (!bares.is_empty()).then(|| Percentiles::of(bares).median),
             // The other rank fails otherwise.
             verified: self.common.verify.then_some(true),
         })
     }
 
     fn show(&self, json: &mut JsonLines, point: &Point) -> Result<()> {
+        let limit = point.bare_us.or(point.memcpy_us);
         json.table(&format!(
             "{:>7} {:>10.2} {:>12.2} {:>12.2} {:>9.2} {:>11} {:>8} {:>9}",
             point.pages,
@@ -180,14 +207,21 @@ impl KvArgs {
             point.request_us.median,
             point.request_us.p90,
             point.gbps,
-            point.memcpy_us.map_or("-".to_owned(), |us| format!("{us:.2}")),
-            point.memcpy_us.map_or("-".to_owned(), |us| format!("{:.2}", point.request_us.median / us)),
+            limit.map_or("-".to_owned(), |us| format!("{us:.2}")),
+            limit.map_or("-".to_owned(), |us| format!("{:.2}", point.request_us.median / us)),
             point.verified.map_or("-", |_| "yes"),
         ));
         json.write(point)
     }
 
-    fn receive(&self, comm: &Communicator, receiver: &mut KvReceiver, pool: usize, pages: usize) -> Result<()> {
+    fn receive(
+        &self,
+        comm: &Communicator,
+        receiver: &mut KvReceiver,
+        pool: usize,
+        pages: usize,
+        mut bare: Option<&mut BareNetwork>,
+    ) -> Result<()> {
         let (warmup, iters) = self.rounds(pages);
         // Spread over the pool, in no order.
         let list: Vec<u32> = (0..pages).map(|i| ((i * 2 + 1) % pool) as u32).rev().collect();
@@ -202,6 +236,9 @@ impl KvArgs {
             let end = receiver.wait()?;
             ensure!(matches!(end.outcome, KvOutcome::Done), "{end:?}");
             comm.send(0, TAG, &[])?;
+            if let Some(bare) = &mut bare {
+                bare.puts(self.page_bytes, pages * self.layers, false)?;
+            }
         }
         if self.common.verify { self.check(receiver, &list, pool) } else { Ok(()) }
     }

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use indicatif::ProgressBar;
 use serde::Serialize;
-use xccl::{Communicator, wait_all};
+use xccl::{BareNetwork, Communicator, wait_all};
 
 use super::figures::{JsonLines, Percentiles, show_line};
 use super::pair::Pair;
@@ -33,6 +33,8 @@ struct Limit {
     line_ns: Option<f64>,
     /// A copy by rank 0's core of what rank 1 has written to memory that both have mapped.
     memcpy_us: Option<f64>,
+    /// Between nodes: half a round trip of bare puts of the network.
+    bare_us: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -54,6 +56,8 @@ struct Rate {
     window: u32,
     messages_per_s: Percentiles,
     gbps: f64,
+    /// Between nodes: of bare puts of the same bytes.
+    bare_gbps: Option<f64>,
     line_ns: Option<f64>,
     verified: Option<bool>,
 }
@@ -69,7 +73,9 @@ impl P2pArgs {
         let bar = progress(comm, self.sizes.len());
         let largest = self.sizes.iter().copied().max().unwrap_or(0);
         let pair = if comm.rank() < 2 { Pair::open(comm, largest)? } else { None };
-        self.print_heading(comm, pair.as_ref(), &json)?;
+        let most = self.window.map_or(1, |window| window as usize) * largest;
+        let mut bare = if comm.rank() < 2 { BareNetwork::open(comm, 1 - comm.rank(), most)? } else { None };
+        self.print_heading(comm, pair.as_ref(), bare.is_some(), &json)?;
         for &bytes in &self.sizes {
             if !json.goes_on(comm)? {
                 break;
@@ -77,8 +83,12 @@ impl P2pArgs {
             // Before each size: it may change within minutes where the two cores are virtual.
             let line_ns = pair.as_ref().map_or(Ok(None), |pair| pair.line_ns(comm))?;
             match self.window {
-                None => self.measure_size(comm, bytes, pair.as_ref(), line_ns, &mut json, &bar)?,
-                Some(window) => self.measure_rate(comm, bytes, window, line_ns, &mut json, &bar)?,
+                None => {
+                    self.measure_size(comm, bytes, (pair.as_ref(), bare.as_mut()), line_ns, &mut json, &bar)?;
+                }
+                Some(_) => {
+                    self.measure_rate(comm, bytes, bare.as_mut(), line_ns, &mut json, &bar)?;
+                }
             }
             bar.inc(1);
         }
@@ -87,7 +97,7 @@ impl P2pArgs {
         Ok(())
     }
 
-    fn print_heading(&self, comm: &Communicator, pair: Option<&Pair>, json: &JsonLines) -> Result<()> {
+    fn print_heading(&self, comm: &Communicator, pair: Option<&Pair>, far: bool, json: &JsonLines) -> Result<()> {
         let line = pair.map_or(Ok(None), |pair| pair.line_ns(comm))?;
         if comm.rank() != 0 {
             return Ok(());
@@ -100,11 +110,24 @@ impl P2pArgs {
         match self.window {
             None => json.table(&format!(
                 "{:>10} {:>12} {:>12} {:>9} {:>12} {:>9} {:>9}",
-                "bytes", "half rtt us", "p90 us", "GB/s", "memcpy us", "/ limit", "verified"
+                "bytes",
+                "half rtt us",
+                "p90 us",
+                "GB/s",
+                if far { "bare us" } else { "memcpy us" },
+                "/ limit",
+                "verified"
             )),
             Some(window) => json.table(&format!(
-                "{:>10} {:>12} {:>12} {:>12} {:>9} {:>9}  ({window} outstanding)",
-                "bytes", "messages/s", "p10", "ns each", "GB/s", "verified"
+                "{:>10} {:>12} {:>12} {:>12} {:>9} {:>9} {:>9}{}  ({window} outstanding)",
+                "bytes",
+                "messages/s",
+                "p10",
+                "ns each",
+                "GB/s",
+                if far { "bare" } else { "" },
+                "verified",
+                if far { "  / bare" } else { "" },
             )),
         }
         Ok(())
@@ -114,22 +137,23 @@ impl P2pArgs {
         &self,
         comm: &Communicator,
         bytes: usize,
-        pair: Option<&Pair>,
+        limits: (Option<&Pair>, Option<&mut BareNetwork>),
         line_ns: Option<f64>,
         json: &mut JsonLines,
         bar: &ProgressBar,
     ) -> Result<()> {
-        let Some(point) = self.point(comm, bytes, pair, line_ns)? else { return Ok(()) };
+        let Some(point) = self.point(comm, bytes, limits, line_ns)? else { return Ok(()) };
         let half = point.half_rtt_us.median;
         // What cannot be avoided: a line, or the copy if that takes longer.
-        let limit_us = line_ns.map(|ns| ns / 1e3).into_iter().chain(point.limit.memcpy_us).max_by(f64::total_cmp);
+        let near = line_ns.map(|ns| ns / 1e3).into_iter().chain(point.limit.memcpy_us).max_by(f64::total_cmp);
+        let limit_us = point.limit.bare_us.or(near);
         let line = format!(
             "{:>10} {:>12.3} {:>12.3} {:>9.2} {:>12} {:>9} {:>9}",
             bytes,
             half,
             point.half_rtt_us.p90,
             point.gbps,
-            point.limit.memcpy_us.map_or("-".to_owned(), |us| format!("{us:.3}")),
+            point.limit.bare_us.or(point.limit.memcpy_us).map_or("-".to_owned(), |us| format!("{us:.3}")),
             limit_us.map_or("-".to_owned(), |us| format!("{:.2}", half / us)),
             show_verified(point.verified)
         );
@@ -141,10 +165,10 @@ impl P2pArgs {
         &self,
         comm: &Communicator,
         bytes: usize,
-        pair: Option<&Pair>,
+        (pair, mut bare): (Option<&Pair>, Option<&mut BareNetwork>),
         line_ns: Option<f64>,
     ) -> Result<Option<Point>> {
-        let (mut times, mut copies) = (vec![], vec![]);
+        let (mut times, mut copies, mut bares) = (vec![], vec![], vec![]);
         let mut verified = None;
         let batch = if bytes < LARGE { BATCH } else { 1 };
         if comm.rank() < 2 {
@@ -165,9 +189,12 @@ impl P2pArgs {
                 let took = start.elapsed().as_secs_f64() * 1e6 / f64::from(2 * batch);
                 // Long copies in turn with the messages: both feel what else the machine's memory is doing.
                 let copied = if bytes < LARGE { None } else { copy(&mut back) };
+                let first = comm.rank() == 0;
+                let bare = bare.as_mut().map(|bare| bare.half_round_trip(bytes, batch as usize, first)).transpose()?;
                 if i >= self.common.warmup {
                     times.push(took);
                     copies.extend(copied);
+                    bares.extend(bare.map(|time| time.as_secs_f64() * 1e6));
                 }
             }
             if bytes < LARGE {
@@ -179,14 +206,15 @@ impl P2pArgs {
             return Ok(None);
         }
         let half_rtt_us = Percentiles::of(times);
-        let memcpy_us = if copies.is_empty() { None } else { Some(Percentiles::of(copies).median) };
+        let [memcpy_us, bare_us] =
+            [copies, bares].map(|times| (!times.is_empty()).then(|| Percentiles::of(times).median));
         Ok(Some(Point {
             bench: "p2p",
             ranks: comm.world_size(),
             bytes,
             gbps: bytes as f64 / half_rtt_us.median / 1e3,
             half_rtt_us,
-            limit: Limit { line_ns, memcpy_us },
+            limit: Limit { line_ns, memcpy_us, bare_us },
             verified,
         }))
     }
@@ -195,12 +223,13 @@ impl P2pArgs {
         &self,
         comm: &Communicator,
         bytes: usize,
-        window: u32,
+        mut bare: Option<&mut BareNetwork>,
         line_ns: Option<f64>,
         json: &mut JsonLines,
         bar: &ProgressBar,
     ) -> Result<()> {
-        let mut rates = vec![];
+        let window = self.window.unwrap_or(1);
+        let (mut rates, mut bares) = (vec![], vec![]);
         let mut verified = None;
         if comm.rank() < 2 {
             let n = window as usize;
@@ -216,8 +245,11 @@ impl P2pArgs {
             for i in 0..self.common.warmup + self.common.iters {
                 let start = Instant::now();
                 window_of(comm, out, &mut back, bytes, n)?;
+                let took = start.elapsed();
+                let bare = bare.as_mut().map(|bare| bare.puts(bytes, n, comm.rank() == 0)).transpose()?;
                 if i >= self.common.warmup {
-                    rates.push(f64::from(window) / start.elapsed().as_secs_f64());
+                    rates.push(f64::from(window) / took.as_secs_f64());
+                    bares.extend(bare.map(|time| f64::from(window) / time.as_secs_f64()));
                 }
             }
         }
@@ -227,18 +259,32 @@ impl P2pArgs {
         }
         let messages_per_s = Percentiles::of(rates);
         let gbps = messages_per_s.median * bytes as f64 / 1e9;
+        let bare = (!bares.is_empty()).then(|| Percentiles::of(bares).median);
+        let bare_gbps = bare.map(|rate| rate * bytes as f64 / 1e9);
         let line = format!(
-            "{:>10} {:>12.0} {:>12.0} {:>12.1} {:>9.2} {:>9}",
+            "{:>10} {:>12.0} {:>12.0} {:>12.1} {:>9.2} {:>9} {:>9}{}",
             bytes,
             messages_per_s.median,
             messages_per_s.p10,
             1e9 / messages_per_s.median,
             gbps,
-            show_verified(verified)
+            bare_gbps.map_or(String::new(), |bare| format!("{bare:.2}")),
+            show_verified(verified),
+            bare_gbps.map_or(String::new(), |bare| format!("{:>8.2}", gbps / bare))
         );
         bar.suspend(|| json.table(&line));
         let ranks = comm.world_size();
-        json.write(&Rate { bench: "p2p-rate", ranks, bytes, window, messages_per_s, gbps, line_ns, verified })
+        json.write(&Rate {
+            bench: "p2p-rate",
+            ranks,
+            bytes,
+            window,
+            messages_per_s,
+            gbps,
+            bare_gbps,
+            line_ns,
+            verified,
+        })
     }
 }
 

@@ -92,6 +92,34 @@ fn a_put_brings_its_bytes_and_then_its_immediate() {
     }
 }
 
+#[test]
+fn a_put_tells_that_it_has_left_and_its_memory_may_change_then() {
+    if without_library() {
+        return;
+    }
+    const BYTES: usize = 8 << 20;
+    let mut ranks = ranks(2, "127.0.0.1", 2 * BYTES);
+    let mut seen = vec![Vec::new(); 2];
+    let data = pattern(BYTES, 5);
+    ranks[0].memory.write(0, &data);
+    let target = ranks[1].region.remote;
+    for (token, bytes) in [(7, 3), (8, BYTES)] {
+        insist(&mut ranks, &mut seen, |ranks| {
+            ranks[0].endpoint.put(1, (ranks[0].region, 0..bytes), (target, BYTES), 4, Some(token)).unwrap()
+        });
+        poll_until(&mut ranks, &mut seen, |seen| seen[0].contains(&Event::Left { token }));
+    }
+    ranks[0].memory.write(0, &vec![0; BYTES]);
+    poll_until(&mut ranks, &mut seen, |seen| seen[1].len() == 2);
+    assert_eq!(
+        seen,
+        [vec![Event::Left { token: 7 }, Event::Left { token: 8 }], vec![Event::Arrived { immediate: 4 }; 2]]
+    );
+    let mut arrived = vec![0; BYTES];
+    ranks[1].memory.read(BYTES, &mut arrived);
+    assert!(arrived == data);
+}
+
 /// Bytes that depend on every argument.
 fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 7 + i / 251 + seed * 31) as u8).collect()

@@ -154,6 +154,57 @@ proptest! {
         }
     }
 
+    /// Bare puts, each from memory that is used again as soon as it has left, and now and then a word that counts those before.
+    #[test]
+    fn what_has_left_may_change_and_a_word_comes_after_the_puts_before_it(
+        seed: u64, depth in 1usize..9, steps in prop::collection::vec((1usize..300, 0u8..4), 1..300),
+    ) {
+        const PLACES: usize = 3;
+        const PLACE: usize = AREA / PLACES;
+        let nodes = nodes(2, depth, seed);
+        let (from, to) = (&nodes[0], &nodes[1]);
+        let mut expected = vec![0u8; AREA];
+        let mut leaving: [Option<Departure>; PLACES] = [None; PLACES];
+        // How much of it each word promises.
+        let mut promised = vec![0];
+        let (mut step, mut at) = (0, 0);
+        until(&nodes, || {
+            let seen = to.word(8) as usize;
+            let mut landed = vec![0; AREA];
+            to.landing[0].0.read(0, &mut landed);
+            assert!(landed[..promised[seen]] == expected[..promised[seen]], "word {seen}");
+            let place = step % PLACES;
+            if leaving[place].is_some_and(|departure| !from.plane.has_left(departure)) {
+                return false;
+            }
+            if let Some(&(bytes, then)) = steps.get(step).filter(|(bytes, _)| at + bytes <= AREA) {
+                let data: Vec<u8> = (0..bytes).map(|i| (step * 7 + i + 1) as u8).collect();
+                expected[at..at + bytes].copy_from_slice(&data);
+                from.source.0.write(place * PLACE, &data);
+                let departure = from.plane.departure();
+                // In two parts, of one departure.
+                let middle = bytes / 2;
+                for part in [0..middle, middle..bytes] {
+                    let (range, offset) = (place * PLACE + part.start..place * PLACE + part.end, at + part.start);
+                    let put = Put { from: from.source.1, range, into: to.landing[0].1.remote, offset };
+                    from.plane.put(1, [put], departure);
+                }
+                (leaving[place], step, at) = (Some(departure), step + 1, at + bytes);
+                if then == 0 {
+                    promised.push(at);
+                    from.plane.send(1, [], &[set(8, promised.len() as u64 - 1)]);
+                }
+                return false;
+            }
+            from.plane.is_settled(1)
+        });
+        let mut landed = vec![0; AREA];
+        to.landing[0].0.read(0, &mut landed);
+        prop_assert!(landed == expected && to.word(8) as usize == promised.len() - 1);
+        prop_assert!(leaving.into_iter().flatten().all(|departure| from.plane.has_left(departure)));
+        prop_assert!(from.plane.state.lock().unwrap().departures.is_empty());
+    }
+
     #[test]
     fn fetches_are_atomic_and_answered_once(seed: u64, adds in prop::collection::vec(1u64..1000, 1..60)) {
         let nodes = nodes(3, 4, seed);
@@ -219,6 +270,25 @@ fn a_rank_that_has_gone_is_trouble_and_holds_up_nobody_else() {
     assert!(matches!(nodes[0].plane.trouble(|_| true), Some(Trouble::Lost { rank: 2, .. })));
     assert!(nodes[0].plane.trouble(|rank| rank != 2).is_none());
     assert!(nodes[0].plane.is_settled(2), "nothing more comes of it");
+}
+
+#[test]
+fn bare_puts_wait_for_credit_and_of_a_rank_that_has_gone_all_have_left() {
+    let mut nodes = nodes(2, 5000, 6);
+    let departure = nodes[0].plane.departure();
+    let all = u64::from(MOST_PUTS) * (RECORDS + 3) + 5;
+    let puts: Vec<_> = (0..all).map(|i| nodes[0].put(&nodes[1], 0, i as usize % 100..i as usize % 100 + 1)).collect();
+    nodes[0].plane.put(1, puts, departure);
+    // The other side applies nothing yet: so many are on their way, and no more.
+    for _ in 0..100 {
+        nodes[0].plane.progress(|_| {});
+    }
+    let moved = nodes[0].plane.moved();
+    assert_eq!((moved.puts, moved.records), (u64::from(MOST_PUTS) * RECORDS, RECORDS));
+    assert!(!nodes[0].plane.has_left(departure));
+    nodes.pop();
+    until(&nodes, || nodes[0].plane.has_left(departure));
+    assert!(matches!(nodes[0].plane.trouble(|_| true), Some(Trouble::Lost { rank: 1, .. })));
 }
 
 #[test]
