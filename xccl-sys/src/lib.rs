@@ -18,6 +18,7 @@ mod moe;
 mod onesided;
 mod p2p;
 mod result;
+mod status;
 
 pub use boundary::xcclGetLastError;
 pub use collectives::*;
@@ -31,3 +32,4 @@ pub use p2p::{
     xcclStatus_t, xcclTest, xcclWait, xcclWaitAll,
 };
 pub use result::{xcclGetErrorString, xcclResult_t};
+pub use status::*;

@@ -21,6 +21,7 @@ fn header_is_current() {
         "boundary.rs",
         "config.rs",
         "comm.rs",
+        "status.rs",
         "p2p.rs",
         "collectives.rs",
         "onesided.rs",
@@ -44,10 +45,11 @@ fn header_is_current() {
 }
 
 /// The first function of each group, and what the group is about.
-const GROUPS: [(&str, &str); 11] = [
+const GROUPS: [(&str, &str); 12] = [
     ("xcclGetErrorString", "Results"),
     ("xcclGetVersion", "Communicators"),
     ("xcclMemAlloc", "Memory on the symmetric heap, and statistics"),
+    ("xcclCommGetWaitTimes", "Seeing what ranks do"),
     ("xcclSend", "Messages"),
     ("xcclAllReduce", "Collectives"),
     ("xcclSharedAlloc", "One-sided access to shared memory"),

@@ -312,6 +312,10 @@ static void call(void) {
     ONE(xcclCommUserRank, any_comm(), int_out);
     ONE(xcclCommCount, any_comm(), int_out);
     ONE(xcclCommGetStatistics, any_comm(), (xcclStatistics_t *)out(&statistics));
+    ONE(xcclCommGetWaitTimes, any_comm(), (uint64_t *)out(memory), (size_t)PICK(ranks, 0, ranks, 99, -1), (int)PICK(0, 1, 0, 2, -1));
+    ONE(xcclCommGetHistory, any_comm(), number(), (xcclHistoryRecord_t *)out(memory), (size_t)PICK(0, 1, 64, -1), size_out);
+    ONE(xcclCommGetStatusText, any_comm(), (char *)data(), (size_t)PICK(0, 1, 100, 4000, -1), size_out);
+    ONE(xcclCommProbe, any_comm(), number(), (int64_t)PICK(0, 1, 5, -1, LLONG_MIN), (uint64_t *)out(&found));
     ONE(xcclBarrier, ranks == 1 ? any_comm() : dead_comm);
     ONE(xcclMemAlloc, is_bad() ? NULL : &at, (size_t)PICK(0, 1, 64, 4096, 1 << 30, -1), any_comm());
     ONE(xcclMemFree, is_bad() ? (void *)(is_bad() ? NULL : memory) : blocks[draw(8)], any_comm());

@@ -11,6 +11,8 @@
 //! - Point to point: [`Communicator::send`], [`Communicator::recv`].
 //! - One-sided: [`Communicator::put`], [`Communicator::get`], signals and atomics on [`SharedBuffer`]s of other ranks.
 //! - KV cache: [`KvSender`] and [`KvReceiver`] move pages from prefill to decode ranks, layer by layer.
+//! - Seeing what a job does: [`Communicator::snapshot`], [`MachineSnapshot`], [`Communicator::wait_times`],
+//!   [`Communicator::history`].
 //! - [`Config`]: every option, by code or by environment; [`Error`]: everything that can go wrong, with the facts.
 //!
 //! Linux only. See [`Moe`] for a complete example.
@@ -39,11 +41,15 @@ mod memory;
 #[cfg(not(loom))]
 mod moe;
 #[cfg(not(loom))]
+mod observe;
+#[cfg(not(loom))]
 mod onesided;
 #[cfg(not(loom))]
 mod p2p;
 mod sync;
 
+#[cfg(all(not(loom), feature = "prometheus"))]
+pub use crate::observe::prometheus_text;
 #[cfg(not(loom))]
 pub use crate::{
     bootstrap::{Launch, UniqueId},
@@ -59,6 +65,10 @@ pub use crate::{
         Arrivals, Attention, BatchRow, DomainBatch, Ended, Epilogue, Exchange, ExpertBatch, Experts, InputRows, Lanes,
         Moe, MoeConfig, Reduction, Residual, RmsNorm, Role, RoleConfig, Routing, ScaleLayout, SmoothScales, TokenSum,
         WireFormat, WireRow, WireRows,
+    },
+    observe::{
+        CommSnapshot, Diagnosis, Finding, HistoryRecord, JobSnapshot, MachineSnapshot, ProcessState, RankSnapshot,
+        Standing, WaitSnapshot,
     },
     onesided::{Remote, SharedBuffer},
     p2p::{Calibration, CalibrationPoint, CollectiveRequest, RawRequest, Request, Scope, Source, Status, wait_all},

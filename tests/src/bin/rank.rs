@@ -2,6 +2,8 @@
 
 #[path = "rank/collectives.rs"]
 mod collectives;
+#[path = "rank/hang.rs"]
+mod hang;
 #[path = "rank/isolation.rs"]
 mod isolation;
 #[path = "rank/kill.rs"]
@@ -75,6 +77,11 @@ fn main() -> Result<()> {
         "collectives" => collectives::every_collective(&comm),
         "collective-mismatch" => collectives::mismatch(&comm),
         die if die.starts_with("collective-die-") => collectives::die(&comm, die),
+        "hang-cycle" => hang::cycle(&comm),
+        "hang-mismatch" => hang::mismatch(&comm),
+        "hang-straggler" => hang::straggler(&comm),
+        "paused" => hang::paused(&comm),
+        "aborted-while-paused" => hang::aborted_while_paused(&comm),
         "isolation" => isolation::outboxes_stay_their_owners(&comm),
         "idle" => many::idle(&comm),
         "crowd" => many::crowd(&comm),

@@ -1,9 +1,10 @@
-//! `xccl`: start ranks, measure them, show what is configured.
+//! `xccl`: start ranks, measure them, show what is configured and what they do.
 
 mod bench;
 mod info;
 mod run;
 mod say;
+mod status;
 
 use std::process::ExitCode;
 
@@ -24,6 +25,7 @@ enum Command {
     Bench(bench::Bench),
     /// Show the machine, the memory plan and every option with its origin
     Info(info::InfoArgs),
+    Status(status::StatusArgs),
     #[command(name = run::GUARD, hide = true)]
     Guard,
 }
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         Command::Run(args) => args.run(),
         Command::Bench(bench) => bench.run(),
         Command::Info(args) => args.run().map(|()| 0),
+        Command::Status(args) => args.run().map(|()| 0),
         Command::Guard => run::guard().map(|()| 0),
     };
     match outcome {

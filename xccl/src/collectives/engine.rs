@@ -78,6 +78,8 @@ enum Broken {
 struct Op {
     number: u64,
     call: Call,
+    /// In the history of this rank.
+    record: u64,
     digest: u64,
     buffers: LentPair,
     work: Work,
@@ -242,7 +244,8 @@ impl Engine {
             }
         };
         let digest = self.digest;
-        self.queue.push_back(Op { number, call, digest, buffers, work, at: 0, phase: Phase::Fill });
+        let record = comm.board.asks(call.operation, number, call.words());
+        self.queue.push_back(Op { number, call, record, digest, buffers, work, at: 0, phase: Phase::Fill });
         Ok(Ticket { number, operation: call.operation })
     }
 
@@ -256,6 +259,7 @@ impl Engine {
             match self.steps.advance(comm, op) {
                 Ok(None) => {
                     self.finished = op.number;
+                    comm.board.close(op.record, true);
                     let work = self.queue.pop_front().map(|op| op.work);
                     if let Some(Work::Varied(Varied { parts, .. }) | Work::Between(Some(parts), _)) = work {
                         lock(&comm.collectives.spare).push(parts);
@@ -313,7 +317,7 @@ impl Engine {
         if let Some(between) = &mut self.steps.between {
             between.cancel(comm);
         }
-        self.queue.clear();
+        self.queue.drain(..).for_each(|op| comm.board.close(op.record, false));
     }
 }
 

@@ -26,6 +26,11 @@ mod varied;
 pub use request::{Collective, RawCollective};
 pub use types::{DataType, ReduceOp, Value};
 
+/// What a collective asks for, from the two words that say so.
+pub(crate) fn describe(call: [u64; 2]) -> String {
+    types::Call::describe(call)
+}
+
 use std::ops::Range;
 
 use crate::comm::Communicator;

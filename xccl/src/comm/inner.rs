@@ -1,6 +1,7 @@
 //! What a communicator is made of, shared by its handles.
 
 use std::cell::Cell;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -9,10 +10,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::Config;
 use super::bells::Bells;
 use super::ending::{ABORTED, Cause, Ending, LEFT, RUNNING};
 use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC};
+use super::{Config, Statistics};
 use crate::bootstrap::{Rendezvous, Star};
 use crate::collectives;
 use crate::collectives::engine::Collectives;
@@ -25,12 +26,25 @@ use crate::memory::heap::Heap;
 use crate::memory::machine;
 use crate::memory::mapping::Mapping;
 use crate::memory::segment::Writers;
+use crate::observe::Standing;
+use crate::observe::board::{Board, ShownWait};
+use crate::p2p::Traffic;
 use crate::p2p::calibration::{self, Calibration, CalibrationPoint};
 use crate::p2p::engine::P2p;
 use crate::sync::bell::{self, Sleeper};
 use crate::sync::cores::{CoreSharing, Cores};
-use crate::sync::progress::{self, Operation, Waiting};
+use crate::sync::progress::{Operation, Waiting};
 use crate::sync::wait::{self, Patience, Phase};
+
+/// What a state word says.
+pub(crate) fn standing(state: u32) -> Standing {
+    match state {
+        RUNNING => Standing::Active,
+        ABORTED => Standing::Aborted,
+        LEFT => Standing::Left,
+        _ => Standing::Unknown,
+    }
+}
 
 /// How long a rank that leaves waits, at most, until what it has sent to far ranks is there.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -63,6 +77,10 @@ pub(crate) struct CommInner {
     /// The node of each rank.
     pub(crate) nodes: Vec<usize>,
     bells: Arc<Bells>,
+    /// What this rank shows of itself.
+    pub(crate) board: Board,
+    /// Names the communicator on this machine.
+    pub(crate) id: u64,
     pub(crate) heap: Mutex<Heap>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) p2p: P2p,
@@ -80,6 +98,42 @@ pub(crate) struct CommInner {
 #[derive(Default)]
 pub(crate) struct Call {
     since: Option<Instant>,
+    /// Another deadline than the communicator's.
+    within: Option<Duration>,
+}
+
+impl Call {
+    /// A call with a deadline of its own.
+    pub(crate) fn within(time: Duration) -> Self {
+        Call { since: None, within: Some(time) }
+    }
+}
+
+/// The connections that were used to join, for one set-up, which others can see.
+pub(crate) struct SetUp<'c> {
+    star: MutexGuard<'c, Star>,
+    shown: Option<ShownWait>,
+    board: &'c Board,
+}
+
+impl Deref for SetUp<'_> {
+    type Target = Star;
+
+    fn deref(&self) -> &Star {
+        &self.star
+    }
+}
+
+impl DerefMut for SetUp<'_> {
+    fn deref_mut(&mut self) -> &mut Star {
+        &mut self.star
+    }
+}
+
+impl Drop for SetUp<'_> {
+    fn drop(&mut self) {
+        self.shown.take().into_iter().for_each(|shown| self.board.woke(shown, true));
+    }
 }
 
 /// What a rank says of itself once segments are mapped.
@@ -142,6 +196,7 @@ impl CommInner {
             reserved: 0,
         };
         fabric.outbox.write(0, bytemuck::bytes_of(&header(rank)));
+        let board = Board::new(fabric.outbox.clone(), &layout.board, &nodes);
         fabric.outbox.word32(layout.state).store(RUNNING, Release);
 
         // Every header is written once everybody has sent its part.
@@ -204,6 +259,8 @@ impl CommInner {
             world_size,
             p2p: P2p::new(world_size),
             collectives: Collectives::new(rank, &nodes),
+            board,
+            id: job,
             heap: Mutex::new(Heap::new(HEAP_START, heap_bytes - HEAP_START)),
             counters: Arc::default(),
             ending,
@@ -245,14 +302,49 @@ impl CommInner {
         Ok(())
     }
 
+    /// What this rank has done so far, given its messages.
+    pub(crate) fn statistics(&self, (sent, received, rendezvous): (Traffic, Traffic, u64)) -> Statistics {
+        let c = &self.counters;
+        let far = self.fabric.far.as_ref().map_or_else(Default::default, |far| far.plane.moved());
+        Statistics {
+            messages_sent: sent.messages,
+            bytes_sent: sent.bytes,
+            messages_received: received.messages,
+            bytes_received: received.bytes,
+            rendezvous,
+            exchanges: c.exchanges.load(Relaxed),
+            tokens: c.tokens.load(Relaxed),
+            far_rows: c.far_rows.load(Relaxed),
+            far_sums: c.far_sums.load(Relaxed),
+            far_puts: far.puts,
+            far_bytes: far.bytes,
+            far_records: far.records,
+            waits: c.waits.load(Relaxed),
+            waits_yielded: c.waits_yielded.load(Relaxed),
+            waits_slept: c.waits_slept.load(Relaxed),
+            waited_us: c.waited_us.load(Relaxed),
+            wake_ups: c.wake_ups.load(Relaxed),
+        }
+    }
+
+    /// Shows what this rank has counted, unless another thread is at the messages just now.
+    #[cold]
+    fn show_counters(&self) {
+        if let Some(traffic) = self.p2p.traffic_if_free() {
+            self.board.counts(&self.statistics(traffic));
+        }
+    }
+
     /// The instant by which a call that starts now must end.
     pub(crate) fn deadline(&self) -> Instant {
         Instant::now() + self.config.timeout.unwrap_or(NO_DEADLINE)
     }
 
     /// The connections that were used to join: for one set-up at a time.
-    pub(crate) fn star(&self) -> MutexGuard<'_, Star> {
-        self.ending.star()
+    pub(crate) fn star(&self) -> SetUp<'_> {
+        let star = self.ending.star();
+        let what = Waiting { operation: Operation::Setup, epoch: 0, peer: None };
+        SetUp { star, shown: Some(self.board.waits(&what)), board: &self.board }
     }
 
     /// Whether `rank` is on this node.
@@ -341,6 +433,7 @@ impl CommInner {
     pub(crate) fn poll<T>(&self, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
         // From 0.1 ms to 2 ms.
         const SHORTER: u32 = 20;
+        let limit = self.config.timeout;
         match self.briefly(&mut ready) {
             Some(value) => Ok(value),
             None => self.wait_with(
@@ -351,7 +444,7 @@ impl CommInner {
                     std::thread::sleep(slice / SHORTER);
                     ready();
                 },
-                |since| self.reason_to_give_up(&what, since),
+                |since| self.reason_to_give_up(&what, since, limit),
             ),
         }
     }
@@ -362,14 +455,14 @@ impl CommInner {
         let bell = self.fabric.heap.word32(BELL);
         let waits_for = what.peer.map_or(bell::ANYONE, bell::only);
         let place = self.bells.place(self.rank);
-        let rung = Cell::new(0);
+        let (rung, limit) = (Cell::new(0), call.within.or(self.config.timeout));
         let doze = |slice, ready: &mut dyn FnMut() -> bool| {
             self.sleeper.sleep_unless((place, sleep), waits_for, (bell, rung.get()), slice, ready);
         };
         let check = |since| {
             // Read first: what ends the wait from now on rings it, and the sleep that follows is none.
             rung.set(bell::rung(bell));
-            self.reason_to_give_up(&what, since)
+            self.reason_to_give_up(&what, since, limit)
         };
         let Some(far) = &self.fabric.far else { return self.wait_with(call, what, ready, doze, check) };
         let looks = || self.look(far, &mut ready);
@@ -399,23 +492,26 @@ impl CommInner {
         sleep: impl FnMut(Duration, &mut dyn FnMut() -> bool),
         check: impl Fn(Instant) -> Result<()>,
     ) -> Result<T> {
-        let own = &self.fabric.outbox;
         let started = Instant::now();
         let since = *call.since.get_or_insert(started);
-        let mut published = false;
+        let mut shown = None;
         let result = wait::until(&self.patience, ready, sleep, || {
-            if !published {
-                progress::waits(own, self.layout.progress, &what);
-                published = true;
+            if shown.is_none() {
+                shown = Some(self.board.waits(&what));
+                self.show_counters();
             }
             check(since)
         });
-        if published {
-            progress::computes(own, self.layout.progress);
-        }
-        let counters = &self.counters;
+        let (took, counters) = (started.elapsed(), &self.counters);
+        self.board.waited(what.peer, took);
         counters.waits.fetch_add(1, Relaxed);
-        counters.waited_us.fetch_add(started.elapsed().as_micros() as u64, Relaxed);
+        counters.waited_us.fetch_add(took.as_micros() as u64, Relaxed);
+        if let Some(shown) = shown {
+            self.board.woke(shown, result.is_ok());
+        }
+        if self.board.counters_are_stale() {
+            self.show_counters();
+        }
         match result {
             Ok((_, Phase::Spinning)) => {}
             Ok((_, Phase::Yielding)) => _ = counters.waits_yielded.fetch_add(1, Relaxed),
@@ -424,7 +520,7 @@ impl CommInner {
         result.map(|(value, _)| value)
     }
 
-    fn reason_to_give_up(&self, what: &Waiting, since: Instant) -> Result<()> {
+    fn reason_to_give_up(&self, what: &Waiting, since: Instant, limit: Option<Duration>) -> Result<()> {
         let during = what.operation;
         // What is between two ranks goes on whatever becomes of others, but for an abort.
         let concerns = |rank: usize| !during.is_of_a_pair() || what.peer == Some(rank);
@@ -450,7 +546,7 @@ impl CommInner {
             return Err(Error::PeerLeft { rank, during, epoch: what.epoch });
         }
         let waited = since.elapsed();
-        if self.config.timeout.is_some_and(|timeout| waited >= timeout) {
+        if limit.is_some_and(|limit| waited >= limit) {
             return Err(self.timed_out(what, waited));
         }
         Ok(())
@@ -486,18 +582,7 @@ impl CommInner {
     }
 
     fn timed_out(&self, what: &Waiting, waited: Duration) -> Error {
-        let describe = |rank: usize| match self.fabric.far_to(rank) {
-            None => progress::describe(&self.fabric.peer(rank).outbox, self.layout.progress, rank),
-            Some(far) => {
-                format!("rank {rank} is on another node (node {}), {}", self.nodes[rank], far.plane.describe(rank))
-            }
-        };
-        let waited_for = match what.peer {
-            Some(peer) => describe(peer),
-            None => {
-                (0..self.world_size).filter(|&r| r != self.rank).take(8).map(describe).collect::<Vec<_>>().join("; ")
-            }
-        };
+        let waited_for = self.explain(what, waited);
         Error::Timeout { during: what.operation, epoch: what.epoch, peer: what.peer, waited, waited_for }
     }
 
@@ -539,7 +624,7 @@ impl CommInner {
         }
     }
 
-    fn state(&self, rank: usize) -> u32 {
+    pub(super) fn state(&self, rank: usize) -> u32 {
         self.ending.state(rank)
     }
 
@@ -565,6 +650,7 @@ impl CommInner {
     pub(crate) fn barrier(&self) -> Result<()> {
         let mut barriers = lock(&self.barriers);
         let epoch = *barriers + 1;
+        let recorded = self.board.begins(Operation::Barrier, epoch);
         crate::sync::epoch::publish(self.fabric.outbox.word64(self.layout.barrier), epoch);
         self.notify_all();
         self.fabric.far().for_each(|(rank, far)| far.tell(rank, self.layout.barrier, epoch));
@@ -575,6 +661,7 @@ impl CommInner {
             self.wait_in(&mut call, what, || crate::sync::epoch::reached(word, epoch).then_some(()))?;
         }
         *barriers = epoch;
+        recorded.over();
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use super::Config;
 use crate::bootstrap::MAX_WORLD_SIZE;
 use crate::collectives::slots::Slots;
 use crate::memory::layout::{LINE, Layout};
+use crate::observe::board::BoardLayout;
 
 /// Changes whenever a layout in shared memory or a protocol changes.
 pub(crate) const ABI_VERSION: u32 = 3;
@@ -49,8 +50,8 @@ pub(crate) struct CommLayout {
     pub(crate) border: usize,
     /// Whom this rank sleeps for; read by publishers, those that publish for all only while the list of sleepers has this rank.
     pub(crate) sleep: usize,
-    /// Progress words; read by whoever explains a wait.
-    pub(crate) progress: usize,
+    /// What this rank shows of itself, the state included; read by whoever explains a wait.
+    pub(crate) board: BoardLayout,
     /// Barriers entered; read by all.
     pub(crate) barrier: usize,
     /// Why this rank holds the communicator to be over; read by all.
@@ -80,7 +81,10 @@ impl CommLayout {
     pub(crate) fn new(world_size: usize, config: &Config) -> Self {
         let mut layout = Layout::default();
         layout.add(size_of::<Header>());
-        let [state, sleep, progress, barrier] = std::array::from_fn(|_| layout.add(LINE));
+        // First, since it is found without the configuration.
+        let board = BoardLayout::new(&mut layout, world_size);
+        let state = board.state;
+        let [sleep, barrier] = std::array::from_fn(|_| layout.add(LINE));
         let cause = state + 16;
         let abort = layout.add(ABORT_BYTES);
         let cma = layout.add(world_size);
@@ -97,7 +101,7 @@ impl CommLayout {
             // Beside the state, as the cause: they are looked at together, and hardly ever change.
             border: state + 8,
             sleep,
-            progress,
+            board,
             barrier,
             cause,
             abort,
@@ -147,6 +151,7 @@ const _: () = assert!(SLEEPERS + MAX_WORLD_SIZE / 8 <= HEAP_START);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::board::{RECORDS, WAITS};
     use proptest::prelude::*;
 
     proptest! {
@@ -154,8 +159,13 @@ mod tests {
         fn areas_of_the_outbox_do_not_overlap_and_stay_inside(world in 1usize..40, ring_kib in 4usize..64) {
             let layout = CommLayout::new(world, &Config::default().p2p_ring_bytes(ring_kib << 10));
             let mut areas = vec![(0, size_of::<Header>())];
-            areas.extend([layout.state, layout.sleep, layout.progress, layout.barrier].map(|at| (at, LINE)));
+            areas.extend([layout.state, layout.sleep, layout.barrier, layout.board.identity].map(|at| (at, LINE)));
             areas.push((layout.abort, ABORT_BYTES));
+            areas.extend((0..WAITS).map(|line| (layout.board.wait(line), LINE)));
+            areas.extend((0..RECORDS as u64).map(|number| (layout.board.record(number), LINE)));
+            areas.push((layout.board.counters, 8 + size_of::<crate::Statistics>()));
+            areas.push((layout.board.waited, (world + 1) * 8));
+            areas.push((layout.board.nodes, world * 4));
             areas.push((layout.cma, world));
             areas.extend(layout.collectives.areas());
             for peer in 0..world {

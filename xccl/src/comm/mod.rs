@@ -9,11 +9,13 @@ pub(crate) mod far_tests;
 mod heap_buffer;
 pub(crate) mod inner;
 pub(crate) mod layout;
+mod seeing;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
+use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 
 pub use config::{Config, Origin, Setting};
@@ -50,7 +52,8 @@ pub struct Communicator {
 }
 
 /// What a communicator's rank has done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable, Serialize)]
+#[repr(C)]
 #[non_exhaustive]
 pub struct Statistics {
     /// Messages sent.
@@ -92,11 +95,12 @@ pub struct Statistics {
 /// Memory that a communicator takes on each rank, as its configuration implies it. Pages count once they are touched, and each
 /// page once on the machine, however many ranks map it.
 ///
-/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has seven lines, and for each rank a byte, a line, twice 64
-/// words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages. Collectives add 32 slots of 4 KiB and four of 256 KiB:
+/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has 5248 bytes (most of them to show what the rank does), and
+/// for each rank 13 bytes, a line, twice 64 words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages. Collectives
+/// add 32 slots of 4 KiB and four of 256 KiB:
 ///
 /// ```text
-/// outbox  = page(page(448 + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
+/// outbox  = page(page(5248 + line(8 W + 8) + line(4 W) + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
 /// touched = a page or a few of words, 4096 bytes and the used part of R for each rank that was sent to, and the used slots
 /// heap    = 4096 + XCCL_HEAP, touched as it is allocated and written
 /// ```
@@ -111,8 +115,9 @@ pub struct Statistics {
 ///
 /// ```
 /// use xccl::{Communicator, Config};
-/// let (page, ring) = (|bytes: usize| bytes.next_multiple_of(4096), 1 << 20);
-/// let by_formula = |w: usize| page(page(448 + w.next_multiple_of(64) + 1088 * w) + 4096 * w + ring * w) + 1191936;
+/// let (line, page, ring) = (|n: usize| n.next_multiple_of(64), |n: usize| n.next_multiple_of(4096), 1 << 20);
+/// let words = |w: usize| 5248 + line(8 * w + 8) + line(4 * w) + line(w) + 1088 * w;
+/// let by_formula = |w: usize| page(page(words(w)) + 4096 * w + ring * w) + 1191936;
 /// for ranks in [1, 2, 8, 64, 1000] {
 ///     let plan = Communicator::memory_plan(ranks, &Config::default().p2p_ring_bytes(ring));
 ///     assert_eq!(plan.outbox_bytes, by_formula(ranks), "{ranks} ranks");
@@ -199,28 +204,7 @@ impl Communicator {
 
     /// What this rank has done so far.
     pub fn statistics(&self) -> Statistics {
-        let c = &self.inner.counters;
-        let (sent, received, rendezvous) = self.inner.p2p.traffic();
-        let far = self.inner.fabric.far.as_ref().map_or_else(Default::default, |far| far.plane.moved());
-        Statistics {
-            messages_sent: sent.messages,
-            bytes_sent: sent.bytes,
-            messages_received: received.messages,
-            bytes_received: received.bytes,
-            rendezvous,
-            exchanges: c.exchanges.load(Relaxed),
-            tokens: c.tokens.load(Relaxed),
-            far_rows: c.far_rows.load(Relaxed),
-            far_sums: c.far_sums.load(Relaxed),
-            far_puts: far.puts,
-            far_bytes: far.bytes,
-            far_records: far.records,
-            waits: c.waits.load(Relaxed),
-            waits_yielded: c.waits_yielded.load(Relaxed),
-            waits_slept: c.waits_slept.load(Relaxed),
-            waited_us: c.waited_us.load(Relaxed),
-            wake_ups: c.wake_ups.load(Relaxed),
-        }
+        self.inner.statistics(self.inner.p2p.traffic())
     }
 
     /// How messages from private memory travel, and how that was chosen.

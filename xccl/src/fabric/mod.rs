@@ -41,6 +41,8 @@ pub(crate) struct Segments {
     pub(crate) own: Mapping,
     /// By rank, this rank's own (outboxes read-only) included; `None` for far ones.
     pub(crate) peers: Vec<Option<Mapping>>,
+    /// Descriptors by which others find this rank's segment, and that of the next rank of the node should it die.
+    pub(crate) found_by: [OwnedFd; 2],
 }
 
 /// What a rank says of its segment: its bytes, the descriptor being sent along; or why it has none.
@@ -73,10 +75,15 @@ pub(crate) fn exchange_segments_of(
 ) -> Result<Segments> {
     let bytes = bytes_of(star.rank());
     let created = before.and_then(|()| OwnSegment::create(config.memory, writers, bytes, config.huge_pages));
-    let (own, fds) = exchange_created(star, created, config.memory, &bytes_of, deadline)?;
+    let (own, mut fds) = exchange_created(star, created, config.memory, &bytes_of, deadline)?;
     let near = fds.iter().enumerate().map(|(rank, fd)| (rank, fd.as_ref().filter(|_| maps(rank))));
     let peers = near.map(|(rank, fd)| fd.map(|fd| map_peer(fd, writers, bytes_of(rank))).transpose());
-    Ok(Segments { own, peers: peers.collect::<Result<_>>()? })
+    let (peers, own_segment) = (peers.collect::<Result<_>>()?, own.for_peers);
+    // The next rank of the node; alone, this one once more.
+    fds.rotate_left(star.rank() + 1);
+    let next = fds.into_iter().flatten().next().map_or_else(|| own_segment.try_clone(), Ok);
+    let next = next.map_err(|e| Error::os("dup", e))?;
+    Ok(Segments { own: own.mapping, peers, found_by: [own_segment, next] })
 }
 
 /// Hands the segment that this rank has `created`, or why it has none, to the ranks of its node, and gives theirs by rank, after
@@ -87,7 +94,7 @@ fn exchange_created(
     flavour: MemoryFlavour,
     bytes_of: impl Fn(usize) -> usize,
     deadline: Instant,
-) -> Result<(Mapping, Vec<Option<OwnedFd>>)> {
+) -> Result<(OwnSegment, Vec<Option<OwnedFd>>)> {
     let bytes = bytes_of(star.rank()) as u64;
     let announcement: Announcement = created.as_ref().map(|_| bytes).map_err(|err| err.to_string());
     let fds: Vec<_> = created.iter().map(|segment| segment.for_peers.as_fd()).collect();
@@ -100,7 +107,7 @@ fn exchange_created(
         let fd = star.is_near(rank).then(|| checked_fd(fds, rank, flavour, bytes_of(rank)));
         peers.push(fd.transpose()?);
     }
-    Ok((created.mapping, peers))
+    Ok((created, peers))
 }
 
 /// Where what far ranks put for this node lands: this rank's segment, and those of the other ranks of the node.
@@ -141,7 +148,7 @@ pub(crate) fn exchange_landings(
     let created = OwnSegment::create(flavour, Writers::Owner, bytes_of(star.rank()), false);
     let (own, fds) = exchange_created(star, created, flavour, bytes_of, deadline)?;
     let peers = fds.into_iter().enumerate().map(|(rank, fd)| Some((fd?, bytes_of(rank)))).collect();
-    Ok(LandingSegments { own: Arc::new(own), peers: Landings(peers) })
+    Ok(LandingSegments { own: Arc::new(own.mapping), peers: Landings(peers) })
 }
 
 /// Checks what a rank has announced.
@@ -210,6 +217,8 @@ pub(crate) struct Fabric {
     /// This rank's symmetric heap.
     pub(crate) heap: Arc<Mapping>,
     peers: Vec<Peer>,
+    /// Of the outboxes: kept open for whoever looks on from outside.
+    _found_by: [OwnedFd; 2],
     /// The ranks of other nodes, if there are any.
     pub(crate) far: Option<Far>,
 }
@@ -239,7 +248,8 @@ impl Fabric {
                 _ => Peer { outbox: landing(rank)?, near: None },
             });
         }
-        Ok(Fabric { outbox: Arc::new(outboxes.own), heap: Arc::new(heaps.own), peers, far: None })
+        let (outbox, heap) = (Arc::new(outboxes.own), Arc::new(heaps.own));
+        Ok(Fabric { outbox, heap, peers, _found_by: outboxes.found_by, far: None })
     }
 
     /// How `rank` is reached. `rank` was checked before.

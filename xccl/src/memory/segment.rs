@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl};
@@ -113,6 +114,12 @@ fn free_in_dev_shm(fd: &impl AsFd) -> u64 {
 }
 
 const NAME_PREFIX: &str = "xccl-";
+
+/// Whether that is what `/proc/PID/fd` says of a descriptor of an outbox.
+pub(crate) fn is_outbox_name(target: &Path) -> bool {
+    let is = |start: &str| target.to_str().is_some_and(|text| text.starts_with(start));
+    is("/memfd:xccl-outbox") || is("/dev/shm/xccl-")
+}
 
 /// A kill between `shm_open` and `shm_unlink`, microseconds apart, would leave a name behind: the next one clears it.
 fn sweep_names_of_the_dead() {

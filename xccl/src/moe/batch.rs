@@ -674,6 +674,7 @@ impl<'m> ExpertBatch<'m> {
 
     pub(super) fn publish(&mut self) -> Result<()> {
         let (moe, epoch) = (self.moe, self.epoch);
+        let call = moe.comm.board.begins(moe.operation(Operation::CombineSend), epoch);
         let slot = moe.layout.slot(epoch);
         if moe.config.reduction == Reduction::PerRank && self.outputs != Outputs::Summed {
             match moe.config.dtype {
@@ -691,6 +692,7 @@ impl<'m> ExpertBatch<'m> {
         self.end();
         epoch::publish(moe.own.word64(slot.combined), epoch);
         moe.notify_sources();
+        call.over();
         Ok(())
     }
 

@@ -124,6 +124,7 @@ impl Moe {
             false => Phase::Sent,
         };
         let epoch = self.check_exchange("combine_recv", &sent, before, "combine_recv after combine_send")?;
+        let recorded = self.comm.board.begins(self.operation(Operation::CombineRecv), epoch);
         let mut state = self.state.borrow_mut();
         let State { flights, first_rows, seen, .. } = &mut *state;
         let slot = slot_of(epoch);
@@ -168,6 +169,7 @@ impl Moe {
             combine.tokens(piece, cut.range(piece), taken)
         })?;
         self.comm.counters.exchanges.fetch_add(1, Relaxed);
+        recorded.over();
         Ok(())
     }
 

@@ -628,6 +628,7 @@ impl Moe {
         routing: &Routing<'_, I>,
         fill_rows: impl FnOnce(usize, &mut Area, &[u32], &[Choice]) -> Result<()>,
     ) -> Result<Exchange<'_>> {
+        let call = self.comm.board.begins(self.operation(Operation::DispatchSend), epoch);
         let refusal = Refusal { moe: self, epoch };
         self.fill(epoch, routing, fill_rows)?;
         std::mem::forget(refusal);
@@ -642,6 +643,7 @@ impl Moe {
             self.comm.counters.far_rows.fetch_add(rows, Relaxed);
             between.borrow().rail.begin(epoch);
         }
+        call.over();
         Ok(Exchange { moe: self, epoch })
     }
 
@@ -688,10 +690,12 @@ impl Moe {
     /// [`Error::Timeout`], [`Error::PeerDied`] and the like name the rank that was waited for; [`Error::PeerRefused`] one
     /// whose input was bad. The call may be repeated.
     pub fn dispatch_recv<'m>(&'m self, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
+        let call = self.comm.board.begins(self.operation(Operation::DispatchRecv), sent.epoch);
         let mut batch = self.start_batch("dispatch_recv", sent)?;
         match batch.receive_all() {
             Ok(()) => {
                 batch.complete();
+                call.over();
                 Ok(batch)
             }
             Err(err) => {

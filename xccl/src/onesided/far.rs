@@ -3,6 +3,8 @@
 //! Batches to a rank are applied in order, each after all its puts have arrived. So a signal that follows puts needs no fence, and
 //! the answer to a fetch says that all before has arrived.
 
+use std::time::Duration;
+
 use super::Remote;
 use crate::comm::inner::{Call, CommInner};
 use crate::error::{Error, Result};
@@ -52,6 +54,11 @@ pub(super) fn told(offset: usize, update: Update) -> plane::Update {
 impl<'a> ToFar<'a> {
     pub(super) fn new(comm: &'a CommInner, far: &'a Far, rank: usize, during: Operation) -> Self {
         ToFar { comm, far, rank, call: Call::default(), during }
+    }
+
+    /// As [`new`](Self::new), with a deadline of its own.
+    pub(super) fn within(comm: &'a CommInner, far: &'a Far, rank: usize, during: Operation, time: Duration) -> Self {
+        ToFar { call: Call::within(time), ..ToFar::new(comm, far, rank, during) }
     }
 
     fn wait<T>(&mut self, ready: impl FnMut() -> Option<T>) -> Result<T> {

@@ -30,11 +30,38 @@ mod shared_buffer;
 pub use remote::Remote;
 pub use shared_buffer::SharedBuffer;
 
+use std::time::Duration;
+
 use crate::comm::Communicator;
 use crate::error::Result;
 use crate::sync::signal::Update;
 
 impl Communicator {
+    /// Asks whether a rank can be reached, and how long it takes to answer: a link that is saturated, or a rank with much to
+    /// answer, is late; a broken one never answers. Of a rank of another node, its plane answers, in the order of what was sent
+    /// there before: a waiting call of it, or its progress thread while it computes (`XCCL_PROGRESS_THREAD`). A rank of this node is
+    /// only looked at. Blocks for `within` at most, whatever the communicator's deadline is.
+    ///
+    /// ```
+    /// # use xccl::{Communicator, Config, UniqueId};
+    /// # use std::time::Duration;
+    /// # fn main() -> xccl::Result<()> {
+    /// # let comm = Communicator::init(0, 1, &UniqueId::new()?, Config::default())?;
+    /// let time = comm.probe(0, Duration::from_secs(1))?;
+    /// assert!(time < Duration::from_secs(1));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Timeout`](crate::Error::Timeout) where no answer came in time (the rank may be stopped, or may not be waiting while
+    /// it has no progress thread), [`Error::PeerUnreachable`](crate::Error::PeerUnreachable) where the network has given it up,
+    /// [`Error::PeerDied`](crate::Error::PeerDied), [`Error::PeerLeft`](crate::Error::PeerLeft),
+    /// [`Error::InvalidRank`](crate::Error::InvalidRank).
+    pub fn probe(&self, rank: usize, within: Duration) -> Result<Duration> {
+        self.inner.probe(rank, within)
+    }
+
     /// Allocates memory of this rank that every rank may read and write, from the upper end of its symmetric heap
     /// (`XCCL_HEAP`). Zeroed only when allocated for the first time. Aligned to 256 bytes. Does not block, and other ranks need
     /// not take part: they are told of [`SharedBuffer::remote`]; ranks that allocate the same blocks in the same order have

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release, SeqCst};
 use std::sync::atomic::{AtomicU64, fence};
+use std::time::{Duration, Instant};
 
 use super::Remote;
 use super::far::{ToFar, told};
@@ -183,6 +184,17 @@ impl CommInner {
     pub(crate) fn quiet(&self) -> Result<()> {
         fence(SeqCst);
         self.fabric.far().try_for_each(|(rank, far)| ToFar::new(self, far, rank, DURING).settle())
+    }
+
+    /// How long a rank takes to answer, or why it does not.
+    pub(super) fn probe(&self, rank: usize, within: Duration) -> Result<Duration> {
+        let started = Instant::now();
+        self.check_rank(rank)?;
+        self.check_partner_lives(rank, Operation::Probe)?;
+        if let Some(far) = self.fabric.far_to(rank) {
+            ToFar::within(self, far, rank, Operation::Probe, within).round_trip()?;
+        }
+        Ok(started.elapsed())
     }
 
     /// Waits for a word of this rank's own heap, at an offset that was checked before.

@@ -231,6 +231,18 @@ impl P2p {
         (sent, lock(&self.incoming).traffic, rendezvous)
     }
 
+    /// As [`traffic`](Self::traffic); `None` while another thread is at it.
+    pub(crate) fn traffic_if_free(&self) -> Option<(Traffic, Traffic, u64)> {
+        let (mut sent, mut rendezvous) = (Traffic::default(), 0);
+        for out in &self.outgoing {
+            let out = out.try_lock().ok()?;
+            sent.messages += out.traffic.messages;
+            sent.bytes += out.traffic.bytes;
+            rendezvous += out.rendezvous_counted;
+        }
+        Some((sent, self.incoming.try_lock().ok()?.traffic, rendezvous))
+    }
+
     /// Counts from here on.
     pub(crate) fn forget_traffic(&self) {
         for out in &self.outgoing {

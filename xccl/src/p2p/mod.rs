@@ -19,6 +19,7 @@ mod slab;
 mod slot;
 
 pub use calibration::{Calibration, CalibrationPoint};
+pub(crate) use outgoing::Traffic;
 pub use raw::RawRequest;
 pub use scope::{CollectiveRequest, Request, Scope, wait_all};
 
