@@ -9,7 +9,7 @@ use crate::memory::layout::{LINE, Layout};
 use crate::observe::board::BoardLayout;
 
 /// Changes whenever a layout in shared memory or a protocol changes.
-pub(crate) const ABI_VERSION: u32 = 3;
+pub(crate) const ABI_VERSION: u32 = 4;
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"XCCLSEG1");
 /// Differs when read with the other byte order.
 pub(crate) const BYTE_ORDER: u32 = 0x0102_0304;
