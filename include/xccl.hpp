@@ -18,6 +18,7 @@
 #ifndef XCCL_HPP
 #define XCCL_HPP
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -537,6 +538,39 @@ class basic_communicator {
   result<xcclStatistics_t> statistics() const {
     xcclStatistics_t statistics = XCCL_STATISTICS_INITIALIZER;
     return P::give(xcclCommGetStatistics(get(), &statistics), [&] { return statistics; });
+  }
+  /** xcclCommGetWaitTimes: nanoseconds waited for each rank. */
+  result<std::vector<std::uint64_t>> wait_times(bool take = false) const {
+    int ranks = 0;
+    xcclResult_t code = xcclCommCount(get(), &ranks);
+    std::vector<std::uint64_t> times(static_cast<std::size_t>(ranks));
+    if (code == xcclSuccess) code = xcclCommGetWaitTimes(get(), times.data(), times.size(), take);
+    return P::give(code, [&] { return std::move(times); });
+  }
+  /** xcclCommGetHistory: the last operations of a rank, the oldest first. */
+  result<std::vector<xcclHistoryRecord_t>> history(int rank) const {
+    std::vector<xcclHistoryRecord_t> records(64);
+    std::size_t count = 0;
+    const xcclResult_t code = xcclCommGetHistory(get(), rank, records.data(), records.size(), &count);
+    records.resize(count);
+    return P::give(code, [&] { return std::move(records); });
+  }
+  /** xcclCommGetStatusText. */
+  result<std::string> status_text() const {
+    std::string text(4096, '\0');
+    std::size_t length = 0;
+    xcclResult_t code;
+    // Until it fits: it may grow meanwhile.
+    while ((code = xcclCommGetStatusText(get(), &text[0], text.size(), &length)) == xcclTruncated) {
+      text.resize(length + 1024);
+    }
+    text.resize(length);
+    return P::give(code, [&] { return std::move(text); });
+  }
+  /** xcclCommProbe: nanoseconds that the rank takes to answer. */
+  result<std::uint64_t> probe(int rank, std::chrono::milliseconds within) const {
+    std::uint64_t time = 0;
+    return P::give(xcclCommProbe(get(), rank, within.count(), &time), [&] { return time; });
   }
   /** xcclSend. */
   result<void> send(const void *data, std::size_t bytes, int peer, std::uint32_t tag) {

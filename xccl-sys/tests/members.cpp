@@ -73,6 +73,11 @@ void messages(Communicator &comm) {
   auto statuses = take(comm.wait_all(both));
   EXPECT(statuses.size() == 2 && statuses[0].source == left && statuses[0].bytes == sizeof out);
   EXPECT(take(comm.statistics()).messages_sent >= 2);
+  EXPECT(take(comm.wait_times()).size() == static_cast<std::size_t>(take(comm.size())));
+  TAKE_VOID(comm.barrier());
+  EXPECT(std::string(take(comm.history(take(comm.rank()))).back().operation) == "barrier");
+  EXPECT(take(comm.status_text()).find("communicator ") == 0);
+  take(comm.probe(take(comm.rank()), std::chrono::milliseconds(1000)));
   auto twin = take(comm.duplicate());
   EXPECT(take(twin.rank()) == rank && take(twin.size()) == ranks);
   TAKE_VOID(comm.barrier());

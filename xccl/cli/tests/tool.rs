@@ -272,3 +272,40 @@ fn bench_wait_measures_the_phases_beside_their_limits() {
     let idle = points.iter().find(|p| p["bench"] == "wait-idle").expect("idle ranks");
     assert!(idle["cpu_percent"].as_f64().unwrap() >= 0.0, "{idle}");
 }
+
+#[test]
+fn status_shows_what_each_rank_does_and_why_nothing_goes_on() {
+    use xccl::{Communicator, Config, UniqueId};
+    let id = UniqueId::new().unwrap();
+    let own = std::process::id();
+    let seen = |args: &[&str]| {
+        let out = output(args);
+        assert!(out.status.success(), "{}", stderr(&out));
+        stdout(&out)
+    };
+    std::thread::scope(|s| {
+        let join = |rank| Communicator::init(rank, 2, &id, Config::default()).unwrap();
+        let waits = s.spawn(move || join(1).recv(0, 7, &mut [0]).unwrap());
+        let comm = join(0);
+        let start = std::time::Instant::now();
+        let job = loop {
+            let all: serde_json::Value = serde_json::from_str(&seen(&["status", "--json"])).unwrap();
+            let of_this = |job: &&serde_json::Value| job["communicators"][0]["ranks"][0]["pid"] == own;
+            let job = all["jobs"].as_array().unwrap().iter().find(of_this).cloned();
+            match job {
+                Some(job) if job["diagnosis"]["finding"] == "straggler" => break job,
+                job => assert!(start.elapsed().as_secs() < 15, "{job:?}"),
+            }
+        };
+        let ranks = &job["communicators"][0]["ranks"];
+        let wait = &ranks[1]["waits"][0];
+        assert!(wait["operation"] == "recv" && wait["epoch"] == 7 && wait["peer"] == 0, "{ranks}");
+        assert!(ranks[0]["waits"].as_array().unwrap().is_empty() && ranks[0]["standing"] == "active", "{ranks}");
+        let text = seen(&["status", "--history"]);
+        for part in ["waits for rank 0 in recv tag 7", "rank 1 waits for it", "history of rank 1"] {
+            assert!(text.contains(part), "{part:?} is not in {text}");
+        }
+        comm.send(1, 7, &[1]).unwrap();
+        waits.join().unwrap();
+    });
+}

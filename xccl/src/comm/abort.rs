@@ -53,6 +53,7 @@ impl CommInner {
         }
         // Why this rank was told to stop comes first in what it tells.
         self.ending.cause();
+        tracing::debug!(rank = self.rank, code, why, "aborts the communicator");
         let words = note_of(code, why);
         self.fabric.outbox.write(self.layout.abort, bytemuck::cast_slice(&words));
         state.store(ABORTED, Release);

@@ -180,6 +180,7 @@ impl Ending {
     }
 
     fn publish(&self, cause: Cause, is_seen: bool) {
+        tracing::debug!(rank = self.rank, ?cause, by_itself = is_seen, "communicator is over");
         self.own.word64(self.cause).store(cause.word(), Release);
         if !is_seen {
             return;

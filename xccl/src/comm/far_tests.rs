@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::Source;
 use crate::fabric::pretence::Pretence;
+use crate::sync::Operation;
 
 /// Runs `body` on every rank, each on a thread of its own; `nodes` says where the ranks are. Without a seed the network is the
 /// real one, on loopback.
@@ -194,6 +195,37 @@ fn who_leaves_without_a_message_is_named_on_other_nodes() {
             assert!(matches!(error, Error::PeerLeft { rank: 1, .. }), "{error}");
         }
     });
+}
+
+#[test]
+fn a_probe_is_answered_by_who_waits_or_has_a_thread_and_by_nobody_otherwise() {
+    for thread in [true, false] {
+        // Rank 1 is at work, outside of this library, until rank 0 has probed it.
+        let at_work = std::sync::Barrier::new(2);
+        on_nodes(&[0, 1, 0], 7, quick().progress_thread(thread), |comm| {
+            comm.barrier().unwrap();
+            match comm.rank() {
+                0 => {
+                    let probed = comm.probe(1, Duration::from_millis(if thread { 20_000 } else { 100 }));
+                    match probed {
+                        Ok(_) => assert!(thread),
+                        Err(Error::Timeout { during: Operation::Probe, peer: Some(1), .. }) => assert!(!thread),
+                        Err(other) => panic!("{other}"),
+                    }
+                    at_work.wait();
+                    comm.probe(1, Duration::from_secs(20)).unwrap();
+                    comm.probe(2, Duration::from_secs(20)).unwrap();
+                    comm.send(1, 3, b"").unwrap();
+                }
+                1 => {
+                    at_work.wait();
+                    comm.recv(0, 3, &mut []).unwrap();
+                }
+                _ => {}
+            }
+            comm.barrier().unwrap();
+        });
+    }
 }
 
 #[test]

@@ -698,6 +698,7 @@ impl Drop for CommInner {
         // What other ranks still pass on for this one comes first: that it has left must not overtake it.
         self.fabric.far.iter().for_each(|far| self.see_off(far));
         if self.state(self.rank) != ABORTED {
+            tracing::debug!(rank = self.rank, "leaves the communicator");
             self.leave();
         }
         self.fabric.far.iter().for_each(|far| self.see_off(far));

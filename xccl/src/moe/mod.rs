@@ -387,6 +387,7 @@ impl Moe {
         let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: 0 };
         let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
         let (lanes, ways) = (RefCell::default(), RefCell::default());
+        tracing::debug!(rank = comm.rank, experts = config.experts, tokens = config.max_tokens, "MoE handle ready");
         Ok(Moe { comm, config, layout, placement, parties, kernels, own, peers, state, lanes, ways, between })
     }
 

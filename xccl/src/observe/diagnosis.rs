@@ -311,9 +311,8 @@ impl<'a> Graph<'a> {
             return "has left the communicator".to_owned();
         }
         if rank.standing == Standing::Unknown {
-            let remark = rank.remark.as_ref().map(|r| format!(" ({r})")).unwrap_or_default();
-            let where_ = rank.node.map(|node| format!(" of node {node}")).unwrap_or_default();
-            return format!("{where_} cannot be seen from here{remark}").trim_start().to_owned();
+            let node = rank.node.map(|node| format!("of node {node} ")).unwrap_or_default();
+            return format!("{node}cannot be seen from here");
         }
         // A wait that is not old yet.
         let mut places = self.parties[party].places.iter().filter(|&&place| place != at);

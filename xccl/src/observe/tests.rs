@@ -127,7 +127,7 @@ fn the_straggler_is_at_the_end_of_the_chains_and_its_state_is_told() {
     says(&late, "rank 3 (process 103) has been at work in combine_send 811 for 3.0 s (it uses 0.98 cores)".to_owned());
     late.ranks[3] =
         RankSnapshot { rank: 3, node: Some(1), remark: Some("not on this machine".to_owned()), ..Default::default() };
-    says(&late, "rank 3 of node 1 cannot be seen from here (not on this machine)".to_owned());
+    says(&late, "rank 3 of node 1 cannot be seen from here".to_owned());
 }
 
 #[test]

@@ -90,7 +90,10 @@ impl RankSnapshot {
         };
         let ago = self.since().map(|ns| format!(" for {}", duration(ns))).unwrap_or_default();
         let doing = match self.standing {
-            Standing::Unknown => return format!("is {}", self.doing()),
+            Standing::Unknown => {
+                let node = self.node.map(|node| format!("on another node (node {node}), ")).unwrap_or_default();
+                return format!("is {node}{}", self.remark.as_deref().unwrap_or("not seen from here"));
+            }
             Standing::Aborted | Standing::Left => return self.doing(),
             Standing::Active => match (self.waits.first(), self.call(), self.history.last()) {
                 (Some(wait), ..) => {
