@@ -193,7 +193,7 @@ impl Board {
     }
 
     fn claim_line(&self) -> Option<usize> {
-        let free = |used: u32| (used.trailing_ones() < WAITS as u32).then(|| used | used + 1);
+        let free = |used: u32| (used.trailing_ones() < WAITS as u32).then(|| used | (used + 1));
         let before = self.lines.fetch_update(Relaxed, Relaxed, free).ok()?;
         Some(before.trailing_ones() as usize)
     }
