@@ -53,7 +53,7 @@ fn exchanges(comm: &Communicator, exchanges: u64, stop: u64) -> xccl::Result<usi
     };
     for e in 1..=exchanges {
         let tokens: Vec<f32> = (0..4).flat_map(|token| [value(rank, token, e); HIDDEN]).collect();
-        let ids: Vec<i32> = (0..4).flat_map(|t| [t as i32 % (2 * world as i32), last as i32 * 2 + 1]).collect();
+        let ids: Vec<i32> = (0..4).flat_map(|t| [t % (2 * world as i32), last as i32 * 2 + 1]).collect();
         let ids: Vec<i32> = ids.chunks(2).flat_map(|c| if c[0] == c[1] { [c[0], -1] } else { [c[0], c[1]] }).collect();
         let routing = Routing::new(&ids, &[0.5; 8]);
         if rank == last && e == stop {
