@@ -249,6 +249,7 @@ impl CommInner {
 
         let alone = CoreSharing::of(&cores);
         let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
+        let patience = Patience::for_sharing(&core_sharing).in_turn(here.0, here.1);
         tracing::debug!(rank, %core_sharing, outbox = layout.bytes, heap = heap_bytes, "communicator ready");
         let mut comm = CommInner {
             calibration: part_of.map_or_else(
@@ -266,7 +267,7 @@ impl CommInner {
             ending,
             aborting: Mutex::new(()),
             barriers: Mutex::new(0),
-            patience: Patience::for_sharing(&core_sharing).in_turn(here.0, here.1),
+            patience: if ranks_here < world_size { patience.between_nodes() } else { patience },
             core_sharing,
             sleeper: Sleeper::new(),
             config,
