@@ -12,11 +12,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::message::{MAX_DESCRIPTORS, MAX_MESSAGE};
 use super::{tcp, unix};
 use crate::error::{Error, Result};
+use crate::fabric::progress::move_unattended_on;
 
 /// How soon to try again where the kernel has nothing that could be polled for.
 const RETRY: Duration = Duration::from_millis(1);
 /// How often a set-up that waits looks out for what else may end it.
 const LOOKOUT: Duration = Duration::from_millis(10);
+/// How often it moves on what no thread does.
+const BESIDE: Duration = Duration::from_millis(1);
 /// How many may wait to be accepted; the kernel lowers it to `net.core.somaxconn`.
 pub(super) const BACKLOG: i32 = 4096;
 
@@ -58,7 +61,11 @@ impl Limit {
     /// Sleeps for `pause`, or what is left.
     pub(super) fn sleep(&self, pause: Duration) -> Result<()> {
         self.look_out()?;
-        std::thread::sleep(pause.min(self.left()));
+        let until = Instant::now() + pause.min(self.left());
+        while move_unattended_on() && Instant::now() + BESIDE < until {
+            std::thread::sleep(BESIDE);
+        }
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
         Ok(())
     }
 }
@@ -265,7 +272,11 @@ impl Listener {
 /// Waits until one of the sockets is ready or the limit has come. May return early: the caller looks, and waits again.
 pub(super) fn wait_until(fds: &mut [PollFd], limit: &Limit) -> Result<()> {
     limit.look_out()?;
-    let longest = if limit.lookout.is_some() { LOOKOUT } else { Duration::MAX };
+    let longest = match (move_unattended_on(), &limit.lookout) {
+        (true, _) => BESIDE,
+        (false, Some(_)) => LOOKOUT,
+        (false, None) => Duration::MAX,
+    };
     let left = limit.left().min(longest);
     // Rounded up: a wait that ends early would spin through its last millisecond. Longer waits come in slices.
     let millis = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);

@@ -247,3 +247,25 @@ fn ranks_of_several_nodes_share_the_cores_of_the_machine_that_these_are_on() {
     let expected = Communicator::core_sharing_of(4);
     assert!(shared.iter().all(|sharing| *sharing == expected), "{shared:?}, and not {expected:?}");
 }
+
+/// The network takes one put at a time, and nobody moves on what waits for it but who waits: for its part in a set-up, too.
+#[test]
+fn a_set_up_moves_on_what_was_sent_before_it_where_no_thread_does() {
+    on_nodes(&[0, 1], 0, quick().progress_thread(false), |comm| {
+        let texts: Vec<_> = (0..5).map(|n| payload(comm.rank(), 1, n, 1000)).collect();
+        comm.scope(|scope| {
+            let sent = match comm.rank() {
+                0 => texts.iter().map(|text| scope.isend(1, 5, text)).collect::<Result<Vec<_>>>()?,
+                _ => vec![],
+            };
+            for n in 0..texts.len() * comm.rank() {
+                let mut text = [0; 1000];
+                comm.recv(0, 5, &mut text)?;
+                assert!(text[..] == payload(0, 1, n, 1000), "message {n}");
+            }
+            comm.split(Some(0), 0)?;
+            sent.into_iter().try_for_each(|request| request.wait().map(|_| ()))
+        })
+        .unwrap();
+    });
+}

@@ -239,7 +239,10 @@ impl CommInner {
                 let [heard, looked] = std::array::from_fn(|_| ending.clone());
                 let heard = move |source| heard.heard_from(source);
                 let look = move || _ = looked.cause();
-                if progress_thread { Mover::start(plane, chores, heard, watched, look) } else { Mover::none() }
+                match progress_thread {
+                    true => Mover::start(plane, chores, heard, watched, look),
+                    false => Mover::none(plane, chores, heard),
+                }
             };
             let far = Far::connect(&mut star, endpoint, &fabric, &layout, mover, deadline)?;
             ending.tell_far(&far.plane, (0..world_size).filter(|&rank| !star.is_near(rank)).collect());

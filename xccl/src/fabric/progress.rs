@@ -78,6 +78,29 @@ impl Chores {
     }
 }
 
+/// The planes of this process that no thread moves on. Whoever waits for something else than words of their communicators does,
+/// such as a set-up: other ranks may wait for what they have to send before they take part in it.
+static UNATTENDED: Mutex<Vec<Weak<Unattended>>> = Mutex::new(vec![]);
+
+struct Unattended {
+    plane: Arc<Plane>,
+    chores: Arc<Chores>,
+    heard: Box<dyn Fn(usize) + Send + Sync>,
+}
+
+/// Moves on what no thread does in this process, if there is any; says whether there is.
+pub(crate) fn move_unattended_on() -> bool {
+    let mut list = lock(&UNATTENDED);
+    list.retain(|one| one.strong_count() > 0);
+    let all: Vec<_> = list.iter().filter_map(Weak::upgrade).collect();
+    drop(list);
+    for one in &all {
+        one.plane.progress(&one.heard);
+        one.chores.attempt();
+    }
+    !all.is_empty()
+}
+
 struct Shared {
     /// Threads of the rank that move things on themselves.
     attending: AtomicUsize,
@@ -92,6 +115,8 @@ struct Shared {
 pub(crate) struct Mover {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    /// What is moved on in its place.
+    _unattended: Option<Arc<Unattended>>,
 }
 
 impl Mover {
@@ -104,7 +129,7 @@ impl Mover {
         watched: Option<OwnedFd>,
         look: impl Fn() + Send + 'static,
     ) -> Result<Self> {
-        let mut mover = Mover::none()?;
+        let mut mover = Mover::idle()?;
         let shared = mover.shared.clone();
         let thread = std::thread::Builder::new().name("xccl-progress".to_owned());
         let thread = thread
@@ -115,12 +140,24 @@ impl Mover {
     }
 
     /// No thread: only who waits moves things on.
-    pub(crate) fn none() -> Result<Self> {
+    pub(crate) fn none(
+        plane: Arc<Plane>,
+        chores: Arc<Chores>,
+        heard: impl Fn(usize) + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let mut mover = Mover::idle()?;
+        let unattended = Arc::new(Unattended { plane, chores, heard: Box::new(heard) });
+        lock(&UNATTENDED).push(Arc::downgrade(&unattended));
+        mover._unattended = Some(unattended);
+        Ok(mover)
+    }
+
+    fn idle() -> Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let wake = wake.map_err(|e| Error::os("eventfd", e))?;
         let [attended, stop] = [(); 2].map(|()| AtomicBool::new(false));
         let shared = Shared { attending: AtomicUsize::new(0), attended, stop, wake };
-        Ok(Mover { shared: Arc::new(shared), thread: None })
+        Ok(Mover { shared: Arc::new(shared), thread: None, _unattended: None })
     }
 
     /// Whether there is a thread that wakes sleepers.
