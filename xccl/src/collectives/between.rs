@@ -1,8 +1,12 @@
 //! Collectives of ranks on several nodes, which cannot all read each other's slots: over messages, with a tag of the library's own.
 //!
-//! In one or two rounds each rank sends its blocks, or parts, to those that need them, and joins what it has got in ascending order
-//! of rank: every result has the same bits as on one node. A broadcast goes from the root to one rank of each node, and from that one
-//! to the others.
+//! In up to three rounds each rank sends its blocks, or parts, to those that need them, and joins what it has got in ascending order
+//! of rank: every result has the same bits as on one node, whoever is where.
+//!
+//! What all ranks need as it is crosses once per node: the blocks of an all-gather, and the joined parts of an all-reduce. It goes to
+//! the ranks of the sender's node and to one rank of each other node, that with the same index among its node's, which passes it on.
+//! A broadcast goes to the first rank of each node. What is to be joined crosses as often as there are ranks that join it: a
+//! sum over the ranks of a node, formed before it crosses, would be another one in its last bits.
 //!
 //! Before its first message to a rank, each says which call it makes. A receiver that makes another one says so to the ranks of
 //! its node and in its answer; the others meet their deadline.
@@ -36,6 +40,12 @@ const HEAD_BYTES: usize = 32;
 /// What is under way of one collective. Kept from one to the next: its memory is used again.
 #[derive(Default)]
 pub(super) struct Between {
+    /// The other ranks of this node.
+    near: Vec<usize>,
+    /// Of each other node, the rank that passes on what this one sends there.
+    across: Vec<usize>,
+    /// By rank, who of this node gets what it sends here first: a near rank itself.
+    by_way_of: Vec<usize>,
     /// Results of others that have to be joined, or that may not go where they belong yet.
     scratch: Vec<u8>,
     head: [u8; HEAD_BYTES],
@@ -87,7 +97,48 @@ impl Task<'_> {
     }
 }
 
+/// The rounds of a collective; most have less to do.
+const ROUNDS: usize = 3;
+
 impl Between {
+    /// For `rank`; `nodes` has the node of each.
+    pub(super) fn new(rank: usize, nodes: &[usize]) -> Self {
+        let members = |node: usize| (0..nodes.len()).filter(move |&r| nodes[r] == node);
+        let stand_in = |of: usize, node: usize| {
+            let index = members(nodes[of]).take_while(|&r| r != of).count();
+            members(node).nth(index % members(node).count())
+        };
+        let first_of_others =
+            (0..nodes.len()).filter(|&r| nodes[r] != nodes[rank] && members(nodes[r]).next() == Some(r));
+        Between {
+            near: members(nodes[rank]).filter(|&r| r != rank).collect(),
+            across: first_of_others.filter_map(|r| stand_in(rank, nodes[r])).collect(),
+            by_way_of: (0..nodes.len())
+                .map(|r| if nodes[r] == nodes[rank] { r } else { stand_in(r, nodes[rank]).unwrap_or(rank) })
+                .collect(),
+            ..Between::default()
+        }
+    }
+
+    /// Sends `own` to where all ranks get it from, and receives what `to` has of others in the first half of that.
+    fn spread(&mut self, me: usize, own: &Place, to: impl Fn(usize) -> Place) {
+        let Between { near, across, by_way_of, sends, receives, .. } = self;
+        sends.extend(near.iter().chain(&*across).map(|&rank| (rank, own.clone())));
+        let comes = |&rank: &usize| rank != me && (by_way_of[rank] == me || by_way_of[rank] == rank);
+        receives.extend((0..by_way_of.len()).filter(comes).map(|rank| (rank, to(rank))));
+    }
+
+    /// The second half: passes on what this rank has got for its node. Messages to one rank stand together.
+    fn pass_on(&mut self, me: usize, of: impl Fn(usize) -> Place) {
+        let Between { near, by_way_of, sends, receives, .. } = self;
+        let by_way_of = &*by_way_of;
+        let far = |by: usize| (0..by_way_of.len()).filter(move |&rank| rank != by && by_way_of[rank] == by);
+        for &peer in &*near {
+            sends.extend(far(me).map(|rank| (peer, of(rank))));
+            receives.extend(far(peer).map(|rank| (peer, of(rank))));
+        }
+    }
+
     /// Goes on until it is over, or says whom it waits for, and how many messages are over.
     pub(super) fn advance(
         &mut self,
@@ -124,9 +175,11 @@ impl Between {
                     self.exchange(comm, task);
                     self.state = State::Data(round);
                 }
-                State::Data(0) => {
-                    self.finish_first(comm, task);
-                    self.begin(comm, task, 1);
+                State::Data(round) if round + 1 < ROUNDS => {
+                    if round == 0 {
+                        self.finish_first(comm, task);
+                    }
+                    self.begin(comm, task, round + 1);
                 }
                 State::Data(_) | State::Idle => {
                     self.state = State::Idle;
@@ -150,12 +203,12 @@ impl Between {
             to.copy_from_slice(&word.to_ne_bytes());
         }
         self.heads.resize(comm.world_size, [0; HEAD_BYTES]);
-        for (from, _) in &self.receives {
+        for (from, _) in self.receives.chunk_by(|a, b| a.0 == b.0).filter_map(|of_one| of_one.first()) {
             // SAFETY: the heads stay where they are, and are not looked at, until the request is over or cancelled.
             let ticket = unsafe { comm.p2p.start_recv(Source::Rank(*from), INTERNAL_TAG, &mut self.heads[*from]) };
             self.pending.push((*from, ticket, Some(HEAD_BYTES)));
         }
-        for (to, _) in &self.sends {
+        for (to, _) in self.sends.chunk_by(|a, b| a.0 == b.0).filter_map(|to_one| to_one.first()) {
             // SAFETY: the head stays as it is until the request is over or cancelled.
             let ticket = unsafe { comm.p2p.start_send(comm, *to, INTERNAL_TAG, &self.head) };
             self.pending.push((*to, ticket, None));
@@ -232,10 +285,8 @@ impl Between {
                     self.receives.push((sender, Place::Output(whole)));
                 }
             }
-            (Operation::AllGather, _, 0) => {
-                self.sends.extend(others().map(|rank| (rank, Place::Input(whole.clone()))));
-                self.receives.extend(others().map(|rank| (rank, Place::Output(of(rank)))));
-            }
+            (Operation::AllGather, _, 0) => self.spread(me, &Place::Input(whole), |rank| Place::Output(of(rank))),
+            (Operation::AllGather, _, 1) => self.pass_on(me, |rank| Place::Output(of(rank))),
             (Operation::Gather, Some(root), 0) if root == me => {
                 self.receives.extend(others().map(|rank| (rank, Place::Output(of(rank)))));
             }
@@ -272,14 +323,17 @@ impl Between {
                 // The last place is for the result.
                 self.make_room((ranks + 1) * part);
             }
-            (Operation::AllReduce | Operation::Reduce, root, _) => {
+            (Operation::AllReduce | Operation::Reduce, root, 1) => {
                 let part = task.part(me, ranks).len();
-                let result = ranks * part..(ranks + 1) * part;
-                let gets = |rank: usize| root.is_none_or(|root| root == rank);
-                self.sends.extend(others().filter(|&r| gets(r)).map(|rank| (rank, Place::Scratch(result.clone()))));
+                let result = Place::Scratch(ranks * part..(ranks + 1) * part);
                 let place = |rank| Place::Output(task.part(rank, ranks));
-                self.receives.extend(others().filter(|_| gets(me)).map(|rank| (rank, place(rank))));
+                match root {
+                    None => self.spread(me, &result, place),
+                    Some(root) if root == me => self.receives.extend(others().map(|rank| (rank, place(rank)))),
+                    Some(root) => self.sends.push((root, result)),
+                }
             }
+            (Operation::AllReduce, None, 2) => self.pass_on(me, |rank| Place::Output(task.part(rank, ranks))),
             _ => {}
         }
     }

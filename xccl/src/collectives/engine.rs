@@ -113,7 +113,7 @@ struct Stuck {
 
 impl Collectives {
     pub(crate) fn new(rank: usize, nodes: &[usize]) -> Self {
-        let between = nodes.iter().any(|&node| node != nodes[0]).then(Between::default);
+        let between = nodes.iter().any(|&node| node != nodes[0]).then(|| Between::new(rank, nodes));
         let engine = Engine {
             steps: Steps { group: Group::of(rank, nodes), step: 0, known: 0, between },
             queue: VecDeque::new(),

@@ -274,7 +274,7 @@ fn every_collective_of_every_type_works_with_one_to_nine_ranks() {
 /// The model knows nothing of nodes: results have the same bits as on one.
 #[test]
 fn ranks_on_several_nodes_get_what_the_model_says_bit_for_bit() {
-    for nodes in [&[0, 1][..], &[0, 0, 1, 1], &[1, 0, 2, 0, 1]] {
+    for nodes in [&[0, 1][..], &[0, 0, 1, 1], &[0, 1, 1, 1], &[1, 0, 2, 0, 1]] {
         let rounds: Vec<Round> = (0..64)
             .map(|n| Round {
                 what: n % 8,
@@ -289,6 +289,26 @@ fn ranks_on_several_nodes_get_what_the_model_says_bit_for_bit() {
         check_on::<bf16>(nodes, &rounds[24..48]);
         check_on::<i64>(nodes, &rounds[8..40]);
     }
+}
+
+/// What is sent beside it is so short that it travels in records, which are not counted here.
+#[test]
+fn what_all_ranks_need_as_it_is_crosses_once_per_node() {
+    const BYTES: usize = 40_000;
+    on_nodes(&[0, 0, 1, 1], 12, quick(), |comm| {
+        let crossed = |call: &dyn Fn()| {
+            let before = comm.statistics().far_bytes;
+            call();
+            // Who is through the second has told all that the first has come, and what was sent before it.
+            (0..2).for_each(|_| comm.barrier().unwrap());
+            (comm.statistics().far_bytes - before) as usize
+        };
+        let gathered = crossed(&|| comm.all_gather(&[1u8; BYTES], &mut [0; 4 * BYTES]).unwrap());
+        assert_eq!(gathered, BYTES);
+        // Its quarters of what the two ranks there join, and once what it has joined.
+        let reduced = crossed(&|| comm.all_reduce(&[1u8; BYTES], &mut [0; BYTES], ReduceOp::Max).unwrap());
+        assert!(reduced.abs_diff(BYTES / 4 * 3) < 64 * 4, "{reduced}");
+    });
 }
 
 #[test]
