@@ -25,6 +25,10 @@ use crate::memory::area::{self, Area};
 use crate::memory::mapping::Mapping;
 use crate::sync::epoch;
 
+/// Bytes of sums that leave together: they are still in a cache when they are read to be sent, and the source takes them while the
+/// next ones are formed.
+const PIECE: usize = 256 << 10;
+
 /// A rank of another node that this one stands for.
 pub(super) struct Duty {
     pub(super) source: usize,
@@ -190,49 +194,42 @@ impl Rail {
     fn send_back(&self, peers: &Peers, state: &mut State, epoch: u64, gave_up: Option<usize>) {
         let slot = slot_of(epoch);
         for (index, duty) in self.duties.iter().enumerate() {
-            let sums = match gave_up {
+            let word = |at: usize, value: u64| {
+                let (window, offset) = (self.staging.result_words, duty.line + at + slot * 8);
+                Update::Word64 { window, offset, value }
+            };
+            let sent = match gave_up {
                 Some(by) => Err(by),
                 // What cannot be summed is nobody's but the source's fault, which hears of it in this way.
                 None => match self.config.dtype {
-                    DType::F32 => self.sum_for::<f32>(peers, state, index, epoch),
-                    DType::BF16 => self.sum_for::<bf16>(peers, state, index, epoch),
-                    DType::F16 => self.sum_for::<f16>(peers, state, index, epoch),
+                    DType::F32 => self.send_sums::<f32>(peers, state, index, epoch, word(RETURNED, epoch)),
+                    DType::BF16 => self.send_sums::<bf16>(peers, state, index, epoch, word(RETURNED, epoch)),
+                    DType::F16 => self.send_sums::<f16>(peers, state, index, epoch, word(RETURNED, epoch)),
                 }
                 .map_err(|err| {
                     tracing::error!(%err, source = duty.source, epoch, "no sums for a rank of another node");
                     self.me
                 }),
             };
-            let word = |at: usize, value: u64| {
-                let (window, offset) = (self.staging.result_words, duty.line + at + slot * 8);
-                Update::Word64 { window, offset, value }
-            };
-            match sums {
-                Ok(rows) => {
-                    let start = self.starts[slot] + index * self.staging.rows_bytes;
-                    let range = start..start + rows * self.layout.stride;
-                    let put = Put { from: self.region, range, into: duty.results[slot], offset: 0 };
-                    self.counters.far_sums.fetch_add(rows as u64, Relaxed);
-                    self.staging.plane.send(duty.source, (rows > 0).then_some(put), &[word(RETURNED, epoch)]);
-                }
-                Err(by) => {
-                    let updates = [word(BY, by as u64), word(ABANDONED, epoch), word(RETURNED, epoch)];
-                    self.staging.plane.send(duty.source, [], &updates);
-                }
+            if let Err(by) = sent {
+                let updates = [word(BY, by as u64), word(ABANDONED, epoch), word(RETURNED, epoch)];
+                self.staging.plane.send(duty.source, [], &updates);
             }
         }
     }
 
-    /// Forms the sums of one source over the experts of this node; gives their number.
-    fn sum_for<'s, E: Element>(
+    /// Forms the sums of one source over the experts of this node, and sends them piece by piece, `last` with the last one.
+    fn send_sums<'s, E: Element>(
         &'s self,
         peers: &'s Peers,
         state: &mut State,
         index: usize,
         epoch: u64,
-    ) -> Result<usize> {
+        last: Update,
+    ) -> Result<()> {
         let State { areas, sums, .. } = state;
-        self.take_terms(peers, self.duties[index].source, epoch, sums)?;
+        let duty = &self.duties[index];
+        self.take_terms(peers, duty.source, epoch, sums)?;
         let (layout, hidden) = (&self.layout, self.config.hidden);
         let outboxes = Outboxes {
             peers,
@@ -247,18 +244,31 @@ impl Rail {
             Reduction::PerRank => (slot.sums.start, layout.sum_rows),
         };
         let (staging, start) = (&mut areas[slot_of(epoch)], index * self.staging.rows_bytes);
-        let gather = |i: usize, terms: &mut Terms<'s, E>| {
+        let mut gather = |i: usize, terms: &mut Terms<'s, E>| {
             let (first, end) = (sums.spans[i] as usize, sums.spans[i + 1] as usize);
             for &(rank, row, weight) in &sums.terms[first..end] {
                 terms.push((outboxes.output(rank as usize, area, row as usize)?, weight));
             }
             Ok(())
         };
-        let count = sums.spans.len() - 1;
-        sum_each(0..count, gather, |i, sum| {
-            sum.write(self.kernels, staging.slice_mut(start + i * layout.stride, hidden));
-        })?;
-        Ok(count)
+        let (count, each) = (sums.spans.len() - 1, PIECE.div_ceil(layout.stride));
+        for first in (0..count).step_by(each) {
+            let piece = first..(first + each).min(count);
+            sum_each(piece.clone(), &mut gather, |i, sum| {
+                sum.write(self.kernels, staging.slice_mut(start + i * layout.stride, hidden));
+            })?;
+            let (offset, end) = (piece.start * layout.stride, piece.end * layout.stride);
+            let from = self.starts[slot_of(epoch)] + start;
+            let range = from + offset..from + end;
+            let put = Put { from: self.region, range, into: duty.results[slot_of(epoch)], offset };
+            let updates = if piece.end == count { std::slice::from_ref(&last) } else { &[] };
+            self.staging.plane.send(duty.source, [put], updates);
+        }
+        if count == 0 {
+            self.staging.plane.send(duty.source, [], &[last]);
+        }
+        self.counters.far_sums.fetch_add(count as u64, Relaxed);
+        Ok(())
     }
 
     /// Lists the terms of each token of a source: copied out of its mirror and the near ranks' outboxes, and checked.
