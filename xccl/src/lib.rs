@@ -62,9 +62,9 @@ pub use crate::{
     kv::{KvConfig, KvEvent, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, KvTicket, PageLayout, PagePair},
     memory::MemoryFlavour,
     moe::{
-        Arrivals, Attention, BatchRow, DomainBatch, Ended, Epilogue, Exchange, ExpertBatch, Experts, InputRows, Lanes,
-        Moe, MoeConfig, Reduction, Residual, RmsNorm, Role, RoleConfig, Routing, ScaleLayout, SmoothScales, TokenSum,
-        WireFormat, WireRow, WireRows,
+        Arrivals, Attention, BatchRow, DomainBatch, Ended, Epilogue, Exchange, ExpertBatch, Experts, Forward,
+        InputRows, Lanes, Moe, MoeConfig, Reduction, Residual, RmsNorm, Role, RoleConfig, RoleCounts, Routing,
+        ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
     },
     observe::{
         CommSnapshot, Diagnosis, Finding, HistoryRecord, JobSnapshot, MachineSnapshot, ProcessState, RankSnapshot,

@@ -628,6 +628,11 @@ impl CommInner {
         }
     }
 
+    /// A rank that has aborted the communicator.
+    pub(crate) fn aborted_by(&self) -> Option<usize> {
+        (0..self.world_size).find(|&rank| self.state(rank) == ABORTED)
+    }
+
     pub(super) fn state(&self, rank: usize) -> u32 {
         self.ending.state(rank)
     }

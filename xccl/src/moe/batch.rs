@@ -11,9 +11,9 @@ pub use wire::WireRow;
 
 use super::lanes::Cut;
 use super::layout::{Entry, slot_of};
-use super::received::{ListPart, Received, Span};
+use super::received::{ListPart, Merged, Received, Span};
 use super::wire::WireFormat;
-use super::{Moe, Phase, Reduction, kernels};
+use super::{Moe, Phase, Reduction, Trampolines, kernels};
 use crate::comm::inner::Call;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
@@ -162,7 +162,47 @@ impl<'m> ExpertBatch<'m> {
             self.take_starts(source)?;
             self.fetch_entries(source);
         }
-        sources.iter().try_for_each(|&source| self.take_entries(source))
+        let before = self.received().entries_held(sources);
+        sources.iter().try_for_each(|&source| self.take_entries(source))?;
+        let starts = sources.len() * (self.local_experts().len() + 1) * size_of::<u32>();
+        self.moe.counts.lists(sources.len() as u64, (starts + before * size_of::<Entry>()) as u64);
+        Ok(())
+    }
+
+    /// Takes the lists that the trampolines of this node have merged, which are all there.
+    pub(super) fn receive_forwarded(&mut self, trampolines: &Trampolines) -> Result<()> {
+        let moe = self.moe;
+        let (mine, epoch) = (moe.comm.rank, self.epoch);
+        let positions = moe.placement.starts[mine]..moe.placement.starts[mine + 1];
+        let (parties, local) = (&moe.parties, positions.len());
+        let mut merged = std::mem::take(&mut self.received_mut().merged);
+        let (mut lists, mut bytes) = (0, 0);
+        for block in 0..trampolines.count() {
+            let Merged { starts, entries } = &mut merged;
+            trampolines.read_list((epoch, block), positions.clone(), starts, entries)?;
+            (lists, bytes) = (lists + 1, bytes + size_of_val(&starts[..]) + size_of_val(&entries[..]));
+            let sources = trampolines.sources(block, parties);
+            let limits = (moe.config.max_tokens, moe.config.max_tokens * moe.config.topk);
+            for entry in entries.iter() {
+                let corrupt =
+                    |what, value: u32, limit: usize| Self::corrupt(trampolines.ranks()[block], what, value, limit);
+                if !sources.contains(&(entry.source as usize)) {
+                    return corrupt("a source in a merged list", entry.source, sources.end);
+                }
+                if entry.token as usize >= limits.0 || entry.at as usize >= limits.1 {
+                    return corrupt("a token in a merged list", entry.token.max(entry.at), limits.0);
+                }
+            }
+            let received = self.received_mut();
+            let rows = received.len + entries.len();
+            if rows > moe.layout.output_rows {
+                return Err(Error::TooManyExpertRows { rows, limit: moe.layout.output_rows, epoch });
+            }
+            received.take_merged(&parties.sources, sources, local, &merged);
+        }
+        self.received_mut().merged = merged;
+        moe.counts.lists(lists, bytes as u64);
+        Ok(())
     }
 
     /// Asks for the lines that [`take_entries`](Self::take_entries) reads and writes.

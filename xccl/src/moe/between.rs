@@ -13,7 +13,7 @@
 //! for the tokens of `e` any more; before `dispatch_send(e + 2)` a rank has seen it from every node. The sums that a rail peer
 //! puts from are overwritten in `e + 2`, when their receiver has dispatched that, hence has combined `e`.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
@@ -158,6 +158,13 @@ pub(super) struct Between {
     rows_bytes: usize,
 }
 
+/// What an exchange has sent to other nodes.
+pub(super) struct Sent {
+    pub(super) rows: u64,
+    pub(super) messages: u64,
+    pub(super) bytes: u64,
+}
+
 /// The expert's rank is on this node.
 const NEAR: u16 = u16::MAX;
 
@@ -279,7 +286,7 @@ impl Between {
         tokens: usize,
         choices: &[Choice],
         starts: &[u32],
-    ) -> u64 {
+    ) -> Sent {
         self.find_runs(choices, config.topk);
         for node in &mut self.nodes {
             node.has_tokens[slot_of(epoch)] = !node.runs.is_empty();
@@ -291,10 +298,13 @@ impl Between {
             Update::Word64 { window: self.mirror_words, offset: layout.dispatched, value: epoch },
         ];
         let (outbox, row_bytes) = (self.outbox, layout.token.stride);
-        let mut rows = 0;
+        let mut sent = Sent { rows: 0, messages: self.nodes.len() as u64, bytes: 0 };
         for node in &self.nodes {
-            let put =
-                |range: Range<usize>| Put { from: outbox, offset: range.start - first, range, into: node.mirror[slot] };
+            let bytes = Cell::new(0);
+            let put = |range: Range<usize>| {
+                bytes.set(bytes.get() + range.len() as u64);
+                Put { from: outbox, offset: range.start - first, range, into: node.mirror[slot] }
+            };
             let positions = |block: &Range<usize>| placement.starts[block.start]..placement.starts[block.end];
             let lists = node.blocks.iter().map(positions).flat_map(|positions| {
                 let starts_at = in_outbox.starts.start;
@@ -308,7 +318,7 @@ impl Between {
             };
             match config.smooth {
                 None => {
-                    rows += node.runs.iter().map(|run| u64::from(run.end - run.start)).sum::<u64>();
+                    sent.rows += node.runs.iter().map(|run| u64::from(run.end - run.start)).sum::<u64>();
                     let runs = node.runs.iter().map(|run| of_rows(run.start as usize..run.end as usize));
                     let ranges = lists.chain(runs).filter(|range| !range.is_empty());
                     far.plane.send(node.rail, ranges.map(put), &updates);
@@ -318,13 +328,14 @@ impl Between {
                     let entries =
                         |positions: Range<usize>| starts[positions.start] as usize..starts[positions.end] as usize;
                     let runs = node.blocks.iter().map(positions).map(entries);
-                    rows += runs.clone().map(|run| run.len() as u64).sum::<u64>();
+                    sent.rows += runs.clone().map(|run| run.len() as u64).sum::<u64>();
                     let ranges = lists.chain(runs.map(of_rows)).filter(|range| !range.is_empty());
                     far.plane.send(node.rail, ranges.map(put), &updates);
                 }
             }
+            sent.bytes += bytes.get();
         }
-        rows
+        sent
     }
 
     /// Notes which tokens go to which node.

@@ -10,12 +10,13 @@ use super::layout::{SlotLayout, slot_of};
 use super::placement::Placement;
 use super::routing::{Choice, NONE};
 use super::terms::{Terms, sum_each};
-use super::{Exchange, Flight, Lists, Moe, Outboxes, Phase, Reduction, State, kernels};
+use super::{Exchange, Flight, Lists, Moe, Outboxes, Phase, Reduction, State, Trampolines, kernels};
 use crate::comm::inner::Call;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::memory::divided::{Divided, Owners};
 use crate::memory::row::Row;
+use crate::sync::epoch;
 use crate::sync::progress::Operation;
 
 /// Where the peers say that their output rows for this rank begin; kept from exchange to exchange.
@@ -30,7 +31,8 @@ pub(super) struct FirstRows {
 
 impl FirstRows {
     pub(super) fn new(experts: usize, world_size: usize) -> Self {
-        FirstRows { first: vec![0; experts.max(world_size)], taken: vec![], copied: vec![0; experts] }
+        let most = experts.max(world_size);
+        FirstRows { first: vec![0; most], taken: vec![], copied: vec![0; most] }
     }
 
     /// Notes where in the sums of each rank or node the pieces begin, each of `choices` choices: those of a token stand
@@ -176,6 +178,9 @@ impl Moe {
     /// Waits for every rank of this node that had entries of this one.
     fn await_outputs(&self, flight: &mut Flight, seen: &mut [u64], call: &mut Call) -> Result<()> {
         let (epoch, slot) = (flight.epoch, self.layout.slot(flight.epoch));
+        if let Some(block) = self.near_block() {
+            return self.await_gathered(flight, block, call);
+        }
         for peer in self.ranks_of(&mut flight.lists) {
             let outbox = &self.peers[peer];
             self.await_combined(call, peer, epoch, Operation::CombineRecv)?;
@@ -189,9 +194,35 @@ impl Moe {
         Ok(())
     }
 
+    /// As [`await_outputs`](Self::await_outputs), where a trampoline gathers them.
+    fn await_gathered(&self, flight: &mut Flight, block: usize, call: &mut Call) -> Result<()> {
+        let (epoch, slot, during) = (flight.epoch, self.layout.slot(flight.epoch), Operation::CombineRecv);
+        if self.ranks_of(&mut flight.lists).next().is_none() {
+            return Ok(());
+        }
+        self.await_returned(call, block, epoch, during)?;
+        if !self.trampolines.as_ref().is_some_and(|t| t.is_spoiled(block, epoch)) {
+            return Ok(());
+        }
+        for rank in self.ranks_of(&mut flight.lists) {
+            let outbox = &self.peers[rank];
+            if !epoch::reached(outbox.word64(slot.combined), epoch) {
+                return Err(Error::PeerLeft { rank, during: self.operation(during), epoch });
+            }
+            if outbox.word64(slot.abandoned).load(Acquire) == epoch {
+                return Err(Error::PeerAbandoned { rank, epoch });
+            }
+        }
+        Ok(())
+    }
+
     /// Notes where the outputs for this rank begin, in the outbox of each rank that had entries of it.
     fn take_first_rows(&self, flight: &mut Flight, first_rows: &mut FirstRows) {
+        if let Some(trampolines) = self.trampolines.as_ref().filter(|_| self.near_block().is_some()) {
+            return self.take_gathered(flight, trampolines, first_rows);
+        }
         let at = self.bases_at(self.layout.slot(flight.epoch));
+        let mut read = (0, 0);
         for peer in self.ranks_of(&mut flight.lists) {
             match self.config.reduction {
                 Reduction::PerExpert => {
@@ -202,7 +233,25 @@ impl Moe {
                 }
                 Reduction::PerRank => self.peers[peer].row(at, 1).copy_to(&mut first_rows.first[peer..peer + 1]),
             }
+            let places = if self.config.reduction == Reduction::PerRank { 1 } else { self.placement.local(peer).len() };
+            read = (read.0 + 1, read.1 + places * size_of::<u32>());
         }
+        self.counts.lists(read.0, read.1 as u64);
+    }
+
+    /// As [`take_first_rows`](Self::take_first_rows), from what a trampoline has gathered.
+    fn take_gathered(&self, flight: &mut Flight, trampolines: &Trampolines, first_rows: &mut FirstRows) {
+        if self.ranks_of(&mut flight.lists).next().is_none() {
+            return;
+        }
+        let FirstRows { first, copied, .. } = first_rows;
+        trampolines.read_places(flight.epoch, self.parties.index_of(self.comm.rank), copied);
+        let places: &[usize] = match self.config.reduction {
+            Reduction::PerExpert => &self.placement.expert,
+            Reduction::PerRank => &self.parties.destinations,
+        };
+        places.iter().zip(copied).for_each(|(&place, row)| first[place] = *row);
+        self.counts.lists(1, (trampolines.width() * size_of::<u32>()) as u64);
     }
 
     /// The ranks of this node that have entries in this rank's lists.

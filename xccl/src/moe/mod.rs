@@ -61,7 +61,8 @@ use layout::{AREAS, MoeLayout, SLOTS, slot_of};
 use parties::{Parties, Peers};
 use placement::Placement;
 use received::{Received, SendAreas};
-pub use roles::{Attention, DomainBatch, Ended, Experts, Role, RoleConfig};
+pub use roles::{Attention, DomainBatch, Ended, Experts, Forward, Role, RoleConfig, RoleCounts};
+use roles::{Counting, Trampolines};
 pub use routing::Routing;
 use routing::{Choice, ListBuilder};
 pub use smooth::SmoothScales;
@@ -76,7 +77,6 @@ use crate::fabric;
 use crate::kernels::Kernels;
 use crate::memory::area::{Area, Words};
 use crate::memory::divided::Owners;
-use crate::memory::mapping::Mapping;
 use crate::memory::row::Row;
 use crate::memory::segment::Writers;
 use crate::sync::epoch;
@@ -178,6 +178,9 @@ pub struct Moe {
     state: RefCell<State>,
     lanes: RefCell<LaneSet>,
     ways: RefCell<Ways>,
+    /// Who gathers what ranks of this node read of each other, where attention and experts are apart and it pays.
+    trampolines: Option<Trampolines>,
+    counts: Counting,
     /// What there is of other nodes.
     between: Option<RefCell<Between>>,
 }
@@ -314,49 +317,48 @@ impl Moe {
                 return Err(Error::Mismatch { rank, what: "the MoE configuration".to_owned(), theirs, ours: mine });
             }
         }
-        Self::between_parties(comm, config, Parties::all(comm.world_size))
+        Self::between_parties(comm, config, Parties::all(comm.world_size), None)
     }
 
     /// Makes a handle among the ranks that have a part in it. Every rank of `comm` must call it, with the same configuration, which
-    /// was checked and compared.
-    fn between_parties(comm: &Arc<CommInner>, config: MoeConfig, parties: Parties) -> Result<Self> {
+    /// was checked and compared; with so many trampolines on each node, or none.
+    fn between_parties(
+        comm: &Arc<CommInner>,
+        config: MoeConfig,
+        parties: Parties,
+        trampolines: Option<usize>,
+    ) -> Result<Self> {
         let (comm, parties) = (comm.clone(), Arc::new(parties));
         let part = parties.part(comm.rank);
         let placement = Placement::new(&config, comm.world_size);
         let kernels = comm.config.kernels.resolve("Config::kernels")?;
         let layout = MoeLayout::new(&config, &placement, &parties);
         let deadline = comm.deadline();
-        let outboxes = {
-            let mut star = comm.star();
-            let here = (0..comm.world_size).filter(|&rank| comm.is_near(rank));
-            let all_here = here.map(|rank| layout.bytes_of(parties.part(rank))).sum();
-            let enough = fabric::check_memory("the MoE handle", all_here, 1);
-            let (bytes_of, maps) = (
-                |rank| layout.bytes_of(parties.part(rank)),
-                // Who answers for far sources sums what all ranks of the node have.
-                |rank| parties.concerns(comm.rank, rank, comm.fabric.far.is_some()),
-            );
-            let outboxes = fabric::exchange_segments_of(
-                &mut star,
-                &comm.config,
-                enough,
-                Writers::Owner,
-                (bytes_of, maps),
-                deadline,
-            )?;
-            let own = Arc::new(outboxes.own);
-            let (between, mirrors) = match &comm.fabric.far {
-                None => (None, vec![]),
-                Some(far) => {
-                    let shape = (&config, &layout, &placement);
-                    let (between, mirrors) = Between::new(&comm, far, &mut star, (shape, &parties), &own, deadline)?;
-                    (Some(RefCell::new(between)), mirrors)
-                }
-            };
-            let mirrors = mirrors.into_iter().chain(std::iter::repeat_with(|| None));
-            (own, between, outboxes.peers.into_iter().zip(mirrors).map(|(near, far)| near.or(far)).collect())
+        // Who answers for far sources, or gathers for near ones, reads what all ranks of the node have.
+        let gathers = |wanted| Trampolines::includes(&comm, &parties, wanted, comm.rank);
+        let forwards = comm.fabric.far.is_some() || trampolines.is_some_and(gathers);
+        let mut star = comm.star();
+        let here = (0..comm.world_size).filter(|&rank| comm.is_near(rank));
+        let all_here = here.map(|rank| layout.bytes_of(parties.part(rank))).sum();
+        let enough = fabric::check_memory("the MoE handle", all_here, 1);
+        let of = (|rank| layout.bytes_of(parties.part(rank)), |rank| parties.concerns(comm.rank, rank, forwards));
+        let fabric::Segments { own, peers } =
+            fabric::exchange_segments_of(&mut star, &comm.config, enough, Writers::Owner, of, deadline)?;
+        let own = Arc::new(own);
+        let (between, mirrors) = match &comm.fabric.far {
+            None => (None, vec![]),
+            Some(far) => {
+                let shape = (&config, &layout, &placement);
+                let (between, mirrors) = Between::new(&comm, far, &mut star, (shape, &parties), &own, deadline)?;
+                (Some(RefCell::new(between)), mirrors)
+            }
         };
-        let (own, between, peers): (Arc<Mapping>, Option<RefCell<Between>>, Vec<Option<Mapping>>) = outboxes;
+        let gathered = (&config, &*parties, &placement.starts[..]);
+        let trampolines =
+            trampolines.map(|wanted| Trampolines::new(&comm, &mut star, gathered, wanted, deadline)).transpose()?;
+        drop(star);
+        let mirrors = mirrors.into_iter().chain(std::iter::repeat_with(|| None));
+        let peers = peers.into_iter().zip(mirrors).map(|(near, far)| near.or(far)).collect();
         let peers = Arc::new(Peers::new(peers));
         if let Some(between) = &between {
             between.borrow().rail.set_peers(peers.clone());
@@ -388,7 +390,22 @@ impl Moe {
         let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
         let (lanes, ways) = (RefCell::default(), RefCell::default());
         tracing::debug!(rank = comm.rank, experts = config.experts, tokens = config.max_tokens, "MoE handle ready");
-        Ok(Moe { comm, config, layout, placement, parties, kernels, own, peers, state, lanes, ways, between })
+        Ok(Moe {
+            comm,
+            config,
+            layout,
+            placement,
+            parties,
+            kernels,
+            own,
+            peers,
+            state,
+            lanes,
+            ways,
+            trampolines,
+            counts: Counting::default(),
+            between,
+        })
     }
 
     /// The configuration.
@@ -571,11 +588,15 @@ impl Moe {
         }
         let Some(previous) = epoch.checked_sub(SLOTS as u64).filter(|&p| p > seen.all) else { return Ok(epoch) };
         let mut call = Call::default();
-        for &peer in self.parties.destinations.iter().filter(|&&peer| self.comm.is_near(peer)) {
-            let seen = &mut seen.epochs[slot][peer];
-            if *seen < previous {
-                self.await_combined(&mut call, peer, previous, Operation::DispatchSend)?;
-                *seen = previous;
+        if let Some(block) = self.near_block() {
+            self.await_returned(&mut call, block, previous, Operation::DispatchSend)?;
+        } else {
+            for &peer in self.parties.destinations.iter().filter(|&&peer| self.comm.is_near(peer)) {
+                let seen = &mut seen.epochs[slot][peer];
+                if *seen < previous {
+                    self.await_combined(&mut call, peer, previous, Operation::DispatchSend)?;
+                    *seen = previous;
+                }
             }
         }
         if let Some((_, between)) = self.between() {
@@ -595,6 +616,7 @@ impl Moe {
         let (combined, closed) = (outbox.word64(self.layout.slot(epoch).combined), outbox.word64(self.layout.closed));
         let during = self.operation(during);
         let what = Waiting { operation: during, epoch, peer: Some(peer) };
+        self.counts.words(1);
         self.comm.wait_in(call, what, || {
             if epoch::reached(combined, epoch) {
                 return Some(Ok(()));
@@ -617,9 +639,33 @@ impl Moe {
         }
     }
 
-    /// Tells the sources that wait for what this rank has combined, and who answers for those of other nodes.
+    /// The block of trampolines that this rank is in, if it sends tokens to some of this node.
+    fn near_block(&self) -> Option<usize> {
+        self.trampolines.as_ref()?.block_of(self.parties.index_of(self.comm.rank))
+    }
+
+    /// Waits until a trampoline of this node has returned `epoch`.
+    fn await_returned(&self, call: &mut Call, block: usize, epoch: u64, during: Operation) -> Result<()> {
+        let Some(trampolines) = &self.trampolines else { return Ok(()) };
+        let (rank, during) = (trampolines.ranks()[block], self.operation(during));
+        let what = Waiting { operation: during, epoch, peer: Some(rank) };
+        self.counts.words(1);
+        self.comm.wait_in(call, what, || {
+            if trampolines.has_returned(block, epoch) {
+                return Some(Ok(()));
+            }
+            let has_left = trampolines.has_left(block, epoch) && !trampolines.has_returned(block, epoch);
+            has_left.then_some(Err(Error::PeerLeft { rank, during, epoch }))
+        })?
+    }
+
+    /// Tells those who wait for what this rank has combined: the sources or the trampolines, and who answers for other nodes.
     fn notify_sources(&self) {
-        self.comm.notify_all();
+        self.counts.published(1);
+        match &self.trampolines {
+            Some(trampolines) => trampolines.ranks().iter().for_each(|&rank| self.comm.notify(rank)),
+            None => self.comm.notify_all(),
+        }
         self.comm.call_for_chores();
     }
 
@@ -634,14 +680,19 @@ impl Moe {
         self.fill(epoch, routing, fill_rows)?;
         std::mem::forget(refusal);
         epoch::publish(self.own.word64(self.layout.dispatched), epoch);
-        self.comm.notify_all();
+        self.counts.published(1);
+        match self.near_block().and_then(|block| Some(self.trampolines.as_ref()?.ranks()[block])) {
+            Some(trampoline) => self.comm.notify(trampoline),
+            None => self.comm.notify_all(),
+        }
         if let Some((far, between)) = self.between() {
             let mut state = self.state.borrow_mut();
             let Flight { tokens, choices, lists, .. } = state.flight(epoch);
             let starts = lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
             let shape = (&self.config, &self.layout, &self.placement);
-            let rows = between.borrow_mut().dispatch(far, shape, epoch, *tokens, choices, starts);
-            self.comm.counters.far_rows.fetch_add(rows, Relaxed);
+            let sent = between.borrow_mut().dispatch(far, shape, epoch, *tokens, choices, starts);
+            self.comm.counters.far_rows.fetch_add(sent.rows, Relaxed);
+            self.counts.far(sent.messages, sent.bytes);
             between.borrow().rail.begin(epoch);
         }
         call.over();

@@ -1,6 +1,7 @@
 //! What a rank does for the ranks of other nodes that it stands for: see [`between`](super::between).
 
 use std::ops::Range;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 
@@ -94,6 +95,8 @@ pub(super) struct Rail {
     /// By slot, where its area begins in `region`.
     starts: [usize; SLOTS],
     state: Mutex<State>,
+    /// Messages with sums, and their bytes.
+    returned: [AtomicU64; 2],
     chores: Arc<Chores>,
     counters: Arc<Counters>,
     me: usize,
@@ -125,6 +128,7 @@ impl Rail {
             region,
             starts: [0, bytes],
             state: Mutex::new(state),
+            returned: Default::default(),
             chores: far.chores.clone(),
             counters: comm.counters.clone(),
             me: comm.rank,
@@ -132,6 +136,12 @@ impl Rail {
         let chore = Arc::downgrade(&rail);
         far.chores.add(chore);
         Ok(rail)
+    }
+
+    /// Messages with sums that were sent back, those in pieces counted once, and their bytes.
+    pub(super) fn returned(&self) -> (u64, u64) {
+        let [messages, bytes] = self.returned.each_ref().map(|count| count.load(Relaxed));
+        (messages, bytes)
     }
 
     /// Takes the ranks' outboxes.
@@ -268,6 +278,8 @@ impl Rail {
             self.staging.plane.send(duty.source, [], &[last]);
         }
         self.counters.far_sums.fetch_add(count as u64, Relaxed);
+        self.returned[0].fetch_add(1, Relaxed);
+        self.returned[1].fetch_add((count * layout.stride) as u64, Relaxed);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use super::config::MAX_TOPK;
 use super::lanes::{Cut, LaneSet};
 use super::layout::{AREAS, Entry, MoeLayout, SlotLayout};
 use super::parties::Parties;
+use super::roles::MergedEntry;
 use super::terms::{Terms, sum_each};
 use crate::dtype::Element;
 use crate::error::Result;
@@ -43,6 +44,8 @@ pub(super) struct Received {
     pub(super) len: usize,
     /// The same entries by source and token, made when somebody needs them.
     by_token: ByToken,
+    /// A list that a trampoline has merged.
+    pub(super) merged: Merged,
     /// Decoded rows, one for each piece of the work that copies them.
     pub(super) decoded: Vec<f32>,
     /// A row's scales, while they are copied.
@@ -64,6 +67,14 @@ pub(super) struct ListPart {
     pub(super) count: usize,
     /// Tokens of the source.
     pub(super) tokens: u32,
+}
+
+/// The part of a merged list that this rank's experts have, copied out.
+#[derive(Default)]
+pub(super) struct Merged {
+    /// By local expert, and one more.
+    pub(super) starts: Vec<u32>,
+    pub(super) entries: Vec<MergedEntry>,
 }
 
 /// The entries of each token of each source.
@@ -119,6 +130,7 @@ impl Received {
             owners: vec![],
             len: 0,
             by_token: ByToken::default(),
+            merged: Merged::default(),
             decoded: vec![],
             scales: vec![],
             outputs,
@@ -161,6 +173,64 @@ impl Received {
     pub(super) fn entries_of(&self, source: usize) -> std::ops::Range<usize> {
         let at = source * (self.local + 1);
         self.starts[at] as usize..self.starts[at + self.local] as usize
+    }
+
+    /// Entries of sources whose lists' starts were taken.
+    pub(super) fn entries_held(&self, sources: &[usize]) -> usize {
+        sources.iter().map(|&source| self.parts[source].count).sum()
+    }
+
+    /// Takes a merged list apart: the entries of `block`, places among the `sources`, which were checked, by source, then expert, then
+    /// token.
+    pub(super) fn take_merged(
+        &mut self,
+        sources: &[usize],
+        block: std::ops::Range<usize>,
+        local: usize,
+        merged: &Merged,
+    ) {
+        let Received { starts, entries, arrived, parts, len, .. } = self;
+        let width = local + 1;
+        let of = |index: usize| &sources[index];
+        for index in block.clone() {
+            starts[of(index) * width..(of(index) + 1) * width].fill(0);
+        }
+        let by_expert = merged.starts.windows(2).map(|w| &merged.entries[w[0] as usize..w[1] as usize]).enumerate();
+        for (expert, list) in by_expert.clone() {
+            list.iter().for_each(|entry| starts[of(entry.source as usize) * width + expert] += 1);
+        }
+        // From counts to where each begins, which putting them in their places makes into where each ends.
+        let mut next = *len as u32;
+        for index in block.clone() {
+            let first = next;
+            for start in &mut starts[of(index) * width..][..local] {
+                next += std::mem::replace(start, next);
+            }
+            starts[of(index) * width + local] = next;
+            let (base, count) = (first as usize, (next - first) as usize);
+            parts[*of(index)] = ListPart { begin: 0, base, count, tokens: 0 };
+            arrived[*of(index)] = true;
+        }
+        entries.resize(entries.len().max(next as usize), Entry::default());
+        for (expert, list) in by_expert {
+            for merged in list {
+                let source = *of(merged.source as usize);
+                let start = &mut starts[source * width + expert];
+                let part = &mut parts[source];
+                if *start as usize == part.base {
+                    part.begin = merged.at as usize;
+                }
+                entries[*start as usize] = Entry { token: merged.token, weight: merged.weight };
+                *start += 1;
+            }
+        }
+        // Each begins where the one before has ended.
+        for index in block {
+            let starts = &mut starts[of(index) * width..][..width];
+            starts.copy_within(..local, 1);
+            starts[0] = parts[*of(index)].base as u32;
+        }
+        *len = next as usize;
     }
 
     /// The row of its source's outbox that an entry's token lies in.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::config::Role;
-use super::{RoleConfig, SHUT_DOWN, meet};
+use super::{RoleConfig, RoleCounts, SHUT_DOWN, meet};
 use crate::comm::Communicator;
 use crate::dtype::{Element, ExpertId};
 use crate::error::{Error, Result};
@@ -145,6 +145,11 @@ impl Attention {
         epilogue: Epilogue<'_, E>,
     ) -> Result<()> {
         self.moe.combine_recv_with(sent, out, epilogue)
+    }
+
+    /// What this rank has done so far beside moving rows.
+    pub fn counts(&self) -> RoleCounts {
+        self.moe.role_counts()
     }
 
     /// Ends the loops of all expert ranks at once, without waiting for the other attention ranks, whose micro-batches in flight are given

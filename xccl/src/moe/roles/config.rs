@@ -22,6 +22,22 @@ pub struct RoleConfig {
     /// The shape of the exchanges. [`MoeConfig::placement`] names expert ranks; without one they share the experts evenly, in
     /// contiguous blocks. [`MoeConfig::max_expert_rows`] counts what comes from one domain.
     pub moe: MoeConfig,
+    /// Whether a few expert ranks of each node gather what the others would each read of everybody. Default: [`Forward::Auto`].
+    pub forward: Forward,
+    /// How many of each node's expert ranks do, if they do; 0 for the square root of a domain's attention ranks. Default: 0.
+    pub trampolines: usize,
+}
+
+/// How what ranks read of each other travels, beside the rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Forward {
+    /// Each expert rank reads the lists of each attention rank, and the other way round.
+    Flat,
+    /// A few expert ranks of each node, the trampolines, gather them for the others. One more step, and fewer words and lists.
+    Trampoline,
+    /// By trampolines in a domain that has many attention ranks, on nodes with many expert ranks.
+    #[default]
+    Auto,
 }
 
 /// What a rank of a group does.
@@ -35,6 +51,9 @@ pub enum Role {
     /// It holds experts.
     Experts,
 }
+
+/// From so many attention ranks of a domain, and expert ranks of a node, on.
+const MANY: usize = 32;
 
 impl Role {
     pub(super) const ATTENTION: &'static str = "attention";
@@ -71,7 +90,8 @@ impl RoleConfig {
         };
         let mut experts: Vec<usize> = experts.into_iter().collect();
         experts.sort_unstable();
-        RoleConfig { attention: attention.into_iter().map(sorted).collect(), experts, moe }
+        let attention = attention.into_iter().map(sorted).collect();
+        RoleConfig { attention, experts, moe, forward: Forward::Auto, trampolines: 0 }
     }
 
     /// What a rank does; `None` for one that the configuration does not name.
@@ -121,6 +141,21 @@ impl RoleConfig {
             return Err(Error::ExpertWithoutRole { expert, rank, role: roles[rank].to_string() });
         }
         Ok(roles)
+    }
+
+    /// How many trampolines each node has for a domain of so many attention ranks; `None` for none. `nodes` has the node of each
+    /// rank.
+    pub(super) fn trampolines_for(&self, attention: usize, experts: &[usize], nodes: &[usize]) -> Option<usize> {
+        let mut on_node = vec![0; nodes.iter().max().map_or(0, |most| most + 1)];
+        experts.iter().for_each(|&rank| on_node[nodes[rank]] += 1);
+        let most = on_node.into_iter().max().unwrap_or(0);
+        let pays = match self.forward {
+            Forward::Flat => false,
+            Forward::Trampoline => true,
+            Forward::Auto => attention >= MANY && most >= MANY,
+        };
+        let chosen = if self.trampolines > 0 { self.trampolines } else { attention.isqrt() };
+        pays.then_some(chosen)
     }
 
     /// The exchanges' shape with a placement.

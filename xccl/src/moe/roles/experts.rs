@@ -7,12 +7,12 @@ use std::sync::atomic::Ordering::Acquire;
 use std::time::{Duration, Instant};
 
 use super::config::Role;
-use super::{RoleConfig, SHUT_DOWN, meet};
+use super::{RoleConfig, RoleCounts, SHUT_DOWN, meet};
 use crate::comm::Communicator;
 use crate::comm::inner::{Call, CommInner};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::moe::{ExpertBatch, Lanes, Moe};
+use crate::moe::{ExpertBatch, Lanes, Moe, Trampolines};
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
 
@@ -175,8 +175,13 @@ impl Experts {
             let found = self.comm.wait_in(&mut call, what, || {
                 looks += 1;
                 let is_idle = looks > BUSY_LOOKS && started.elapsed() > IDLE;
-                serving.look(&self.domains, peer, is_idle)
+                serving.look(&self.comm, &self.domains, peer, is_idle)
             });
+            // Who has left may have been done: that is looked for only now and then.
+            let found = match found {
+                Err(err @ Error::PeerLeft { .. }) => serving.look(&self.comm, &self.domains, peer, true).ok_or(err),
+                found => found,
+            };
             match found {
                 Ok(Found::Moved) => {}
                 Ok(Found::Ended(ended)) => serving.end(&self.domains, ended),
@@ -197,7 +202,10 @@ impl Experts {
         let mut batch = batch?;
         (serving.domains[domain].seen, serving.domains[domain].all) = (0, None);
         // They are all there. What cannot be received is dropped, hence given up.
-        batch.receive_all()?;
+        match &moe.trampolines {
+            Some(trampolines) => batch.receive_forwarded(trampolines)?,
+            None => batch.receive_all()?,
+        }
         batch.complete();
         Ok(DomainBatch { domain, batch })
     }
@@ -213,7 +221,9 @@ impl Experts {
     /// # Errors
     /// [`Error::WrongOrder`] for a batch of another handle.
     pub fn e2a_send(&self, batch: DomainBatch<'_>) -> Result<()> {
-        self.moe_of(&batch)?.combine_send(batch.batch)
+        let moe = self.moe_of(&batch)?;
+        moe.combine_send(batch.batch)?;
+        moe.forward()
     }
 
     /// As [`e2a_send`](Self::e2a_send), with the outputs in a buffer: as [`Moe::combine_send_from`].
@@ -221,7 +231,9 @@ impl Experts {
     /// # Errors
     /// As [`Moe::combine_send_from`].
     pub fn e2a_send_from<E: Element>(&self, batch: DomainBatch<'_>, outputs: &[E]) -> Result<()> {
-        self.moe_of(&batch)?.combine_send_from(batch.batch, outputs)
+        let moe = self.moe_of(&batch)?;
+        moe.combine_send_from(batch.batch, outputs)?;
+        moe.forward()
     }
 
     /// As [`e2a_send`](Self::e2a_send), with the sums formed by the engine: as [`Moe::combine_send_sums`].
@@ -229,7 +241,26 @@ impl Experts {
     /// # Errors
     /// As [`Moe::combine_send_sums`].
     pub fn e2a_send_sums(&self, batch: DomainBatch<'_>) -> Result<()> {
-        self.moe_of(&batch)?.combine_send_sums(batch.batch)
+        let moe = self.moe_of(&batch)?;
+        moe.combine_send_sums(batch.batch)?;
+        moe.forward()
+    }
+
+    /// Moves on what other ranks wait for, if this rank gathers it for them ([`Forward`](super::Forward)): for an engine that computes
+    /// for long between two calls. Never blocks.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`].
+    pub fn forward(&self) -> Result<()> {
+        self.domains.iter().try_for_each(Moe::forward)
+    }
+
+    /// What this rank has done so far beside moving rows, for all domains.
+    pub fn counts(&self) -> RoleCounts {
+        self.domains.iter().fold(RoleCounts::default(), |mut sum, moe| {
+            sum += moe.role_counts();
+            sum
+        })
     }
 
     /// As [`Moe::await_rows`].
@@ -251,21 +282,32 @@ impl Serving {
     fn awaits(&self, domains: &[Moe]) -> (Option<usize>, u64) {
         let mut open = self.domains.iter().zip(domains).filter(|(domain, _)| !domain.is_over);
         match (open.next(), open.next()) {
-            (Some((domain, moe)), None) => (moe.parties.sources.get(domain.seen).copied(), moe.next_epoch()),
+            (Some((domain, moe)), None) => {
+                let peer = match &moe.trampolines {
+                    None => moe.parties.sources.get(domain.seen).copied(),
+                    // It waits for its block's sources, and for what is to be returned.
+                    Some(trampolines) if trampolines.is_own() => None,
+                    Some(trampolines) => trampolines.ranks().get(domain.seen).copied(),
+                };
+                (peer, moe.next_epoch())
+            }
             (Some(_), Some(_)) => (None, domains[self.turn].next_epoch()),
             (None, _) => (None, 0),
         }
     }
 
     /// Looks at the domains in turn; `peer` is the source that is waited for, if it is just one.
-    fn look(&mut self, domains: &[Moe], peer: Option<usize>, is_idle: bool) -> Option<Found> {
+    fn look(&mut self, comm: &CommInner, domains: &[Moe], peer: Option<usize>, is_idle: bool) -> Option<Found> {
+        if let Err(err) = domains.iter().try_for_each(Moe::forward) {
+            return Some(Found::Failed(err));
+        }
         let (mut refused, mut awaited) = (None, None);
         for i in (0..domains.len()).map(|i| (self.turn + i) % domains.len()) {
             let (domain, moe) = (&mut self.domains[i], &domains[i]);
             if domain.is_over {
                 continue;
             }
-            match domain.look(moe) {
+            match domain.look(moe, is_idle) {
                 Next::Ready => return Some(Found::Batch(i)),
                 Next::Over => domain.is_over = true,
                 Next::Awaits(source) => awaited = Some(source),
@@ -277,23 +319,27 @@ impl Serving {
                     }
                 }
                 Next::Left(rank) => {
+                    // Perhaps it has left since all are to.
+                    if let Some(ended) = asked_to_end(comm, domains) {
+                        return Some(Found::Ended(ended));
+                    }
                     domain.is_over = true;
                     let (during, epoch) = (Operation::A2eRecv, moe.next_epoch());
-                    moe.close(epoch);
+                    moe.leave(false);
                     return Some(Found::Failed(Error::PeerLeft { rank, during, epoch }));
                 }
             }
         }
         if self.domains.iter().all(|domain| domain.is_over) {
-            return Some(Found::Ended(Ended::Done));
+            return Some(Found::Ended(asked_to_end(comm, domains).unwrap_or(Ended::Done)));
         }
         // What others have sent comes before what was refused.
         if let Some((domain, (rank, epoch))) = refused {
             self.domains[domain].refused = Some((rank, epoch));
             return Some(Found::Failed(Error::PeerRefused { rank, epoch }));
         }
-        if is_idle && let Some(by) = shut_down_by(domains) {
-            return Some(Found::Ended(Ended::ShutDown { by }));
+        if is_idle && let Some(ended) = asked_to_end(comm, domains) {
+            return Some(Found::Ended(ended));
         }
         (peer.is_some() && awaited != peer).then_some(Found::Moved)
     }
@@ -305,16 +351,22 @@ impl Serving {
     }
 }
 
-/// The attention rank that has asked all loops to end.
-fn shut_down_by(domains: &[Moe]) -> Option<usize> {
+/// Whether somebody has asked all loops to end.
+fn asked_to_end(comm: &CommInner, domains: &[Moe]) -> Option<Ended> {
     let asks = |moe: &Moe, source: usize| moe.peers[source].word64(moe.layout.closed).load(Acquire) & SHUT_DOWN != 0;
-    domains.iter().find_map(|moe| moe.parties.sources.iter().copied().find(|&source| asks(moe, source)))
+    let asking = |moe: &Moe| moe.parties.sources.iter().copied().find(|&source| asks(moe, source));
+    let shut_down = domains.iter().find_map(asking).map(|by| Ended::ShutDown { by });
+    shut_down.or_else(|| comm.aborted_by().map(|by| Ended::Aborted { by }))
 }
 
 impl Domain {
-    /// Looks at the sources' words from the first on whose part was not seen.
-    fn look(&mut self, moe: &Moe) -> Next {
-        let (epoch, sources) = (moe.next_epoch(), &moe.parties.sources);
+    /// Looks at the words that the next exchange depends on, from the first on that was not seen.
+    fn look(&mut self, moe: &Moe, is_idle: bool) -> Next {
+        let epoch = moe.next_epoch();
+        if let Some(trampolines) = &moe.trampolines {
+            return self.look_at_blocks(moe, trampolines, epoch, is_idle);
+        }
+        let sources = &moe.parties.sources;
         while let Some(&source) = sources.get(self.seen) {
             let outbox = &moe.peers[source];
             let has_sent = || epoch::reached(outbox.word64(moe.layout.dispatched), epoch);
@@ -331,12 +383,87 @@ impl Domain {
             if *self.all.get_or_insert(seen) != seen {
                 return Next::Left(if seen == Seen::Closed { source } else { sources[0] });
             }
+            moe.counts.words(1);
             self.seen += 1;
         }
+        self.all_seen()
+    }
+
+    fn all_seen(&self) -> Next {
         match self.all {
             Some(Seen::Closed) => Next::Over,
             _ => Next::Ready,
         }
+    }
+
+    /// As [`look`](Self::look), at the trampolines' words; and where there is nothing else to do at those of the sources whose lists
+    /// they have not forwarded.
+    fn look_at_blocks(&mut self, moe: &Moe, trampolines: &Trampolines, epoch: u64, is_idle: bool) -> Next {
+        while self.seen < trampolines.count() {
+            let (block, rank) = (self.seen, trampolines.rank(self.seen));
+            let seen = match trampolines.has_forwarded(block, epoch) {
+                true => Seen::Sent,
+                false if !is_idle => return Next::Awaits(rank),
+                false => {
+                    // It leaves after the last source has closed.
+                    let has_left = trampolines.has_left(block, epoch);
+                    match sources_that_wait(moe, &moe.parties.sources[trampolines.sources(block, &moe.parties)], epoch)
+                    {
+                        Next::Over => Seen::Closed,
+                        Next::Awaits(_) if has_left && !trampolines.has_forwarded(block, epoch) => {
+                            return Next::Left(rank);
+                        }
+                        Next::Awaits(_) | Next::Ready => return Next::Awaits(rank),
+                        other => return other,
+                    }
+                }
+            };
+            if *self.all.get_or_insert(seen) != seen {
+                return Next::Left(moe.parties.sources[trampolines.sources(block, &moe.parties).start]);
+            }
+            moe.counts.words(1);
+            self.seen += 1;
+        }
+        self.all_seen()
+    }
+}
+
+/// How it stands with sources whose lists a trampoline has not forwarded.
+fn sources_that_wait(moe: &Moe, sources: &[usize], epoch: u64) -> Next {
+    let (mut sent, mut closed, mut refused, mut awaited) = (false, None, None, None);
+    for &source in sources {
+        let outbox = &moe.peers[source];
+        let has_sent = || epoch::reached(outbox.word64(moe.layout.dispatched), epoch);
+        let closed_at = || outbox.word64(moe.layout.closed).load(Acquire) & !SHUT_DOWN;
+        match has_sent() {
+            true => sent = true,
+            false if (1..=epoch).contains(&closed_at()) && !has_sent() => closed = closed.or(Some(source)),
+            false if outbox.word64(moe.layout.refused).load(Acquire) == epoch && !has_sent() => refused = Some(source),
+            false => awaited = Some(source),
+        }
+    }
+    match (closed, refused, awaited) {
+        (Some(source), ..) if sent => Next::Left(source),
+        (_, Some(source), _) => Next::Refused(source),
+        (_, _, Some(source)) => Next::Awaits(source),
+        (Some(_), ..) => Next::Over,
+        // All have sent: the trampoline is at it.
+        _ => Next::Ready,
+    }
+}
+
+impl Moe {
+    /// Returns what was forwarded: sources wait for it. At most until the deadline.
+    fn see_off(&self) {
+        if self.has_returned_all() {
+            return;
+        }
+        let what = Waiting { operation: Operation::E2aSend, epoch: self.next_epoch(), peer: None };
+        // Who has died or left is found by those who wait for it.
+        let _ = self.comm.wait(what, || {
+            let failed = self.forward().is_err();
+            (failed || self.has_returned_all()).then_some(())
+        });
     }
 }
 
@@ -346,5 +473,6 @@ impl Drop for Experts {
         if serving.ended.is_none() {
             self.domains.iter().for_each(|moe| moe.leave(false));
         }
+        self.domains.iter().for_each(Moe::see_off);
     }
 }

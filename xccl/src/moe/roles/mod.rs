@@ -20,21 +20,28 @@
 //! - The highest bit of `closed` asks all loops to end at once ([`Attention::shut_down`]). It is looked for where there is nothing
 //!   else to do: it takes a look at every attention rank's word.
 //!
+//! Where a group is large, a few expert ranks gather what the others would each read of everybody: [`trampoline`].
+//!
 //! The race that looks possible: a source sends and closes between two looks of an expert rank at `dispatched` and `closed`. So
 //! `dispatched` is looked at again once `closed` was seen, which was published after it.
 
 mod attention;
 mod config;
+mod counts;
 mod experts;
 #[cfg(test)]
 mod tests;
+mod trampoline;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
 pub use attention::Attention;
-pub use config::{Role, RoleConfig};
+pub use config::{Forward, Role, RoleConfig};
+pub(super) use counts::Counting;
+pub use counts::RoleCounts;
 pub use experts::{DomainBatch, Ended, Experts};
+pub(super) use trampoline::{MergedEntry, Trampolines};
 
 use super::parties::Parties;
 use super::{Flight, Moe, Phase, slot_of};
@@ -69,7 +76,8 @@ fn meet(comm: &Arc<CommInner>, config: &RoleConfig, claimed: &'static str) -> Re
     let moe = config.placed();
     let domain = |sources: &Vec<usize>| {
         let parties = Parties::apart(comm.world_size, sources, &config.experts);
-        Moe::between_parties(comm, moe.clone(), parties)
+        let trampolines = config.trampolines_for(sources.len(), &config.experts, &comm.nodes);
+        Moe::between_parties(comm, moe.clone(), parties, trampolines)
     };
     config.attention.iter().map(domain).collect()
 }
@@ -87,12 +95,23 @@ impl Moe {
     /// Says so of a rank that has experts; the ranks of other nodes that it stands for are told unless they are done.
     fn leave(&self, are_done: bool) {
         let epoch = self.next_epoch();
+        self.trampolines.iter().for_each(|trampolines| trampolines.leave(epoch));
         self.close(epoch);
         if let Some((_, between)) = self.between()
             && !are_done
         {
             between.borrow().rail.leave(epoch);
         }
+    }
+
+    /// What was done beside moving rows.
+    fn role_counts(&self) -> RoleCounts {
+        let mut counts = self.counts.get();
+        if let Some((_, between)) = self.between() {
+            let (messages, bytes) = between.borrow().rail.returned();
+            counts += RoleCounts { far_messages: messages, far_bytes: bytes, ..RoleCounts::default() };
+        }
+        counts
     }
 
     /// The number of the next exchange.

@@ -11,7 +11,7 @@ use crate::Communicator;
 use crate::comm::Config;
 use crate::comm::far_tests::on_nodes;
 use crate::dtype::DType;
-use crate::moe::{Exchange, MoeConfig, Reduction, Routing, WireFormat};
+use crate::moe::{Exchange, MoeConfig, Reduction, Routing, SmoothScales, WireFormat};
 
 const HIDDEN: usize = 24;
 const MAX_TOKENS: usize = 7;
@@ -53,16 +53,25 @@ fn case() -> impl Strategy<Value = Case> {
         let batches: Vec<_> = attention.iter().map(of_domain).collect();
         let placement = prop::option::of(prop::collection::vec(prop::sample::select(expert_ranks.clone()), experts));
         let reduction = prop_oneof![Just(Reduction::PerExpert), Just(Reduction::PerRank)];
-        let wire = prop_oneof![3 => Just(WireFormat::Native), 1 => Just(WireFormat::Fp8E4m3)];
-        (batches, placement, reduction, wire, any::<bool>()).prop_map(
-            move |(batches, placement, reduction, wire, reversed)| {
+        let forward = (prop_oneof![Just(Forward::Flat), Just(Forward::Trampoline)], 0usize..4);
+        let wire =
+            prop_oneof![3 => Just(WireFormat::Native), 1 => Just(WireFormat::Fp8E4m3), 2 => Just(WireFormat::Int8)];
+        let smooth = any::<bool>();
+        (batches, placement, reduction, wire, any::<bool>(), forward, smooth).prop_map(
+            move |(batches, placement, reduction, wire, reversed, (forward, trampolines), smooth)| {
                 let moe = MoeConfig {
                     placement,
                     reduction,
+                    // Smooth scales have a row for each entry.
+                    smooth: (smooth && wire == WireFormat::Int8).then(|| {
+                        let scales: Vec<f32> = (0..experts * HIDDEN).map(|i| [0.5, 1.0, 2.0][i % 3]).collect();
+                        SmoothScales::new(scales)
+                    }),
                     wire,
                     ..MoeConfig::new(MAX_TOKENS, HIDDEN, topk, experts, DType::F32)
                 };
                 let config = RoleConfig::new(attention.clone(), expert_ranks.clone(), moe);
+                let config = RoleConfig { forward, trampolines, ..config };
                 Case { nodes: nodes.clone(), config, batches, reversed }
             },
         )
@@ -151,8 +160,11 @@ fn compute(experts: &Experts, case: &Case, mut batch: DomainBatch<'_>) {
     for i in 0..batch.len() {
         let mut row = [0.0f32; HIDDEN];
         batch.copy_row(i, &mut row).unwrap();
-        let expert = local[batch.row(i).expert] as i64;
-        batch.output_row::<f32>(i).unwrap().copy_from_slice(&row.map(|x| output(expert, x)));
+        let expert = local[batch.row(i).expert];
+        if let Some(smooth) = &case.config.moe.smooth {
+            row.iter_mut().zip(&smooth.as_slice()[expert * HIDDEN..]).for_each(|(x, scale)| *x /= scale);
+        }
+        batch.output_row::<f32>(i).unwrap().copy_from_slice(&row.map(|x| output(expert as i64, x)));
     }
     experts.e2a_send(batch).unwrap();
 }
@@ -209,6 +221,11 @@ fn group(domains: usize, attention: usize, experts: usize) -> RoleConfig {
     RoleConfig::new(domains, ranks..ranks + experts, MoeConfig::new(4, HIDDEN, 1, 3, DType::F32))
 }
 
+/// A group flat and by trampolines.
+fn both_ways(config: RoleConfig) -> impl Iterator<Item = RoleConfig> {
+    [Forward::Flat, Forward::Trampoline].into_iter().map(move |forward| RoleConfig { forward, ..config.clone() })
+}
+
 fn on_one_node<T: Send>(config: &RoleConfig, body: impl Fn(&Communicator) -> T + Sync) -> Vec<T> {
     let ranks = config.attention.iter().map(Vec::len).sum::<usize>() + config.experts.len();
     on_nodes(&vec![0; ranks], 1, quick(), |comm| body(&comm))
@@ -236,87 +253,92 @@ fn error<T>(result: Result<T>) -> Error {
 
 #[test]
 fn a_domain_that_pauses_does_not_keep_another_one_waiting() {
-    let config = group(2, 1, 2);
-    on_one_node(&config, |comm| {
-        if config.role_of(comm.rank()) == Some(Role::Experts) {
-            let served = serve_ones(&Experts::new(comm, config.clone()).unwrap());
-            assert_eq!(served, [vec![0; 10], vec![1]].concat());
-            return;
-        }
-        let attention = Attention::new(comm, config.clone()).unwrap();
-        let mut out = [0.0f32; HIDDEN];
-        if attention.domain() == 0 {
-            for _ in 0..10 {
-                let sent = attention.a2e_send(&[2.0f32; HIDDEN], &Routing::new(&[2i32], &[1.0])).unwrap();
-                attention.e2a_recv(sent, &mut out).unwrap();
-                assert_eq!(out, [1.0; HIDDEN]);
+    for config in both_ways(group(2, 1, 2)) {
+        on_one_node(&config, |comm| {
+            if config.role_of(comm.rank()) == Some(Role::Experts) {
+                let served = serve_ones(&Experts::new(comm, config.clone()).unwrap());
+                assert_eq!(served, [vec![0; 10], vec![1]].concat());
+                return;
             }
-            comm.send(1, 1, b"").unwrap();
-        } else {
-            comm.recv(0, 1, &mut []).unwrap();
-            let sent = attention.a2e_send(&[2.0f32; HIDDEN], &Routing::new(&[0i32], &[3.0])).unwrap();
-            attention.e2a_recv(sent, &mut out).unwrap();
-            assert_eq!(out, [3.0; HIDDEN]);
-        }
-    });
+            let attention = Attention::new(comm, config.clone()).unwrap();
+            let mut out = [0.0f32; HIDDEN];
+            if attention.domain() == 0 {
+                for _ in 0..10 {
+                    let sent = attention.a2e_send(&[2.0f32; HIDDEN], &Routing::new(&[2i32], &[1.0])).unwrap();
+                    attention.e2a_recv(sent, &mut out).unwrap();
+                    assert_eq!(out, [1.0; HIDDEN]);
+                }
+                comm.send(1, 1, b"").unwrap();
+            } else {
+                comm.recv(0, 1, &mut []).unwrap();
+                let sent = attention.a2e_send(&[2.0f32; HIDDEN], &Routing::new(&[0i32], &[3.0])).unwrap();
+                attention.e2a_recv(sent, &mut out).unwrap();
+                assert_eq!(out, [3.0; HIDDEN]);
+            }
+        });
+    }
 }
 
 #[test]
 fn domains_that_are_both_ready_are_served_in_turn() {
-    let config = group(3, 1, 1);
-    on_one_node(&config, |comm| {
-        if config.role_of(comm.rank()) == Some(Role::Experts) {
-            let experts = Experts::new(comm, config.clone()).unwrap();
+    for config in both_ways(group(3, 1, 1)) {
+        on_one_node(&config, |comm| {
+            if config.role_of(comm.rank()) == Some(Role::Experts) {
+                let experts = Experts::new(comm, config.clone()).unwrap();
+                comm.barrier().unwrap();
+                assert_eq!(serve_ones(&experts), [0, 1, 2, 0, 1, 2]);
+                return;
+            }
+            let attention = Attention::new(comm, config.clone()).unwrap();
+            let send = || attention.a2e_send::<f32, i32>(&[], &Routing::new(&[], &[])).unwrap();
+            let sent = [send(), send()];
             comm.barrier().unwrap();
-            assert_eq!(serve_ones(&experts), [0, 1, 2, 0, 1, 2]);
-            return;
-        }
-        let attention = Attention::new(comm, config.clone()).unwrap();
-        let send = || attention.a2e_send::<f32, i32>(&[], &Routing::new(&[], &[])).unwrap();
-        let sent = [send(), send()];
-        comm.barrier().unwrap();
-        sent.into_iter().for_each(|sent| attention.e2a_recv::<f32>(sent, &mut []).unwrap());
-    });
+            sent.into_iter().for_each(|sent| attention.e2a_recv::<f32>(sent, &mut []).unwrap());
+        });
+    }
 }
 
 #[test]
 fn a_third_micro_batch_in_flight_is_refused() {
-    let config = group(1, 1, 1);
-    on_one_node(&config, |comm| {
-        if comm.rank() == 1 {
-            serve_ones(&Experts::new(comm, config.clone()).unwrap());
-            return;
-        }
-        let attention = Attention::new(comm, config.clone()).unwrap();
-        let send = || attention.a2e_send::<f32, i32>(&[], &Routing::new(&[], &[]));
-        let sent = [send().unwrap(), send().unwrap()];
-        assert!(matches!(error(send()), Error::TooManyInFlight { limit: 2, oldest: 1 }));
-        sent.into_iter().for_each(|sent| attention.e2a_recv::<f32>(sent, &mut []).unwrap());
-    });
+    for config in both_ways(group(1, 1, 1)) {
+        on_one_node(&config, |comm| {
+            if comm.rank() == 1 {
+                serve_ones(&Experts::new(comm, config.clone()).unwrap());
+                return;
+            }
+            let attention = Attention::new(comm, config.clone()).unwrap();
+            let send = || attention.a2e_send::<f32, i32>(&[], &Routing::new(&[], &[]));
+            let sent = [send().unwrap(), send().unwrap()];
+            assert!(matches!(error(send()), Error::TooManyInFlight { limit: 2, oldest: 1 }));
+            sent.into_iter().for_each(|sent| attention.e2a_recv::<f32>(sent, &mut []).unwrap());
+        });
+    }
 }
 
 #[test]
 fn bad_input_is_told_to_the_loop_once_and_the_corrected_one_is_served() {
     for nodes in [[0, 0, 0], [0, 1, 1]] {
         let config = group(1, 1, 2);
-        on_nodes(&nodes, 5, quick(), |comm| {
-            let comm = &comm;
-            if comm.rank() > 0 {
-                let experts = Experts::new(comm, config.clone()).unwrap();
-                assert!(matches!(error(experts.a2e_recv()), Error::PeerRefused { rank: 0, epoch: 1 }));
+        for config in both_ways(config) {
+            on_nodes(&nodes, 5, quick(), |comm| {
+                let comm = &comm;
+                if comm.rank() > 0 {
+                    let experts = Experts::new(comm, config.clone()).unwrap();
+                    assert!(matches!(error(experts.a2e_recv()), Error::PeerRefused { rank: 0, epoch: 1 }));
+                    comm.barrier().unwrap();
+                    assert_eq!(serve_ones(&experts), [0]);
+                    return;
+                }
+                let attention = Attention::new(comm, config.clone()).unwrap();
+                let bad = attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[3i32], &[1.0]));
+                assert!(matches!(error(bad), Error::ExpertOutOfRange { expert: 3, experts: 3, .. }));
                 comm.barrier().unwrap();
-                assert_eq!(serve_ones(&experts), [0]);
-                return;
-            }
-            let attention = Attention::new(comm, config.clone()).unwrap();
-            let bad = attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[3i32], &[1.0]));
-            assert!(matches!(error(bad), Error::ExpertOutOfRange { expert: 3, experts: 3, .. }));
-            comm.barrier().unwrap();
-            let sent = attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[2i32], &[1.0])).unwrap();
-            let mut out = [0.0f32; HIDDEN];
-            attention.e2a_recv(sent, &mut out).unwrap();
-            assert_eq!(out, [1.0; HIDDEN]);
-        });
+                let sent = attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[2i32], &[1.0])).unwrap();
+                let mut out = [0.0f32; HIDDEN];
+                attention.e2a_recv(sent, &mut out).unwrap();
+                assert_eq!(out, [1.0; HIDDEN]);
+            });
+        }
     }
 }
 
@@ -324,24 +346,26 @@ fn bad_input_is_told_to_the_loop_once_and_the_corrected_one_is_served() {
 fn a_micro_batch_that_is_given_up_is_told_and_the_next_one_is_served() {
     for nodes in [[0, 0], [0, 1]] {
         let config = group(1, 1, 1);
-        on_nodes(&nodes, 6, quick(), |comm| {
-            let comm = &comm;
-            if comm.rank() == 1 {
-                let experts = Experts::new(comm, config.clone()).unwrap();
-                drop(experts.a2e_recv().unwrap());
-                assert_eq!(serve_ones(&experts), [0, 0]);
-                return;
-            }
-            let attention = Attention::new(comm, config.clone()).unwrap();
-            let send = || attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[2i32], &[1.0])).unwrap();
-            let mut out = [0.0f32; HIDDEN];
-            let given_up = attention.e2a_recv(send(), &mut out);
-            assert!(matches!(error(given_up), Error::PeerAbandoned { rank: 1, epoch: 1 }));
-            for _ in 0..2 {
-                attention.e2a_recv(send(), &mut out).unwrap();
-                assert_eq!(out, [1.0; HIDDEN]);
-            }
-        });
+        for config in both_ways(config) {
+            on_nodes(&nodes, 6, quick(), |comm| {
+                let comm = &comm;
+                if comm.rank() == 1 {
+                    let experts = Experts::new(comm, config.clone()).unwrap();
+                    drop(experts.a2e_recv().unwrap());
+                    assert_eq!(serve_ones(&experts), [0, 0]);
+                    return;
+                }
+                let attention = Attention::new(comm, config.clone()).unwrap();
+                let send = || attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[2i32], &[1.0])).unwrap();
+                let mut out = [0.0f32; HIDDEN];
+                let given_up = attention.e2a_recv(send(), &mut out);
+                assert!(matches!(error(given_up), Error::PeerAbandoned { rank: 1, epoch: 1 }));
+                for _ in 0..2 {
+                    attention.e2a_recv(send(), &mut out).unwrap();
+                    assert_eq!(out, [1.0; HIDDEN]);
+                }
+            });
+        }
     }
 }
 
@@ -349,99 +373,106 @@ fn a_micro_batch_that_is_given_up_is_told_and_the_next_one_is_served() {
 fn a_shutdown_ends_all_loops_at_once_and_tells_the_other_attention_ranks() {
     for nodes in [[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 2, 0]] {
         let config = RoleConfig::new([[0], [1]], [2, 3], MoeConfig::new(4, HIDDEN, 1, 3, DType::F32));
-        on_nodes(&nodes, 7, quick(), |comm| {
-            let comm = &comm;
-            match comm.rank() {
-                0 => {
-                    let attention = Attention::new(comm, config.clone()).unwrap();
-                    let sent = attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[0i32], &[1.0])).unwrap();
-                    attention.e2a_recv(sent, &mut [0.0f32; HIDDEN]).unwrap();
-                    attention.shut_down();
-                    comm.barrier().unwrap();
+        for config in both_ways(config) {
+            on_nodes(&nodes, 7, quick(), |comm| {
+                let comm = &comm;
+                match comm.rank() {
+                    0 => {
+                        let attention = Attention::new(comm, config.clone()).unwrap();
+                        let sent = attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[0i32], &[1.0])).unwrap();
+                        attention.e2a_recv(sent, &mut [0.0f32; HIDDEN]).unwrap();
+                        attention.shut_down();
+                        comm.barrier().unwrap();
+                    }
+                    1 => {
+                        let attention = Attention::new(comm, config.clone()).unwrap();
+                        comm.barrier().unwrap();
+                        let tokens = [1.0f32; HIDDEN * 2];
+                        let sent = attention.a2e_send(&tokens, &Routing::new(&[0i32, 2], &[1.0; 2])).unwrap();
+                        let err = error(attention.e2a_recv(sent, &mut [0.0f32; HIDDEN * 2]));
+                        let left = matches!(err, Error::PeerLeft { .. } | Error::PeerAbandoned { epoch: 1, .. });
+                        assert!(left, "{err}");
+                    }
+                    me => {
+                        let experts = Experts::new(comm, config.clone()).unwrap();
+                        assert_eq!(serve_ones(&experts), [0]);
+                        assert_eq!(experts.ended(), Some(Ended::ShutDown { by: 0 }), "rank {me}");
+                        comm.barrier().unwrap();
+                    }
                 }
-                1 => {
-                    let attention = Attention::new(comm, config.clone()).unwrap();
-                    comm.barrier().unwrap();
-                    let tokens = [1.0f32; HIDDEN * 2];
-                    let sent = attention.a2e_send(&tokens, &Routing::new(&[0i32, 2], &[1.0; 2])).unwrap();
-                    let err = error(attention.e2a_recv(sent, &mut [0.0f32; HIDDEN * 2]));
-                    let left = matches!(err, Error::PeerLeft { .. } | Error::PeerAbandoned { epoch: 1, .. });
-                    assert!(left, "{err}");
+            });
+        }
+    }
+}
+
+#[test]
+fn an_abort_ends_the_loops() {
+    for config in both_ways(group(1, 2, 2)) {
+        // Who ends its handle says that it is done: not before the loops have ended.
+        let ended = std::sync::Barrier::new(4);
+        on_one_node(&config, |comm| match config.role_of(comm.rank()).unwrap() {
+            Role::Experts => {
+                let experts = Experts::new(comm, config.clone()).unwrap();
+                assert!(experts.a2e_recv().unwrap().is_none());
+                assert_eq!(experts.ended(), Some(Ended::Aborted { by: 0 }));
+                ended.wait();
+            }
+            Role::Attention { .. } => {
+                let _attention = Attention::new(comm, config.clone()).unwrap();
+                if comm.rank() == 0 {
+                    comm.abort();
                 }
-                me => {
-                    let experts = Experts::new(comm, config.clone()).unwrap();
-                    assert_eq!(serve_ones(&experts), [0]);
-                    assert_eq!(experts.ended(), Some(Ended::ShutDown { by: 0 }), "rank {me}");
-                    comm.barrier().unwrap();
-                }
+                ended.wait();
             }
         });
     }
 }
 
 #[test]
-fn an_abort_ends_the_loops() {
-    let config = group(1, 2, 2);
-    // Who ends its handle says that it is done: not before the loops have ended.
-    let ended = std::sync::Barrier::new(4);
-    on_one_node(&config, |comm| match config.role_of(comm.rank()).unwrap() {
-        Role::Experts => {
-            let experts = Experts::new(comm, config.clone()).unwrap();
-            assert!(experts.a2e_recv().unwrap().is_none());
-            assert_eq!(experts.ended(), Some(Ended::Aborted { by: 0 }));
-            ended.wait();
-        }
-        Role::Attention { .. } => {
-            let _attention = Attention::new(comm, config.clone()).unwrap();
-            if comm.rank() == 0 {
-                comm.abort();
-            }
-            ended.wait();
-        }
-    });
-}
-
-#[test]
 fn an_attention_rank_that_is_done_before_its_domain_is_told_to_the_loop_and_to_the_domain() {
     for nodes in [[0; 4], [0, 1, 1, 0]] {
-        let config = RoleConfig::new([[0, 1], [2, 2]], [3], MoeConfig::new(4, HIDDEN, 1, 3, DType::F32));
-        let config = RoleConfig { attention: vec![vec![0, 1], vec![2]], ..config };
-        on_nodes(&nodes, 8, quick(), |comm| {
-            let comm = &comm;
-            match comm.rank() {
-                3 => {
-                    let experts = Experts::new(comm, config.clone()).unwrap();
-                    let err = error(experts.a2e_recv());
-                    assert!(matches!(err, Error::PeerLeft { rank: 1, epoch: 1, .. }), "{err}");
-                    comm.barrier().unwrap();
-                    // The other domain goes on.
-                    assert_eq!(serve_ones(&experts), [1]);
-                }
-                rank => {
-                    let attention = Attention::new(comm, config.clone()).unwrap();
-                    let send = || attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[2i32], &[1.0])).unwrap();
-                    let mut out = [0.0f32; HIDDEN];
-                    match rank {
-                        0 => {
-                            let sent = send();
-                            let err = error(attention.e2a_recv(sent, &mut out));
-                            let left =
-                                matches!(err, Error::PeerLeft { rank: 3, .. } | Error::PeerAbandoned { rank: 3, .. });
-                            assert!(left, "{err}");
-                            comm.barrier().unwrap();
-                        }
-                        1 => {
-                            drop(attention);
-                            comm.barrier().unwrap();
-                        }
-                        _ => {
-                            comm.barrier().unwrap();
-                            attention.e2a_recv(send(), &mut out).unwrap();
+        let domains = [vec![0, 1], vec![2]];
+        let config = RoleConfig::new(domains, [3], MoeConfig::new(4, HIDDEN, 1, 3, DType::F32));
+        for config in both_ways(config) {
+            on_nodes(&nodes, 8, quick(), |comm| {
+                let comm = &comm;
+                match comm.rank() {
+                    3 => {
+                        let experts = Experts::new(comm, config.clone()).unwrap();
+                        let err = error(experts.a2e_recv());
+                        assert!(matches!(err, Error::PeerLeft { rank: 1, epoch: 1, .. }), "{err}");
+                        comm.barrier().unwrap();
+                        // The other domain goes on.
+                        assert_eq!(serve_ones(&experts), [1]);
+                    }
+                    rank => {
+                        let attention = Attention::new(comm, config.clone()).unwrap();
+                        let send = || attention.a2e_send(&[1.0f32; HIDDEN], &Routing::new(&[2i32], &[1.0])).unwrap();
+                        let mut out = [0.0f32; HIDDEN];
+                        match rank {
+                            0 => {
+                                let sent = send();
+                                let err = error(attention.e2a_recv(sent, &mut out));
+                                let left = matches!(
+                                    err,
+                                    Error::PeerLeft { rank: 3, .. } | Error::PeerAbandoned { rank: 3, .. }
+                                );
+                                assert!(left, "{err}");
+                                comm.barrier().unwrap();
+                            }
+                            1 => {
+                                drop(attention);
+                                comm.barrier().unwrap();
+                            }
+                            _ => {
+                                comm.barrier().unwrap();
+                                attention.e2a_recv(send(), &mut out).unwrap();
+                            }
                         }
                     }
                 }
-            }
-        });
+            });
+        }
     }
 }
 
