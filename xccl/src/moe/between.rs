@@ -55,7 +55,7 @@ const _: () = assert!(BY + SLOTS * 8 <= LINE);
 pub(super) type Shape<'a> = (&'a MoeConfig, &'a MoeLayout, &'a Placement);
 
 /// Which rank is where.
-struct Map<'p> {
+pub(super) struct Map<'p> {
     parties: &'p Parties,
     /// By rank.
     node: Vec<usize>,
@@ -68,7 +68,7 @@ struct Map<'p> {
 }
 
 impl<'p> Map<'p> {
-    fn new(nodes: &[usize], rank: usize, parties: &'p Parties) -> Self {
+    pub(super) fn new(nodes: &[usize], rank: usize, parties: &'p Parties) -> Self {
         let count = nodes.iter().max().map_or(0, |most| most + 1);
         let (mut members, mut index) = (vec![vec![]; count], vec![0; nodes.len()]);
         for (ranks, have_experts) in [(&parties.sources, false), (&parties.destinations, true)] {
@@ -85,7 +85,7 @@ impl<'p> Map<'p> {
     }
 
     /// The rank of `node` that stands for `rank` there.
-    fn rail(&self, rank: usize, node: usize) -> usize {
+    pub(super) fn rail(&self, rank: usize, node: usize) -> usize {
         self.members[node][self.index[rank] % self.members[node].len()]
     }
 
@@ -399,6 +399,11 @@ impl Between {
             }
         }
         Ok(())
+    }
+
+    /// The number of other nodes that have tokens of this rank in `epoch`.
+    pub(super) fn with_tokens(&self, epoch: u64) -> u64 {
+        self.nodes.iter().filter(|node| node.has_tokens[slot_of(epoch)]).count() as u64
     }
 
     /// The number of other nodes.

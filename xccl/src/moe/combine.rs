@@ -142,6 +142,7 @@ impl Moe {
         self.await_outputs(flight, &mut seen.epochs[slot], &mut call)?;
         let between = self.between().map(|(_, between)| between.borrow());
         if let Some(between) = &between {
+            self.counts.words(between.with_tokens(epoch));
             between.await_sums(&self.comm, &mut call, epoch)?;
         }
         self.take_first_rows(flight, first_rows);

@@ -604,6 +604,7 @@ impl Moe {
             let what = Waiting { operation: self.operation(Operation::DispatchSend), epoch, peer: None };
             // All of this node have combined, as just seen.
             self.comm.wait_in(&mut call, what, || between.rail.is_done(previous).then_some(()))?;
+            self.counts.words(between.others() as u64);
             between.await_returned(&self.comm, &mut call, previous, self.operation(Operation::DispatchSend))?;
         }
         seen.all = previous;

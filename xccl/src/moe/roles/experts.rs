@@ -383,7 +383,7 @@ impl Domain {
             if *self.all.get_or_insert(seen) != seen {
                 return Next::Left(if seen == Seen::Closed { source } else { sources[0] });
             }
-            moe.counts.words(1);
+            moe.counts.words(u64::from(seen == Seen::Sent));
             self.seen += 1;
         }
         self.all_seen()
@@ -421,7 +421,7 @@ impl Domain {
             if *self.all.get_or_insert(seen) != seen {
                 return Next::Left(moe.parties.sources[trampolines.sources(block, &moe.parties).start]);
             }
-            moe.counts.words(1);
+            moe.counts.words(u64::from(seen == Seen::Sent));
             self.seen += 1;
         }
         self.all_seen()

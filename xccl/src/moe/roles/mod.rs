@@ -29,6 +29,7 @@ mod attention;
 mod config;
 mod counts;
 mod experts;
+mod predict;
 #[cfg(test)]
 mod tests;
 mod trampoline;

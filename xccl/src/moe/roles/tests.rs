@@ -34,8 +34,9 @@ fn case() -> impl Strategy<Value = Case> {
     let rank = (0usize..3, 0usize..4);
     let ranks = prop::collection::vec(rank, 2..9)
         .prop_filter("both roles", |ranks| ranks.iter().any(|r| r.1 == 0) && ranks.iter().any(|r| r.1 > 0));
-    let several = any::<bool>();
-    (ranks, several, 1usize..10, 1usize..4).prop_flat_map(|(ranks, several, experts, topk)| {
+    // As many micro-batches in each domain, or as it comes.
+    let same = prop_oneof![Just(0usize), 1usize..6];
+    (ranks, any::<bool>(), 1usize..10, 1usize..4, same).prop_flat_map(|(ranks, several, experts, topk, same)| {
         let topk = topk.min(experts);
         let nodes: Vec<usize> = ranks.iter().map(|r| if several { r.0 } else { 0 }).collect();
         let named = |role: usize| (0..ranks.len()).filter(|&r| ranks[r].1 == role).collect::<Vec<_>>();
@@ -48,7 +49,8 @@ fn case() -> impl Strategy<Value = Case> {
         });
         let tokens = prop::collection::vec(token, 0..=MAX_TOKENS).boxed();
         let of_domain = |ranks: &Vec<usize>| {
-            prop::collection::vec(prop::collection::vec(tokens.clone(), ranks.len()), 0..6).boxed()
+            let batches = if same > 0 { same..same + 1 } else { 0..6 };
+            prop::collection::vec(prop::collection::vec(tokens.clone(), ranks.len()), batches).boxed()
         };
         let batches: Vec<_> = attention.iter().map(of_domain).collect();
         let placement = prop::option::of(prop::collection::vec(prop::sample::select(expert_ranks.clone()), experts));
@@ -115,7 +117,7 @@ fn check(attention: &Attention, tolerance: f32, sent: Exchange<'_>, batch: usize
 }
 
 /// All micro-batches of a rank, two in flight.
-fn attend(comm: &Communicator, case: &Case) {
+fn attend(comm: &Communicator, case: &Case) -> RoleCounts {
     let (me, topk) = (comm.rank(), case.config.moe.topk);
     let attention = Attention::new(comm, case.config.clone()).unwrap();
     let domain = attention.domain();
@@ -136,6 +138,7 @@ fn attend(comm: &Communicator, case: &Case) {
     while !in_flight.is_empty() {
         finish(&mut in_flight);
     }
+    attention.counts()
 }
 
 /// What the experts' rank `me` should get of a micro-batch, in the plainest way: expert, source, token.
@@ -170,7 +173,7 @@ fn compute(experts: &Experts, case: &Case, mut batch: DomainBatch<'_>) {
 }
 
 /// The loop of an expert rank.
-fn serve(comm: &Communicator, case: &Case) {
+fn serve(comm: &Communicator, case: &Case) -> RoleCounts {
     let experts = Experts::new(comm, case.config.clone()).unwrap();
     let mut served = vec![0; experts.domains()];
     let mut held: Vec<DomainBatch<'_>> = vec![];
@@ -192,12 +195,39 @@ fn serve(comm: &Communicator, case: &Case) {
     assert_eq!(experts.ended(), Some(Ended::Done));
     assert_eq!(served, case.batches.iter().map(Vec::len).collect::<Vec<_>>());
     assert!(experts.a2e_recv().unwrap().is_none(), "and stays over");
+    experts.counts()
 }
 
-fn run(comm: &Communicator, case: &Case) {
+fn run(comm: &Communicator, case: &Case) -> RoleCounts {
     match case.config.role_of(comm.rank()).unwrap() {
         Role::Attention { .. } => attend(comm, case),
         Role::Experts => serve(comm, case),
+    }
+}
+
+/// What all of its ranks have counted is what was predicted: with as many micro-batches in each domain.
+fn compare(case: &Case, counted: &[RoleCounts]) {
+    let batches = case.batches.iter().map(Vec::len).min().unwrap();
+    if case.batches.iter().any(|of_domain| of_domain.len() != batches) {
+        return;
+    }
+    let routing = |domain: usize, batch: usize, rank: usize| {
+        let index = case.config.attention[domain].iter().position(|&r| r == rank).unwrap();
+        case.batches[domain][batch][index].concat()
+    };
+    // Nodes are numbered in the order of their first ranks.
+    let mut seen = vec![];
+    let number = |node: &usize| {
+        seen.iter().position(|s| s == node).unwrap_or_else(|| {
+            seen.push(*node);
+            seen.len() - 1
+        })
+    };
+    let nodes: Vec<usize> = case.nodes.iter().map(number).collect();
+    let predicted = case.config.predict(&nodes, batches, routing).unwrap();
+    for (rank, (counted, predicted)) in counted.iter().zip(&predicted).enumerate() {
+        let role = case.config.role_of(rank).unwrap();
+        assert_eq!(counted, predicted, "rank {rank} of {role}, {batches} micro-batches, nodes {nodes:?}");
     }
 }
 
@@ -210,7 +240,8 @@ proptest! {
 
     #[test]
     fn sums_and_batches_are_those_of_a_plain_reference(case in case(), seed: u64) {
-        on_nodes(&case.nodes, seed, quick(), |comm| run(&comm, &case));
+        let counted = on_nodes(&case.nodes, seed, quick(), |comm| run(&comm, &case));
+        compare(&case, &counted);
     }
 }
 
