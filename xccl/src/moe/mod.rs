@@ -342,7 +342,7 @@ impl Moe {
         let all_here = here.map(|rank| layout.bytes_of(parties.part(rank))).sum();
         let enough = fabric::check_memory("the MoE handle", all_here, 1);
         let of = (|rank| layout.bytes_of(parties.part(rank)), |rank| parties.concerns(comm.rank, rank, forwards));
-        let fabric::Segments { own, peers } =
+        let fabric::Segments { own, peers, .. } =
             fabric::exchange_segments_of(&mut star, &comm.config, enough, Writers::Owner, of, deadline)?;
         let own = Arc::new(own);
         let (between, mirrors) = match &comm.fabric.far {

@@ -238,7 +238,7 @@ impl Trampolines {
         let enough = fabric::check_memory("the trampolines", here.map(bytes_of).sum(), 1);
         let segments =
             fabric::exchange_segments_of(star, &comm.config, enough, Writers::Owner, (bytes_of, maps), deadline)?;
-        let fabric::Segments { own, peers } = segments;
+        let fabric::Segments { own, peers, .. } = segments;
         let mut by_rank = peers;
         let segments = blocks.ranks.iter().map(|&rank| by_rank[rank].take()).collect();
         let duty = blocks.of(comm.rank).map(|block| {
