@@ -517,6 +517,48 @@ typedef struct {
 } xcclStatistics_t;
 
 /**
+ * An operation that a rank remembers.
+ */
+typedef struct {
+  /**
+   * Counts the operations of a rank.
+   */
+  uint64_t number;
+  /**
+   * The epoch, the number of the collective, or the tag of messages.
+   */
+  uint64_t epoch;
+  /**
+   * Nanoseconds since it began; of calls, to the kernel's tick (4 ms).
+   */
+  uint64_t began_ns_ago;
+  /**
+   * Nanoseconds that it took; UINT64_MAX while it is not over.
+   */
+  uint64_t took_ns;
+  /**
+   * The rank that was waited for; -1 for any, and for calls.
+   */
+  int32_t peer;
+  /**
+   * 1 for a wait that went to sleep, 0 for a call.
+   */
+  int32_t is_wait;
+  /**
+   * 1 if it ended with an error.
+   */
+  int32_t failed;
+  /**
+   * 0.
+   */
+  int32_t reserved;
+  /**
+   * Its name, for example "dispatch_recv"; ends with a zero.
+   */
+  char operation[32];
+} xcclHistoryRecord_t;
+
+/**
  * What was received.
  */
 typedef struct {
@@ -1139,6 +1181,49 @@ xcclResult_t xcclMemFree(void *ptr,
  * Writes this rank's counters to *statistics. Does not block.
  */
 xcclResult_t xcclCommGetStatistics(xcclComm_t comm, xcclStatistics_t *statistics);
+
+/* ---- Seeing what ranks do -------------------------------------------------------------------------------------- */
+
+/**
+ * Writes how many nanoseconds this rank has waited for each rank to times, which has count elements: the number of ranks. With
+ * take = 1 they count from 0 afterwards, with 0 they go on. A wait counts for the rank that had to come next in the order of the
+ * call; waits that are over at once, and those for any rank, do not count. Does not block.
+ */
+xcclResult_t xcclCommGetWaitTimes(xcclComm_t comm,
+                                  uint64_t *times,
+                                  size_t count,
+                                  int take);
+
+/**
+ * Writes the last operations of a rank of this node, also after its death, to records, at most capacity of them, the oldest
+ * first, and how many to *count: calls that all ranks make together, and waits that went to sleep; a rank remembers 64. Of a rank of
+ * another node there are none. Does not block.
+ */
+xcclResult_t xcclCommGetHistory(xcclComm_t comm,
+                                int rank,
+                                xcclHistoryRecord_t *records,
+                                size_t capacity,
+                                size_t *count);
+
+/**
+ * Writes what this rank sees of all ranks to text: a line for each, with what it does, whom it waits for and since when, and a
+ * sentence that says what holds them up. It ends with a zero. *length is the length without it; where that is capacity or
+ * more, the text is cut and the call returns xcclTruncated. Does not block.
+ */
+xcclResult_t xcclCommGetStatusText(xcclComm_t comm,
+                                   char *text,
+                                   size_t capacity,
+                                   size_t *length);
+
+/**
+ * Asks whether a rank can be reached, and writes the nanoseconds that it took to answer to *time. A saturated link is late, a
+ * broken one never answers (xcclTimeout, or xcclRemoteError where the rank is known to be gone). A rank of this node is only
+ * looked at. Blocks, for within_ms milliseconds at most.
+ */
+xcclResult_t xcclCommProbe(xcclComm_t comm,
+                           int rank,
+                           int64_t within_ms,
+                           uint64_t *time);
 
 /* ---- Messages -------------------------------------------------------------------------------------------------- */
 
