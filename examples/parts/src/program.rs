@@ -72,6 +72,14 @@ impl Program {
         self.child.try_wait().expect("the example is this process's child").is_none()
     }
 
+    /// What it has printed so far.
+    ///
+    /// # Panics
+    /// When that cannot be read.
+    pub fn said(&self) -> String {
+        text(&self.said)
+    }
+
     /// Kills the first process.
     ///
     /// # Panics

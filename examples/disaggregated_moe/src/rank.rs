@@ -1,0 +1,55 @@
+//! A rank from its start to its end, and whom it blames if that is not a good one.
+
+use anyhow::{Context, Error, Result};
+use xccl::{Attention, Communicator};
+
+use crate::attention::{self, Answered};
+use crate::job::{Job, Role};
+use crate::{experts, judge, prefill};
+
+/// Plays this rank's role, and gives rank 0 all answers. Returns when all ranks are through.
+pub fn run(world: &Communicator, job: &Job) -> Result<Option<judge::Collected>> {
+    let collected = play(world, job).and_then(|answered| judge::collect(world, job, answered));
+    // Also a rank that has nothing left to do stays until the others are through: so all hear of a rank that dies.
+    match collected {
+        Ok(collected) => world.barrier().map_err(Error::from).map(|()| collected),
+        Err(error) => Err(error),
+    }
+    .map_err(|error| blame(world, job, error))
+}
+
+/// What this rank has answered, if it is an attention rank.
+fn play(world: &Communicator, job: &Job) -> Result<Option<Answered>> {
+    let role = job.role_of(world.rank());
+    let is_expert = matches!(role, Role::Expert { .. });
+    let is_prefill = matches!(role, Role::Prefill { .. });
+    // Pages go from prefill to attention ranks, rows from attention to expert ranks and back: who takes part in neither of the two is
+    // not in its communicator.
+    let kv = world.split((!is_expert).then_some(0), 0).context("joining the ranks that move pages")?;
+    let a2e = world.split((!is_prefill).then_some(0), 0).context("joining the ranks that move rows")?;
+    match (role, kv, a2e) {
+        (Role::Prefill { .. }, Some(kv), _) => prefill::run(&kv, job).map(|()| None),
+        (Role::Expert { .. }, _, Some(a2e)) => {
+            a2e.split(None, 0)?;
+            experts::run(&a2e, job).map(|()| None)
+        }
+        (Role::Attention { domain }, Some(kv), Some(a2e)) => {
+            let domain = a2e.split(Some(domain as u32), 0)?.context("a domain without its own rank")?;
+            let attention = Attention::new(&a2e, experts::roles(job))?;
+            attention::run(&kv, &domain, job, &&attention).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Says which rank the error goes back to. What this rank has met may only be a consequence: the rank that it waited for has left,
+/// because another one has died. But all ranks know who is still there, in the communicator of all.
+fn blame(world: &Communicator, job: &Job, error: Error) -> Error {
+    match world.barrier() {
+        Err(xccl::Error::PeerDied { rank, .. }) => error.context(format!("rank {rank}, {}, died", job.role_of(rank))),
+        Err(xccl::Error::PeerLeft { rank, .. } | xccl::Error::PeerUnreachable { rank, .. }) => {
+            error.context(format!("rank {rank}, {}, has ended before the job was done", job.role_of(rank)))
+        }
+        _ => error,
+    }
+}
