@@ -17,7 +17,12 @@ pub fn run(kv: &Communicator, job: &Job) -> Result<()> {
     let mut sender = KvSender::new(kv, config, PageLayout::by_layer(&config, pages))?;
     let mut serves: Vec<usize> = (0..job.attention_ranks()).collect();
     while !serves.is_empty() {
-        match sender.wait()? {
+        let event = match sender.wait() {
+            // Attention ranks may have enough to do for longer than any deadline.
+            Err(Error::Timeout { .. }) => continue,
+            event => event?,
+        };
+        match event {
             // Nothing is to be done for it.
             KvSenderEvent::Posted(posted) if posted.id == OPEN_LINE => {}
             KvSenderEvent::Posted(posted) => serve(&mut sender, job, &decoder, &experts, &posted)?,

@@ -10,12 +10,18 @@ use crate::{experts, judge, prefill};
 /// Plays this rank's role, and gives rank 0 all answers. Returns when all ranks are through.
 pub fn run(world: &Communicator, job: &Job) -> Result<Option<judge::Collected>> {
     let collected = play(world, job).and_then(|answered| judge::collect(world, job, answered));
-    // Also a rank that has nothing left to do stays until the others are through: so all hear of a rank that dies.
-    match collected {
-        Ok(collected) => world.barrier().map_err(Error::from).map(|()| collected),
-        Err(error) => Err(error),
+    collected.and_then(|collected| see_out(world).map(|()| collected)).map_err(|error| blame(world, job, error))
+}
+
+/// Also a rank that has nothing left to do stays until the others are through, so that all hear of one that dies. That may take
+/// longer than any deadline.
+fn see_out(world: &Communicator) -> Result<()> {
+    loop {
+        match world.barrier() {
+            Err(xccl::Error::Timeout { .. }) => {}
+            end => return Ok(end?),
+        }
     }
-    .map_err(|error| blame(world, job, error))
 }
 
 /// What this rank has answered, if it is an attention rank.

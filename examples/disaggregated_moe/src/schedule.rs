@@ -129,11 +129,15 @@ impl<'a, X: Exchange, C: Cache> Schedule<'a, X, C> {
         requests.extract_if(.., |request| request.answer.len() == self.new).collect()
     }
 
-    /// Takes requests in, and starts with the last token of each.
-    fn begin_step(&mut self, number: usize, next: impl FnMut() -> Option<Request>) {
+    /// Takes requests in, and starts with the last token of each. The two micro-batches are kept equally full: what is alone has
+    /// nothing to overlap with.
+    fn begin_step(&mut self, number: usize, mut next: impl FnMut() -> Option<Request>) {
+        let others = self.batches[1 - number].requests.len();
         let batch = &mut self.batches[number];
-        let free = self.seats - batch.requests.len();
-        batch.requests.extend(std::iter::from_fn(next).take(free));
+        while batch.requests.len() < self.seats && batch.requests.len() <= others {
+            let Some(request) = next() else { break };
+            batch.requests.push(request);
+        }
         let row = |request: &Request| {
             let last = request.text.len() - 1;
             self.decoder.embed(request.text[last], last)
