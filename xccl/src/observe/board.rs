@@ -4,8 +4,12 @@
 //!   stores whom it waits for, in what and since when, and the operation last; when it is awake it clears the operation. The
 //!   fields are stored one by one: a reader may see a mixture of two waits, which costs a wrong word in a message.
 //! - *History*: a ring of [`RECORDS`] lines. A record's number is cleared before its fields are stored and stored after them, so
-//!   that a reader that finds the same number before and after its copy has a whole one. The end is added when the operation is
-//!   over, if its line has not been taken for a later one.
+//!   that a reader that finds the same number before and after its copy has a whole one. A wait is recorded when it goes to sleep,
+//!   and its end added when it is over, if its line has not been taken for a later record.
+//! - *The call*: a line for the call that a rank is in, which becomes a record when it is over. Taking the next record's number is an
+//!   atomic addition, which waits for all stores before it: at the beginning of a call these are rows, at its end they
+//!   have been waited for in order to wake peers. Recording calls as they begin made an exchange of one token by one rank 5 % slower
+//!   (2.37 us without records). Threads that are in calls at the same time overwrite the line: it has the last one.
 //! - *Waited*: nanoseconds by peer, added up. Only a wait that was not over at once is counted.
 //! - *Counters*: the statistics, stored when a wait goes to sleep, and when one ends after more than [`STALE`]: a rank that is
 //!   never kept waiting does not spend time on it, and its counters are old.
@@ -42,6 +46,8 @@ pub(crate) struct BoardLayout {
     /// Written once: when the communicator was made, and when the process began, in the kernel's ticks.
     pub(crate) identity: usize,
     pub(crate) waits: usize,
+    /// The call that the rank is in, in the words of a record, without a number.
+    pub(crate) call: usize,
     pub(crate) history: usize,
     /// When they were stored, then the words of [`Statistics`].
     pub(crate) counters: usize,
@@ -58,6 +64,7 @@ impl BoardLayout {
         let state = layout.add(LINE);
         let identity = layout.add(LINE);
         let waits = layout.add(WAITS * LINE);
+        let call = layout.add(LINE);
         let history = layout.add(RECORDS * LINE);
         let counters = layout.add((1 + STATISTICS_WORDS) * 8);
         let waited = layout.add((world_size + 1) * 8);
@@ -67,6 +74,7 @@ impl BoardLayout {
             state,
             identity,
             waits,
+            call,
             history,
             counters,
             waited,
@@ -96,18 +104,18 @@ pub(crate) const WAIT_SINCE: usize = 16;
 
 /// Words of a record.
 pub(crate) const NUMBER: usize = 0;
-/// Operation, whether it is a wait ([`IS_WAIT`]), and the peer in the upper half.
+/// Operation, [`IS_WAIT`], [`FAILED`], and the peer in the upper half; 0 for no call.
 pub(crate) const WHAT: usize = 1;
 pub(crate) const EPOCH: usize = 2;
 pub(crate) const BEGAN: usize = 3;
 /// 0 while it is not over.
 pub(crate) const ENDED: usize = 4;
-/// What a collective asks for, in two words.
+/// What a collective asks for, in two words; of others they mean nothing.
 pub(crate) const ASKED: usize = 5;
-/// 1 if it ended with an error.
-pub(crate) const FAILED: usize = 7;
 /// The bit that tells a wait from a call.
 pub(crate) const IS_WAIT: u64 = 1 << 16;
+/// The bit that says that it ended with an error.
+pub(crate) const FAILED: u64 = 1 << 17;
 
 /// This rank's board, to write.
 pub(crate) struct Board {
@@ -133,21 +141,27 @@ pub(crate) struct ShownWait {
 #[must_use = "dropping it says that the call has failed"]
 pub(crate) struct OpenCall<'b> {
     board: &'b Board,
-    record: u64,
+    operation: Operation,
+    epoch: u64,
+    began: u64,
 }
 
 impl OpenCall<'_> {
     /// The call has succeeded.
     #[inline]
     pub(crate) fn over(self) {
-        self.board.close(self.record, true);
+        self.end(true);
         std::mem::forget(self);
+    }
+
+    fn end(&self, succeeded: bool) {
+        self.board.ends((self.operation, self.epoch), self.began, None, succeeded);
     }
 }
 
 impl Drop for OpenCall<'_> {
     fn drop(&mut self) {
-        self.board.close(self.record, false);
+        self.end(false);
     }
 }
 
@@ -171,7 +185,8 @@ impl Board {
     /// Shows that a thread of this rank goes to sleep.
     pub(crate) fn waits(&self, what: &Waiting) -> ShownWait {
         let now = now_ns();
-        let record = self.open(what, IS_WAIT, now, [0; 2]);
+        let word = what.operation as u64 | IS_WAIT | u64::from(peer_word(what.peer)) << 32;
+        let record = self.record([word, what.epoch, now, 0], None);
         let line = self.claim_line();
         if let Some(line) = line {
             let at = self.layout.wait(line);
@@ -185,7 +200,7 @@ impl Board {
 
     /// The wait is over.
     pub(crate) fn woke(&self, wait: ShownWait, succeeded: bool) {
-        self.close_at(wait.record, now_ns(), succeeded);
+        self.add_end(wait.record, now_ns(), succeeded);
         if let Some(line) = wait.line {
             self.own.word32(self.layout.wait(line) + WAIT_OPERATION).store(Operation::Computing as u32, Relaxed);
             self.lines.fetch_and(!(1 << line), Release);
@@ -229,46 +244,68 @@ impl Board {
         taken.iter_mut().enumerate().map(take).collect()
     }
 
-    /// Records a call that begins.
+    /// Shows a call that begins.
     #[inline]
     pub(crate) fn begins(&self, operation: Operation, epoch: u64) -> OpenCall<'_> {
-        let what = Waiting { operation, epoch, peer: None };
-        OpenCall { board: self, record: self.open(&what, 0, tick_ns(), [0; 2]) }
+        let began = self.enters((operation, epoch), None);
+        OpenCall { board: self, operation, epoch, began }
     }
 
-    /// Records a collective that begins, to be [closed](Self::close).
+    /// Shows a call that begins, and what it asks for; gives the time, for [`ends`](Self::ends).
     #[inline]
-    pub(crate) fn asks(&self, operation: Operation, number: u64, asked: [u64; 2]) -> u64 {
-        self.open(&Waiting { operation, epoch: number, peer: None }, 0, tick_ns(), asked)
+    pub(crate) fn enters(&self, (operation, epoch): (Operation, u64), asked: Option<[u64; 2]>) -> u64 {
+        let began = tick_ns();
+        let words = self.own.line(self.layout.call);
+        words[EPOCH].store(epoch, Relaxed);
+        words[BEGAN].store(began, Relaxed);
+        if let Some([a, b]) = asked {
+            words[ASKED].store(a, Relaxed);
+            words[ASKED + 1].store(b, Relaxed);
+        }
+        words[WHAT].store(operation as u64 | u64::from(NOBODY) << 32, Release);
+        began
     }
 
-    fn open(&self, what: &Waiting, kind: u64, began: u64, asked: [u64; 2]) -> u64 {
+    /// Records a call that is over.
+    #[inline]
+    pub(crate) fn ends(
+        &self,
+        (operation, epoch): (Operation, u64),
+        began: u64,
+        asked: Option<[u64; 2]>,
+        succeeded: bool,
+    ) {
+        self.own.word64(self.layout.call + WHAT * 8).store(0, Relaxed);
+        let failed = if succeeded { 0 } else { FAILED };
+        let what = operation as u64 | failed | u64::from(NOBODY) << 32;
+        self.record([what, epoch, began, tick_ns().max(1)], asked);
+    }
+
+    #[inline]
+    fn record(&self, [what, epoch, began, ended]: [u64; 4], asked: Option<[u64; 2]>) -> u64 {
         let number = self.records.fetch_add(1, Relaxed) + 1;
         let words = self.own.line(self.layout.record(number));
         words[NUMBER].store(0, Relaxed);
         fence(Release);
-        words[WHAT].store(what.operation as u64 | kind | u64::from(peer_word(what.peer)) << 32, Relaxed);
-        words[EPOCH].store(what.epoch, Relaxed);
+        words[WHAT].store(what, Relaxed);
+        words[EPOCH].store(epoch, Relaxed);
         words[BEGAN].store(began, Relaxed);
-        words[ENDED].store(0, Relaxed);
-        words[ASKED].store(asked[0], Relaxed);
-        words[ASKED + 1].store(asked[1], Relaxed);
-        words[FAILED].store(0, Relaxed);
+        words[ENDED].store(ended, Relaxed);
+        if let Some([a, b]) = asked {
+            words[ASKED].store(a, Relaxed);
+            words[ASKED + 1].store(b, Relaxed);
+        }
         words[NUMBER].store(number, Release);
         number
     }
 
-    /// The call of that record is over.
-    #[inline]
-    pub(crate) fn close(&self, record: u64, succeeded: bool) {
-        self.close_at(record, tick_ns(), succeeded);
-    }
-
-    fn close_at(&self, record: u64, now: u64, succeeded: bool) {
+    fn add_end(&self, record: u64, now: u64, succeeded: bool) {
         let words = self.own.line(self.layout.record(record));
         // Another thread may take the line just now: then a record has a wrong end.
         if words[NUMBER].load(Relaxed) == record {
-            words[FAILED].store(u64::from(!succeeded), Relaxed);
+            if !succeeded {
+                words[WHAT].store(words[WHAT].load(Relaxed) | FAILED, Relaxed);
+            }
             words[ENDED].store(now, Release);
         }
     }

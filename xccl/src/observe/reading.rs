@@ -47,6 +47,8 @@ pub(crate) struct BoardCopy {
     /// When the process began, in the kernel's ticks.
     pub(crate) started: u64,
     pub(crate) waits: Vec<WaitSnapshot>,
+    /// What the rank is in.
+    pub(crate) call: Option<HistoryRecord>,
     /// The oldest first.
     pub(crate) history: Vec<HistoryRecord>,
     /// When the counters were stored, and the counters; `None` where they never were.
@@ -88,7 +90,17 @@ impl BoardCopy {
             moved = moved.max(words[BEGAN]).max(words[ENDED]);
             history.extend(record(words, ranks, now));
         }
+        let words: [u64; 8] = std::array::from_fn(|i| board.word(layout.call + i * 8));
+        let is_in_call = words[WHAT] != 0;
+        let call = is_in_call
+            .then(|| record([0, words[WHAT], words[EPOCH], words[BEGAN], 0, words[5], words[6], 0], ranks, now));
+        moved = moved.max(if is_in_call { words[BEGAN] } else { 0 });
         moved = waits.iter().map(|wait| now.saturating_sub(wait.for_ns)).fold(moved, u64::max);
+        // With the waits that are not over.
+        let waited = |peer: Option<usize>| {
+            let now = waits.iter().filter(|wait| wait.peer == peer).map(|wait| wait.for_ns);
+            now.fold(board.word(layout.waited_for(peer)), u64::saturating_add)
+        };
         let stored = board.word(layout.counters);
         let counters = (stored != 0).then(|| {
             let mut statistics = Statistics::default();
@@ -100,11 +112,12 @@ impl BoardCopy {
             state: board.half(layout.state),
             created: board.word(layout.identity),
             started: board.word(layout.identity + 8),
+            waited: (0..ranks).map(|peer| waited(Some(peer))).collect(),
+            waited_for_anyone: waited(None),
             waits,
+            call: call.flatten(),
             history,
             counters,
-            waited: (0..ranks).map(|peer| board.word(layout.waited_for(Some(peer)))).collect(),
-            waited_for_anyone: board.word(layout.waited_for(None)),
             nodes: (0..ranks).map(|rank| board.half(layout.nodes + rank * 4) as usize).collect(),
             moved: moved.max(stored),
         })
@@ -155,7 +168,7 @@ fn record(words: [u64; 8], ranks: usize, now: u64) -> Option<HistoryRecord> {
         peer: peer_of((what >> 32) as u32, ranks),
         began_ns_ago: now.saturating_sub(words[BEGAN]),
         took_ns: (words[ENDED] != 0).then(|| words[ENDED].saturating_sub(words[BEGAN])),
-        failed: words[FAILED] != 0,
+        failed: what & FAILED != 0,
         asked: asks.then(|| collectives::describe([words[ASKED], words[ASKED + 1]])),
     })
 }

@@ -43,17 +43,19 @@ pub struct RankSnapshot {
     pub standing: Standing,
     /// What its threads sleep for: up to eight at the same time. Waits of less than half a millisecond are not shown.
     pub waits: Vec<WaitSnapshot>,
+    /// The call of all ranks together that it is in; its number is 0.
+    pub call: Option<HistoryRecord>,
     /// For how long it has neither begun nor ended anything that is recorded.
     pub quiet_ns: Option<u64>,
     /// What it has counted, and how long ago it has said so: a rank that is hardly kept waiting does not say so often.
     pub statistics: Option<Statistics>,
     /// How long ago the statistics were stored.
     pub statistics_age_ns: Option<u64>,
-    /// How long it has waited for each rank, in all.
+    /// How long it has waited for each rank, in all, with the waits that are not over.
     pub waited_ns: Vec<u64>,
     /// How long it has waited for whichever rank would come first.
     pub waited_for_anyone_ns: u64,
-    /// Its last operations, the oldest first: calls of all ranks together, and waits that went to sleep.
+    /// Its last operations, the oldest first: calls of all ranks together that are over, and waits that went to sleep.
     pub history: Vec<HistoryRecord>,
     /// What else is known of a rank that is not on this node.
     pub remark: Option<String>,
@@ -143,6 +145,7 @@ impl RankSnapshot {
             cores: None,
             standing: standing(board.state),
             waits: board.waits,
+            call: board.call,
             quiet_ns: Some(now.saturating_sub(board.moved)),
             statistics,
             statistics_age_ns: stored.map(|stored| now.saturating_sub(stored)),
@@ -156,11 +159,6 @@ impl RankSnapshot {
     /// With what its process uses of the processor.
     pub(crate) fn with_cores(self, cores: Option<f64>) -> Self {
         RankSnapshot { cores, ..self }
-    }
-
-    /// The call that the rank is in, if its last one is not over.
-    pub fn call(&self) -> Option<&HistoryRecord> {
-        self.history.iter().rev().find(|record| !record.is_wait).filter(|record| record.took_ns.is_none())
     }
 }
 

@@ -73,10 +73,15 @@ impl RankSnapshot {
             let more = if more > 0 { format!(" (and {more} more threads wait)") } else { String::new() };
             return format!("waits for {who} in {}{more}", phrase(wait.operation, wait.epoch));
         }
-        match (self.call(), self.history.last()) {
+        let does = match self.process {
+            ProcessState::Stopped | ProcessState::Traced => "nothing",
+            ProcessState::Dead => "died",
+            _ => "computes",
+        };
+        match (&self.call, self.history.last()) {
             (Some(call), _) => format!("in {}", call.phrase()),
-            (None, Some(last)) => format!("computes, after {}", last.phrase()),
-            (None, None) => "computes".to_owned(),
+            (None, Some(last)) => format!("{does}, after {}", last.phrase()),
+            (None, None) => does.to_owned(),
         }
     }
 
@@ -95,7 +100,7 @@ impl RankSnapshot {
                 return format!("is {node}{}", self.remark.as_deref().unwrap_or("not seen from here"));
             }
             Standing::Aborted | Standing::Left => return self.doing(),
-            Standing::Active => match (self.waits.first(), self.call(), self.history.last()) {
+            Standing::Active => match (self.waits.first(), &self.call, self.history.last()) {
                 (Some(wait), ..) => {
                     let who = whom(wait, |peer| format!("rank {peer}"));
                     format!("waiting in {} for {who}", phrase(wait.operation, wait.epoch))
@@ -137,7 +142,9 @@ impl HistoryRecord {
 
 impl fmt::Display for HistoryRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "#{} ", self.number)?;
+        if self.number > 0 {
+            write!(f, "#{} ", self.number)?;
+        }
         if self.is_wait {
             f.write_str("waited for ")?;
             match self.peer {
@@ -148,6 +155,7 @@ impl fmt::Display for HistoryRecord {
         write!(f, "{}, {} ago", self.phrase(), duration(self.began_ns_ago))?;
         match self.took_ns {
             None => f.write_str(", not over"),
+            Some(0) if !self.is_wait && !self.failed => f.write_str(", took less than a tick"),
             Some(took) => {
                 let ended = if self.failed { "failed after" } else { "took" };
                 write!(f, ", {ended} {}", duration(took))
@@ -156,36 +164,51 @@ impl fmt::Display for HistoryRecord {
     }
 }
 
+/// What the table has of a rank.
+const COLUMNS: [&str; 10] =
+    ["rank", "process", "state", "does", "for", "sent", "received", "exchanges", "waited", "most for"];
+/// Those that are words; the others are numbers, and stand at the right.
+const WORDS: [usize; 3] = [2, 3, 9];
+
+impl RankSnapshot {
+    fn row(&self) -> [String; COLUMNS.len()] {
+        let s = self.statistics.unwrap_or_default();
+        // What a broken rank shows may be any number.
+        let waited = self.waited_ns.iter().fold(self.waited_for_anyone_ns, |sum, ns| sum.saturating_add(*ns));
+        let most = self.most().map(|(peer, ns)| format!("rank {peer} ({})", duration(ns)));
+        let seen = |text: String| if self.standing == Standing::Unknown { "-".to_owned() } else { text };
+        let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        [
+            self.rank.to_string(),
+            or_none(self.pid.map(|pid| pid.to_string())),
+            self.process.to_string(),
+            self.doing(),
+            or_none(self.since().map(duration)),
+            seen(bytes(s.bytes_sent)),
+            seen(bytes(s.bytes_received)),
+            seen(s.exchanges.to_string()),
+            seen(duration(waited)),
+            or_none(most),
+        ]
+    }
+}
+
 impl fmt::Display for CommSnapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "communicator {}, {} ranks, {} old", short(self.id), self.ranks.len(), duration(self.age_ns))?;
-        writeln!(
-            f,
-            "  {:>4} {:>8} {:<10} {:<44} {:>9} {:>9} {:>9} {:>10} {:>9}  most for",
-            "rank", "process", "state", "does", "for", "sent", "received", "exchanges", "waited"
-        )?;
-        for rank in &self.ranks {
-            let s = rank.statistics.unwrap_or_default();
-            // What a broken rank shows may be any number.
-            let waited = rank.waited_ns.iter().fold(rank.waited_for_anyone_ns, |sum, ns| sum.saturating_add(*ns));
-            let most = rank.most().map(|(peer, ns)| format!("rank {peer} ({})", duration(ns)));
-            let pid = rank.pid.map(|pid| pid.to_string());
-            let is_seen = rank.standing != Standing::Unknown;
-            let seen = |text: String| if is_seen { text } else { "-".to_owned() };
-            writeln!(
-                f,
-                "  {:>4} {:>8} {:<10} {:<44} {:>9} {:>9} {:>9} {:>10} {:>9}  {}",
-                rank.rank,
-                pid.as_deref().unwrap_or("-"),
-                rank.process,
-                rank.doing(),
-                rank.since().map_or("-".to_owned(), duration),
-                seen(bytes(s.bytes_sent)),
-                seen(bytes(s.bytes_received)),
-                seen(s.exchanges.to_string()),
-                seen(duration(waited)),
-                most.as_deref().unwrap_or("-"),
-            )?;
+        let rows: Vec<_> =
+            std::iter::once(COLUMNS.map(str::to_owned)).chain(self.ranks.iter().map(RankSnapshot::row)).collect();
+        let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let widths: [usize; COLUMNS.len()] = std::array::from_fn(width);
+        for row in &rows {
+            let mut line = String::new();
+            for (column, (text, width)) in row.iter().zip(widths).enumerate() {
+                line += &match WORDS.contains(&column) {
+                    true => format!("  {text:<width$}"),
+                    false => format!("  {text:>width$}"),
+                };
+            }
+            writeln!(f, "{}", line.trim_end())?;
         }
         Ok(())
     }
