@@ -108,9 +108,11 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         Error::UnexpectedFull { .. } | Error::CapacityExceeded { .. } | Error::TooManyExpertRows { .. } => {
             xcclLimitExceeded
         }
-        Error::TooManyInFlight { .. } | Error::WrongOrder { .. } | Error::Wire { .. } | Error::CallMismatch { .. } => {
-            xcclInvalidUsage
-        }
+        Error::TooManyInFlight { .. }
+        | Error::WrongOrder { .. }
+        | Error::Wire { .. }
+        | Error::CallMismatch { .. }
+        | Error::Forked { .. } => xcclInvalidUsage,
         // Corrupt, and what later versions of the library add.
         _ => xcclInternalError,
     }

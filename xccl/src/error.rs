@@ -606,6 +606,15 @@ pub enum Error {
         /// That rank's role.
         role: String,
     },
+
+    /// This process was forked from the one that has joined the communicator.
+    #[error(
+        "this process was forked from process {joined}, which has joined the communicator and alone may use it: let the child join one of its own, or start another program"
+    )]
+    Forked {
+        /// The process that has joined.
+        joined: u32,
+    },
 }
 
 /// What a deadline leaves of a call.

@@ -35,6 +35,11 @@ mod fabric;
 mod kernels;
 #[cfg(not(loom))]
 mod kv;
+#[cfg(all(fuzzing, not(loom)))]
+#[doc(hidden)]
+pub mod lies;
+#[cfg(all(test, not(fuzzing), not(loom)))]
+mod lies;
 mod loom_facade;
 #[cfg(not(loom))]
 mod memory;

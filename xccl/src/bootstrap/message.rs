@@ -100,6 +100,18 @@ pub(super) enum Verdict {
     Failed { why: String },
 }
 
+impl Verdict {
+    /// Whether it blames none but ranks that there are.
+    pub(super) fn is_of(&self, ranks: usize) -> bool {
+        match self {
+            Verdict::PeerDied { rank } => *rank < ranks,
+            Verdict::Timeout { peer, .. } => peer.is_none_or(|rank| rank < ranks),
+            Verdict::MissingRanks { ranks: missing, .. } => missing.iter().all(|&rank| rank < ranks),
+            _ => true,
+        }
+    }
+}
+
 impl From<Verdict> for Error {
     fn from(verdict: Verdict) -> Self {
         match verdict {

@@ -20,6 +20,8 @@
 
 mod environment;
 mod gathering;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod lies;
 mod link;
 mod message;
 mod node;

@@ -17,6 +17,7 @@ use super::watch::Watch;
 use super::{UniqueId, unix};
 use crate::error::{Error, Result};
 use crate::sync::Operation;
+use crate::sync::fork::Origin;
 
 /// The ranks wait this much longer than rank 0, so that they hear its verdict.
 const FOR_THE_VERDICT: Duration = Duration::from_millis(500);
@@ -66,6 +67,7 @@ pub(crate) struct Star {
     verdict: Option<Verdict>,
     /// What ends an exchange before its time.
     lookout: Option<Lookout>,
+    origin: Origin,
 }
 
 /// The ranks of one node, joined over a Unix socket besides.
@@ -134,7 +136,20 @@ impl Star {
             })
         };
         let (inbox, near, verdict, lookout) = (Inbox::new(), None, None, None);
-        Ok(Star { rank, pids, nodes, role, inbox, round: 0, local, near, watch, verdict, lookout })
+        Ok(Star {
+            rank,
+            pids,
+            nodes,
+            role,
+            inbox,
+            round: 0,
+            local,
+            near,
+            watch,
+            verdict,
+            lookout,
+            origin: Origin::new(),
+        })
     }
 
     fn join_over_unix(name: &str, hello: Hello, limit: &Limit) -> Result<Star> {
@@ -201,7 +216,7 @@ impl Star {
                     });
                     Star::new(hello.rank, (pids, nodes), Role::Member(link), local)
                 }
-                Some(FromRoot::Verdict(verdict)) => Err(verdict.into()),
+                Some(FromRoot::Verdict(verdict)) if verdict.is_of(hello.world_size) => Err(verdict.into()),
                 _ => Err(garbled("joining")),
             },
             Received::Nothing => Err(timed_out(0, started.elapsed(), "rank 0 has not said who joined")),
@@ -275,8 +290,18 @@ impl Star {
         self.rank
     }
 
+    /// A rank whose peers' ends of the connections somebody else has.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn lied_to(rank: usize, nodes: Vec<usize>, mut links: Vec<Link>) -> Result<Star> {
+        let role = match rank {
+            0 => Role::Root { links: std::iter::once(None).chain(links.into_iter().map(Some)).collect() },
+            _ => Role::Member(links.remove(0)),
+        };
+        Star::new(rank, (vec![1; nodes.len()], nodes), role, None)
+    }
+
     /// Takes the ranks for those of several nodes.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn pretend(&mut self, nodes: &[usize]) {
         self.nodes = nodes.to_vec();
     }
@@ -316,8 +341,8 @@ impl Star {
     /// sees all of. Rank 0 notices when a connection ends, and tells the others when it looks here; if rank 0 itself leaves
     /// in order, nobody tells any more. Never blocks; a system call as long as nothing has happened.
     pub(crate) fn lost(&mut self) -> Option<usize> {
-        let Star { role, inbox, watch, verdict, .. } = self;
-        let watch = watch.as_mut()?;
+        let Star { role, inbox, watch, verdict, origin, .. } = self;
+        let watch = watch.as_mut().filter(|_| !origin.is_elsewhere())?;
         match role {
             Role::Root { links } => {
                 if let Some(rank) = watch.look_at_members(links, inbox) {
@@ -328,7 +353,8 @@ impl Star {
             }
             Role::Member(link) => watch.look_at_root(link, inbox, verdict),
         }
-        watch.lost()
+        // Rank 0 may name any number.
+        watch.lost().filter(|&rank| rank < self.pids.len())
     }
 
     /// A descriptor that becomes readable when [`lost`](Self::lost) may have something to tell.
@@ -350,7 +376,10 @@ impl Star {
             let expected = format!("at most {MAX_BLOB} bytes and {MAX_DESCRIPTORS} descriptors");
             return Err(Error::Config { option: "a part of the set-up", value, expected });
         }
-        if let Some(verdict) = self.verdict.take() {
+        if self.origin.is_elsewhere() {
+            return Err(Error::Forked { joined: self.origin.pid() });
+        }
+        if let Some(verdict) = self.verdict.take().filter(|verdict| verdict.is_of(self.nodes.len())) {
             return Err(verdict.into());
         }
         let limit = Limit { until: deadline, lookout: self.lookout.clone() };
@@ -403,7 +432,7 @@ impl Star {
 /// Where ranks live on several nodes, an end of a connection means a rank's death, unless this came before.
 impl Drop for Star {
     fn drop(&mut self) {
-        if self.watch.is_none() {
+        if self.watch.is_none() || self.origin.is_elsewhere() {
             return;
         }
         match &mut self.role {
@@ -522,8 +551,8 @@ fn take_part(
                 {
                     pieces.push(Piece { blob: blob.to_vec(), fds, announced: n });
                 }
-                Some(FromRoot::Verdict(verdict)) => return Err(verdict.into()),
-                Some(FromRoot::Lost { rank }) => return Err(died(rank)),
+                Some(FromRoot::Verdict(verdict)) if verdict.is_of(nodes.len()) => return Err(verdict.into()),
+                Some(FromRoot::Lost { rank }) if rank < nodes.len() => return Err(died(rank)),
                 Some(FromRoot::Goodbye) => return Err(died(0)),
                 _ => return Err(garbled("taking the ranks' parts")),
             },

@@ -101,6 +101,14 @@ impl Link {
     }
 }
 
+/// Two ends of a connection.
+#[cfg(any(test, fuzzing))]
+pub(super) fn pair() -> Result<(Link, Link)> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let ends = nix::sys::socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
+    ends.map(|(one, other)| (Link(one), Link(other))).map_err(|e| Error::os("socketpair", e))
+}
+
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -173,7 +181,6 @@ pub(super) mod tests {
     use std::io::Write;
 
     use nix::sys::memfd::{MFdFlags, memfd_create};
-    use nix::sys::socket::socketpair;
 
     use super::super::message::{MAX_DESCRIPTORS, MAX_MESSAGE};
     use super::*;
@@ -193,14 +200,7 @@ pub(super) mod tests {
     }
 
     fn pair() -> (Link, Link) {
-        let (a, b) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        )
-        .unwrap();
-        (Link(a), Link(b))
+        super::pair().unwrap()
     }
 
     #[test]

@@ -133,6 +133,16 @@ impl Collectives {
         Collectives { engine: Mutex::new(engine), pending: AtomicUsize::new(0), spare: Mutex::default() }
     }
 
+    /// Goes on as if so many collectives, each of one step, had been made.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn grow_old(&self, comm: &CommInner) {
+        let age = comm.layout.age;
+        let mut engine = lock(&self.engine);
+        (engine.started, engine.finished) = (age, age);
+        (engine.steps.step, engine.steps.known) = (age, age);
+        comm.layout.collectives.grow_old(&comm.fabric.outbox, age);
+    }
+
     /// Empty lists of parts.
     pub(super) fn spare_parts(&self) -> Parts {
         lock(&self.spare).pop().unwrap_or_default()
@@ -140,6 +150,7 @@ impl Collectives {
 
     /// Starts a collective and waits for it.
     pub(crate) fn run(&self, comm: &CommInner, ask: Ask) -> Result<()> {
+        comm.check_process()?;
         let mut engine = lock(&self.engine);
         let ticket = engine.start(comm, ask)?;
         // The lock is kept for less than it takes to get it again.
@@ -157,8 +168,17 @@ impl Collectives {
         result
     }
 
+    /// Makes a collective outside of the communicator's own sequence.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn run_alone<T: super::Value>(&self, comm: &CommInner, call: super::Collective<'_, T>) -> Result<()> {
+        // SAFETY: the buffers are borrowed until the call returns, and it leaves nothing on its way.
+        let ask = unsafe { call.ask(comm) }?;
+        self.run(comm, ask)
+    }
+
     /// Starts a collective, to be waited for.
     pub(crate) fn start(&self, comm: &CommInner, ask: Ask) -> Result<Ticket> {
+        comm.check_process()?;
         let mut engine = lock(&self.engine);
         let ticket = engine.start(comm, ask)?;
         // What can be done at once is: others may be waiting for it.
@@ -169,6 +189,7 @@ impl Collectives {
 
     /// Waits; after a deadline the collective is still on its way.
     pub(crate) fn wait(&self, comm: &CommInner, ticket: Ticket) -> Result<()> {
+        comm.check_process()?;
         let result = self.wait_on(comm, ticket);
         if let Err(err) = &result
             && !matches!(err, Error::Timeout { .. })
@@ -181,6 +202,7 @@ impl Collectives {
 
     /// Looks whether it is over, and moves it on.
     pub(crate) fn test(&self, comm: &CommInner, ticket: Ticket) -> Result<bool> {
+        comm.check_process()?;
         let mut engine = lock(&self.engine);
         let over = engine.advance(comm, ticket.number).map(|stuck| stuck.is_none());
         self.pending.store(engine.queue.len(), Relaxed);
@@ -189,6 +211,9 @@ impl Collectives {
 
     /// Waits once more, and if that fails gives all collectives up: the buffers are nobody's afterwards.
     pub(crate) fn settle(&self, comm: &CommInner, ticket: Ticket) {
+        if comm.is_forked() {
+            return;
+        }
         if let Err(err) = self.wait_on(comm, ticket) {
             lock(&self.engine).stop(comm, ticket, &err);
         }
@@ -386,12 +411,7 @@ impl Steps {
     }
 
     /// Takes from the sources that have published, and when it has all, ends the step.
-    fn take(
-        &mut self,
-        comm: &CommInner,
-        op: &mut Op,
-        taken: usize,
-    ) -> std::result::Result<Option<(usize, u64)>, Failure> {
+    fn take(&mut self, comm: &CommInner, op: &mut Op, taken: usize) -> std::result::Result<Option<(usize, u64)>, Halt> {
         let view = View { comm, group: &self.group };
         let (step, sources) = (self.step, op.work.sources(op.at, &self.group));
         let source = |k: usize| match sources {
@@ -402,13 +422,18 @@ impl Steps {
         let mut k = taken;
         while let Some(member) = source(k) {
             let outbox = view.outbox(member);
-            if !view.slots().has(outbox, step) {
+            let published = view.slots().published(outbox, step);
+            if published < step {
                 op.phase = Phase::Take(k);
                 return Ok(Some((member, step)));
             }
+            if published > step {
+                let (rank, what) = (self.group.rank(member), "the step of a collective");
+                return Err(Halt::Error(Error::Corrupt { rank, what, value: published, limit: step }));
+            }
             if op.at == 0 && view.slots().digest(outbox, step) != op.digest {
                 let own = (comm.rank, view.own());
-                return Err(difference(view.slots(), own, (self.group.rank(member), outbox), op.number));
+                return Err(difference(view.slots(), own, (self.group.rank(member), outbox), op.number).into());
             }
             op.work.take(view, &op.buffers, member, op.at, step)?;
             if let (Sources::One(_), Work::Even(plan)) = (sources, &op.work) {
@@ -470,7 +495,7 @@ impl Work {
         member: usize,
         at: u64,
         step: u64,
-    ) -> std::result::Result<(), Failure> {
+    ) -> std::result::Result<(), Halt> {
         match self {
             Work::Even(plan) => plan.take(view, buffers, member, at, step),
             Work::Varied(varied) => return varied.take(view, buffers, member, at, step),

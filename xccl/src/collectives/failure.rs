@@ -49,10 +49,13 @@ impl Failure {
         }
     }
 
-    /// As another rank's line says; its numbers are only ever shown.
-    fn of(words: [u64; 8]) -> Self {
+    /// As the line of rank `by` says. Ranks that there are not make it say nothing but that it takes part no more.
+    fn of(words: [u64; 8], by: usize, ranks: usize) -> Self {
         let [kind, number, a, a0, a1, b, b0, b1] = words;
         let (a, b) = (a as usize, b as usize);
+        if a >= ranks || b >= ranks {
+            return Failure::GivenUp { number, rank: by, during: Operation::Computing };
+        }
         match kind {
             MISMATCH => Failure::Mismatch { number, calls: [(a, [a0, a1]), (b, [b0, b1])] },
             COUNTS => Failure::Counts { number, sends: (a, a0), expects: (b, b0) },
@@ -66,7 +69,10 @@ impl Failure {
     /// What the line of a rank of this node says, if it takes part no more.
     pub(super) fn told_by(comm: &CommInner, rank: usize) -> Option<Self> {
         let peer = comm.fabric.peer(rank);
-        peer.near.as_ref().and_then(|_| comm.layout.collectives.failure(&peer.outbox)).map(Failure::of)
+        peer.near
+            .as_ref()
+            .and_then(|_| comm.layout.collectives.failure(&peer.outbox))
+            .map(|words| Failure::of(words, rank, comm.world_size))
     }
 
     /// Tells the other ranks of this node.

@@ -62,7 +62,7 @@ impl Slots {
         Slots { failure, log, small, large }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn areas(&self) -> [(usize, usize); 4] {
         [
             (self.failure, LINE),
@@ -102,6 +102,12 @@ impl Slots {
         steps::has(self.turn(of, step), step)
     }
 
+    /// The step that the owner of an outbox has published last in the slot of `step`.
+    #[inline]
+    pub(super) fn published(&self, of: &Mapping, step: u64) -> u64 {
+        steps::published(self.turn(of, step))
+    }
+
     /// Publishes a step, whose payload has been written.
     #[inline]
     pub(super) fn publish(&self, own: &Mapping, step: u64, digest: u64) {
@@ -127,9 +133,24 @@ impl Slots {
         }
     }
 
+    /// The turns of the last steps before `age` and that one.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn grow_old(&self, own: &Mapping, age: u64) {
+        for step in age.saturating_sub(SMALL_SLOTS - 1)..=age {
+            steps::publish(self.turn(own, step), step);
+        }
+    }
+
+    /// As a rank that lies publishes a step.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn publish_as(&self, own: &Mapping, step: u64, turn: u64, digest: u64) {
+        own.word64(self.line(step) + DIGEST).store(digest, Relaxed);
+        self.turn(own, step).store(turn, Release);
+    }
+
     /// The digest of a published step.
     #[inline]
-    pub(super) fn digest(&self, of: &Mapping, step: u64) -> u64 {
+    pub(crate) fn digest(&self, of: &Mapping, step: u64) -> u64 {
         of.word64(self.line(step) + DIGEST).load(Relaxed)
     }
 

@@ -6,10 +6,11 @@
 
 use std::ops::Range;
 
-use super::failure::Failure;
+use super::failure::{Failure, Halt};
 use super::group::View;
 use super::pattern::Sources;
 use super::slots::LARGE;
+use crate::error::Error;
 use crate::memory::layout::LINE;
 use crate::memory::lent::LentPair;
 use crate::memory::row::Row;
@@ -91,7 +92,7 @@ impl Varied {
         member: usize,
         at: u64,
         step: u64,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Halt> {
         let (members, me) = (view.group.len(), view.group.me);
         let (rank, slot) = (view.group.rank(member), (step, self.payload(at, members)));
         let read = |at, len| view.slots().read(view.outbox(member), slot, at, len);
@@ -103,9 +104,16 @@ impl Varied {
                 u64::from_ne_bytes(bytes)
             };
             let (longest, sent) = (number(0), number(8 * (me + 1)));
+            // Were more steps believed than its parts need, they might never end. What it says of the others' parts, those check.
+            let of_others = (0..members).filter(|&other| other != member).map(|other| number(8 * (other + 1))).max();
+            let own = number(8 * (member + 1));
+            if longest != own.max(of_others.unwrap_or(0)) || own > isize::MAX as u64 {
+                let (what, limit) = ("the longest part of an exchange", own);
+                return Err(Halt::Error(Error::Corrupt { rank, what, value: longest, limit }));
+            }
             if sent != expected.len() as u64 {
                 let expects = (view.comm.rank, expected.len() as u64);
-                return Err(Failure::Counts { number: self.number, sends: (rank, sent), expects });
+                return Err(Failure::Counts { number: self.number, sends: (rank, sent), expects }.into());
             }
             self.longest = self.longest.max(longest);
             return Ok(());

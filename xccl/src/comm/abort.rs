@@ -45,6 +45,9 @@ pub(super) fn error(outbox: &Mapping, at: usize, by: usize, during: Operation) -
 impl CommInner {
     /// Ends the communicator for all ranks, unless this one has aborted it or left already.
     pub(crate) fn abort(&self, code: i32, why: &str) {
+        if self.is_forked() {
+            return;
+        }
         // One thread at a time: the words are there before the state says so, and are those of the first.
         let _one = super::inner::lock(&self.aborting);
         let state = self.fabric.outbox.word32(self.layout.state);

@@ -111,9 +111,18 @@ pub struct Config {
     /// The provider between nodes; none: the best there is.
     pub(crate) fabric: Option<String>,
     origins: [Origin; OPTIONS.len()],
+    /// From where the counters begin, which otherwise takes years to get there.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) age: u64,
     /// Nodes and a network that only the tests of this process see.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) pretence: Option<std::sync::Arc<crate::fabric::pretence::Pretence>>,
+}
+
+/// All tests can be run with old counters: `XCCL_TEST_AGE=4294967290 cargo test -p xccl --lib`.
+#[cfg(any(test, fuzzing))]
+fn age() -> u64 {
+    std::env::var("XCCL_TEST_AGE").map_or(0, |age| age.parse().expect("XCCL_TEST_AGE is a number"))
 }
 
 impl Default for Config {
@@ -131,7 +140,9 @@ impl Default for Config {
             progress_thread: true,
             fabric: None,
             origins: [Origin::Default; OPTIONS.len()],
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
+            age: age(),
+            #[cfg(any(test, fuzzing))]
             pretence: None,
         }
     }

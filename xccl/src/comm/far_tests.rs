@@ -46,7 +46,7 @@ fn payload(from: usize, to: usize, n: usize, len: usize) -> Vec<u8> {
 }
 
 /// Every rank sends messages of `sizes` to every rank, of private memory or of the heap, and checks what comes.
-fn all_to_all(comm: &Communicator, sizes: &[usize], in_heap: bool) {
+pub(super) fn all_to_all(comm: &Communicator, sizes: &[usize], in_heap: bool) {
     let (me, ranks) = (comm.rank(), comm.world_size());
     comm.barrier().unwrap();
     let private: Vec<Vec<Vec<u8>>> =

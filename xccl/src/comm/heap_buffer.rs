@@ -26,6 +26,7 @@ pub struct HeapBuffer {
 
 impl HeapBuffer {
     pub(super) fn new(comm: Arc<CommInner>, bytes: usize) -> Result<Self> {
+        comm.check_process()?;
         let offset = lock(&comm.heap).allocate(bytes)?;
         Ok(HeapBuffer { comm, offset, bytes })
     }
@@ -54,6 +55,9 @@ impl DerefMut for HeapBuffer {
 
 impl Drop for HeapBuffer {
     fn drop(&mut self) {
+        if self.comm.is_forked() {
+            return;
+        }
         lock(&self.comm.heap).release(self.offset, self.bytes);
     }
 }

@@ -33,6 +33,7 @@ use crate::p2p::calibration::{self, Calibration, CalibrationPoint};
 use crate::p2p::engine::P2p;
 use crate::sync::bell::{self, Sleeper};
 use crate::sync::cores::{CoreSharing, Cores};
+use crate::sync::fork::Origin;
 use crate::sync::progress::{Operation, Waiting};
 use crate::sync::wait::{self, Patience, Phase};
 
@@ -92,6 +93,7 @@ pub(crate) struct CommInner {
     pub(crate) core_sharing: CoreSharing,
     patience: Patience,
     sleeper: Sleeper,
+    origin: Origin,
 }
 
 /// The waits of one call. Its deadline counts from the first that is not over at once.
@@ -164,7 +166,7 @@ impl CommInner {
         let deadline = Instant::now() + config.timeout.unwrap_or(NO_DEADLINE);
         let heap_bytes = HEAP_START + config.heap_bytes.next_multiple_of(4096);
         let mut star = Star::join(rendezvous, rank, world_size, &config.description(), &deadline.into())?;
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Some(pretence) = &config.pretence {
             star.pretend(&pretence.nodes);
         }
@@ -273,12 +275,15 @@ impl CommInner {
             patience: if ranks_here < world_size { patience.between_nodes() } else { patience },
             core_sharing,
             sleeper: Sleeper::new(),
+            origin: Origin::new(),
             config,
             layout,
             fabric,
             nodes,
             bells,
         };
+        #[cfg(any(test, fuzzing))]
+        comm.grow_old();
         if calibrate && comm.can_read(0, 1) && comm.can_read(1, 0) {
             comm.calibrate(deadline)?;
         }
@@ -287,10 +292,33 @@ impl CommInner {
         Ok(comm)
     }
 
-    /// From now on what is set up with these ranks ends when the communicator does.
+    /// Goes on as if this communicator had been in use for long.
+    #[cfg(any(test, fuzzing))]
+    fn grow_old(&self) {
+        let age = self.layout.age;
+        if age > 0 {
+            self.p2p.grow_old(self);
+            self.collectives.grow_old(self);
+            *lock(&self.barriers) = age;
+            self.fabric.heap.word32(BELL).fetch_sub(3, Relaxed);
+        }
+    }
+
+    /// From now on what is set up with these ranks ends when the communicator does, and moves its traffic on meanwhile.
     fn look_out(&self) {
         let ending = Arc::downgrade(&self.ending);
-        let check = move || ending.upgrade().map_or(Ok(()), |ending| ending.check(Operation::Setup));
+        let far = self.fabric.far.as_ref().map(|far| (Arc::downgrade(&far.plane), Arc::downgrade(&far.chores)));
+        let check = move || {
+            let Some(ending) = ending.upgrade() else { return Ok(()) };
+            // Ranks of other nodes may need something of this one before they come to the set-up.
+            if let Some((plane, chores)) =
+                far.as_ref().and_then(|(plane, chores)| plane.upgrade().zip(chores.upgrade()))
+            {
+                plane.progress(|source| ending.heard_from(source));
+                chores.attempt();
+            }
+            ending.check(Operation::Setup)
+        };
         self.star().look_out(Some(Arc::new(check)));
     }
 
@@ -356,7 +384,21 @@ impl CommInner {
         self.nodes[rank] == self.nodes[self.rank]
     }
 
+    /// Whether this process is a fork of the one that has joined: nothing may be said in that one's name.
+    #[inline]
+    pub(crate) fn is_forked(&self) -> bool {
+        self.origin.is_elsewhere()
+    }
+
+    /// Whether this process may use the communicator. To be asked by each call before it touches a lock or a word.
+    #[inline]
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if self.is_forked() { Err(Error::Forked { joined: self.origin.pid() }) } else { Ok(()) }
+    }
+
+    /// Whether there is such a rank, and this process may ask something of it.
     pub(crate) fn check_rank(&self, rank: usize) -> Result<()> {
+        self.check_process()?;
         if rank < self.world_size { Ok(()) } else { Err(Error::InvalidRank { rank, world_size: self.world_size }) }
     }
 
@@ -386,6 +428,9 @@ impl CommInner {
     /// Takes what has come from far ranks, and sends what waits for room.
     #[cold]
     fn move_on(&self, far: &Far) {
+        if self.is_forked() {
+            return;
+        }
         far.plane.progress(|source| self.ending.heard_from(source));
         far.chores.attempt();
     }
@@ -455,6 +500,11 @@ impl CommInner {
 
     #[cold]
     fn wait_slowly<T>(&self, call: &mut Call, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
+        #[cfg(any(test, fuzzing))]
+        if crate::lies::is_impatient() {
+            let given_up = self.reason_to_give_up(&what, Instant::now(), Some(Duration::ZERO));
+            return given_up.and_then(|()| ready().ok_or_else(|| self.timed_out(&what, Duration::ZERO)));
+        }
         let sleep = self.fabric.outbox.word32(self.layout.sleep);
         let bell = self.fabric.heap.word32(BELL);
         let waits_for = what.peer.map_or(bell::ANYONE, bell::only);
@@ -528,11 +578,12 @@ impl CommInner {
         let during = what.operation;
         // What is between two ranks goes on whatever becomes of others, but for an abort.
         let concerns = |rank: usize| !during.is_of_a_pair() || what.peer == Some(rank);
-        match self.ending.cause() {
-            Some(Cause::Died(rank)) if !concerns(rank) => self.check_pair(what)?,
-            Some(cause) => return Err(self.ending.error(cause, during, what.epoch)),
-            None => {}
-        }
+        let check_cause = || match self.ending.cause() {
+            Some(Cause::Died(rank)) if !concerns(rank) => self.check_pair(what),
+            Some(cause) => Err(self.ending.error(cause, during, what.epoch)),
+            None => Ok(()),
+        };
+        check_cause()?;
         if during.is_collective()
             && let Some(told) = collectives::failure::told_by_anyone(self)
         {
@@ -547,6 +598,8 @@ impl CommInner {
             None => None,
         };
         if let Some(rank) = left {
+            // It may have left because of a death that it has heard of since this rank has looked: it says so before.
+            check_cause()?;
             return Err(Error::PeerLeft { rank, during, epoch: what.epoch });
         }
         let waited = since.elapsed();
@@ -657,6 +710,7 @@ impl CommInner {
     }
 
     pub(crate) fn barrier(&self) -> Result<()> {
+        self.check_process()?;
         let mut barriers = lock(&self.barriers);
         let epoch = *barriers + 1;
         let recorded = self.board.begins(Operation::Barrier, epoch);
@@ -704,6 +758,11 @@ impl CommInner {
 
 impl Drop for CommInner {
     fn drop(&mut self) {
+        if self.is_forked() {
+            // The connections are the other process's as well, and its thread is not here to be waited for.
+            std::mem::forget(self.fabric.far.take());
+            return;
+        }
         // What other ranks still pass on for this one comes first: that it has left must not overtake it.
         self.fabric.far.iter().for_each(|far| self.see_off(far));
         if self.state(self.rank) != ABORTED {

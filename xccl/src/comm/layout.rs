@@ -75,6 +75,9 @@ pub(crate) struct CommLayout {
     /// What collectives are made with; its own table says who reads what.
     pub(crate) collectives: Slots,
     pub(crate) bytes: usize,
+    /// Where counters begin.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) age: u64,
 }
 
 impl CommLayout {
@@ -114,6 +117,8 @@ impl CommLayout {
             ring_bytes,
             collectives,
             bytes,
+            #[cfg(any(test, fuzzing))]
+            age: config.age,
         }
     }
 

@@ -1,6 +1,8 @@
 //! The communicator: a group of ranks that can reach each other's memory.
 
 mod abort;
+#[cfg(test)]
+mod age_tests;
 mod bells;
 pub(crate) mod config;
 pub(crate) mod ending;

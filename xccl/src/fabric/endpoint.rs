@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::mapping::Mapping;
 
 /// Who may use a registered range from afar.
@@ -53,6 +53,17 @@ pub(crate) struct Part {
 
 /// Parts that any caller may make room for.
 pub(crate) const MOST_PARTS: usize = 4;
+
+impl RemoteRegion {
+    /// Whether it has as many bytes as rank `of` and this one have agreed on.
+    pub(crate) fn check(&self, of: usize, bytes: usize) -> Result<()> {
+        if self.bytes == bytes as u64 {
+            return Ok(());
+        }
+        let (what, value, limit) = ("the bytes of a region that it offers", self.bytes, bytes as u64);
+        Err(Error::Corrupt { rank: of, what, value, limit })
+    }
+}
 
 /// Whether an operation was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

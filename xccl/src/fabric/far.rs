@@ -58,6 +58,8 @@ impl Far {
         let (rank, ranks) = (star.rank(), star.nodes().len());
         let is_far: Vec<bool> = (0..ranks).map(|other| fabric.peer(other).near.is_none()).collect();
         let plane = Arc::new(Plane::new(endpoint, rank, &is_far)?);
+        #[cfg(any(test, fuzzing))]
+        plane.grow_old(layout.age);
         let addresses = star.exchange(&plane.address()?, &[], deadline)?;
         plane.connect(&addresses.into_iter().map(|(address, _)| address).collect::<Vec<_>>())?;
 
@@ -87,6 +89,12 @@ impl Far {
         for (other, (blob, _)) in star.exchange(&encode(&offers)?, &[], deadline)?.into_iter().enumerate() {
             let theirs: Vec<Option<Reach>> = decode(&blob)?;
             let to_us = theirs.get(rank).copied().flatten();
+            if let Some(reach) = &to_us {
+                // Every put into them is measured by what was agreed on.
+                plane.check_records(other, &reach.records)?;
+                reach.payload.check(other, layout.ring_bytes)?;
+                reach.heap.check(other, fabric.heap.len())?;
+            }
             if let Some(reach) = to_us.filter(|_| is_far[other]) {
                 plane.set_records(other, reach.records);
             }

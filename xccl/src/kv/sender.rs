@@ -52,6 +52,8 @@ struct Receiver {
     slots: Vec<Slot>,
     /// That it has gone was told.
     has_gone: bool,
+    /// It has posted nonsense: nothing more is taken from it.
+    is_broken: bool,
 }
 
 /// What a sender keeps of a request: in private memory, where no receiver changes it any more.
@@ -87,6 +89,11 @@ pub struct KvPosted {
     pub pages: usize,
     /// Bytes of the last page that are wanted.
     pub last_page_bytes: usize,
+}
+
+/// A request that was posted without a slot.
+fn nameless(to: usize, number: u64) -> KvPosted {
+    KvPosted { ticket: KvTicket::new(to, 0, number), id: 0, to, pages: 0, last_page_bytes: 0 }
 }
 
 /// What a sender is told.
@@ -131,7 +138,7 @@ impl KvSender {
                 let slots = (0..config.max_requests).map(|_| Slot::default()).collect();
                 let signals = setup::part(rank, at, signals.bytes, comm.rank);
                 let pool = Remote { rank, offset: pool, bytes };
-                Ok(Some(Receiver { signals, pool, layout, taken: 0, slots, has_gone: false }))
+                Ok(Some(Receiver { signals, pool, layout, taken: 0, slots, has_gone: false, is_broken: false }))
             }
         };
         let receivers = roles.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
@@ -228,8 +235,16 @@ impl KvSender {
         loop {
             let Some(receiver) = &self.receivers[to] else { return Ok(None) };
             let number = receiver.taken + 1;
-            if self.own(to, self.mailbox.posted) < number {
+            let posted = self.own(to, self.mailbox.posted);
+            if posted < number || receiver.is_broken {
                 return Ok(None);
+            }
+            // It posts no more than it has slots for: from a wilder number there would be no end of requests.
+            if posted - receiver.taken > self.config.max_requests as u64 {
+                if let Some(receiver) = &mut self.receivers[to] {
+                    receiver.is_broken = true;
+                }
+                return Ok(Some(KvSenderEvent::Failed(nameless(to, number), self.corrupt(to, posted))));
             }
             self.comm.check_partner(to, DURING).or_else(only_aborted)?;
             // A receiver posts to slots that are free here, too: it frees one after this rank has.
@@ -241,8 +256,7 @@ impl KvSender {
             }
             let Some((slot, outcome)) = slot.zip(outcome) else {
                 // Nobody can be told the end of a request without a slot.
-                let posted = KvPosted { ticket: KvTicket::new(to, 0, number), id: 0, to, pages: 0, last_page_bytes: 0 };
-                return Ok(Some(KvSenderEvent::Failed(posted, self.corrupt(to, number))));
+                return Ok(Some(KvSenderEvent::Failed(nameless(to, number), self.corrupt(to, number))));
             };
             self.in_flight.push((to, slot));
             let posted = self.posted(to, slot);

@@ -41,6 +41,12 @@ impl Words {
         (self.mapping.at(0, bytes), bytes)
     }
 
+    /// All of the segment.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn memory(&self) -> &Mapping {
+        &self.mapping
+    }
+
     /// The 64-bit word at `offset`.
     pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
         assert!(offset + 8 <= self.bytes, "no word at {offset}");

@@ -113,6 +113,9 @@ fn free_in_dev_shm(fd: &impl AsFd) -> u64 {
     nix::sys::statvfs::fstatvfs(fd).map_or(0, |s| s.blocks_available() * s.fragment_size())
 }
 
+/// The number of the file system that memfds are files of.
+const TMPFS_MAGIC: u64 = nix::sys::statfs::TMPFS_MAGIC.0 as u64;
+
 const NAME_PREFIX: &str = "xccl-";
 
 /// Whether that is what `/proc/PID/fd` says of a descriptor of an outbox.
@@ -142,6 +145,12 @@ pub(crate) fn check_segment(fd: &OwnedFd, rank: usize, flavour: MemoryFlavour, b
         return Err(Error::Corrupt { rank, what: "a segment's size", value: size, limit: bytes as u64 });
     }
     if flavour == MemoryFlavour::Memfd {
+        // Of a file of huge pages a hole may have no page left to give: reading it would be a fault.
+        let file_system = nix::sys::statfs::fstatfs(fd).map_err(|e| Error::os("fstatfs", e))?.filesystem_type();
+        if file_system != nix::sys::statfs::TMPFS_MAGIC {
+            let (what, value, limit) = ("a segment's file system", file_system.0 as u64, TMPFS_MAGIC);
+            return Err(Error::Corrupt { rank, what, value, limit });
+        }
         let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|e| Error::os("fcntl(F_GET_SEALS)", e))?;
         if seals & libc::F_SEAL_SHRINK == 0 {
             return Err(Error::Corrupt {

@@ -713,6 +713,7 @@ impl<'m> ExpertBatch<'m> {
     }
 
     pub(super) fn publish(&mut self) -> Result<()> {
+        self.moe.comm.check_process()?;
         let (moe, epoch) = (self.moe, self.epoch);
         let call = moe.comm.board.begins(moe.operation(Operation::CombineSend), epoch);
         let slot = moe.layout.slot(epoch);

@@ -236,11 +236,13 @@ impl Between {
         let node = |&node: &usize| {
             let rail = map.rail(comm.rank, node);
             let mirror = theirs[rail][comm.rank].mirror.ok_or(missing(rail, "offers of a mirror"))?;
+            (0..SLOTS).try_for_each(|slot| mirror[slot].check(rail, mirrored(layout, slot).len()))?;
             Ok(Node { rail, blocks: map.blocks(node), mirror, runs: vec![], last: 0, has_tokens: [false; SLOTS] })
         };
         let duty = |&source: &usize| {
             let offer = theirs[source][comm.rank].results;
             let (results, line) = offer.ok_or(missing(source, "offers of room for sums"))?;
+            results.iter().try_for_each(|results| results.check(source, rows_bytes))?;
             Ok(Duty { source, results, line })
         };
         let nodes = others.iter().map(node).collect::<Result<_>>()?;

@@ -31,6 +31,8 @@ mod joined;
 mod kernels;
 mod lanes;
 mod layout;
+#[cfg(any(test, fuzzing))]
+mod lies;
 mod parties;
 mod placement;
 mod rail;
@@ -386,8 +388,12 @@ impl Moe {
         });
         let builder = ListBuilder::new(config.experts);
         let first_rows = FirstRows::new(config.experts, comm.world_size);
-        let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: 0 };
-        let state = RefCell::new(State { next: 1, flights, builder, first_rows, seen });
+        #[cfg(not(any(test, fuzzing)))]
+        let age = 0;
+        #[cfg(any(test, fuzzing))]
+        let age = comm.layout.age;
+        let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: age };
+        let state = RefCell::new(State { next: age + 1, flights, builder, first_rows, seen });
         let (lanes, ways) = (RefCell::default(), RefCell::default());
         tracing::debug!(rank = comm.rank, experts = config.experts, tokens = config.max_tokens, "MoE handle ready");
         Ok(Moe {
@@ -579,6 +585,7 @@ impl Moe {
 
     /// The next exchange's number, once its slot may be written.
     fn claim(&self) -> Result<u64> {
+        self.comm.check_process()?;
         let mut state = self.state.borrow_mut();
         let epoch = state.next;
         let slot = slot_of(epoch);
@@ -702,6 +709,9 @@ impl Moe {
 
     /// Tells the ranks that wait for this one's tokens that its input was bad.
     fn refuse(&self, epoch: u64) {
+        if self.comm.is_forked() {
+            return;
+        }
         self.own.word64(self.layout.refused).store(epoch, Release);
         self.comm.notify_all();
         if let Some((far, between)) = self.between() {
@@ -768,6 +778,7 @@ impl Moe {
     }
 
     fn start_batch<'m>(&'m self, call: &'static str, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
+        self.comm.check_process()?;
         let epoch = self.check_exchange(call, sent, Phase::Sent, "to be called once, after dispatch_send")?;
         let mut state = self.state.borrow_mut();
         let flight = state.flight(epoch);
@@ -864,6 +875,7 @@ impl Moe {
         phase: Phase,
         expected: &'static str,
     ) -> Result<u64> {
+        self.comm.check_process()?;
         let epoch = sent.epoch;
         if !std::ptr::eq(sent.moe, self) {
             return Err(Error::WrongOrder { call, epoch, expected: "an exchange of the same handle" });
@@ -891,6 +903,9 @@ impl Moe {
 
     /// Tells the peers that this rank's outputs of `epoch` will not come, and that its tokens may be overwritten.
     fn abandon(&self, epoch: u64) {
+        if self.comm.is_forked() {
+            return;
+        }
         let slot = self.layout.slot(epoch);
         self.own.word64(slot.abandoned).store(epoch, Release);
         epoch::publish(self.own.word64(slot.combined), epoch);
@@ -901,7 +916,7 @@ impl Moe {
 /// Waits until what this rank does for ranks of other nodes is done, at most the deadline: they could not go on without.
 impl Drop for Moe {
     fn drop(&mut self) {
-        let Some((_, between)) = self.between() else { return };
+        let Some((_, between)) = self.between().filter(|_| !self.comm.is_forked()) else { return };
         let between = between.borrow();
         let Some(epoch) = between.rail.undone() else { return };
         let what = Waiting { operation: self.operation(Operation::CombineRecv), epoch, peer: None };

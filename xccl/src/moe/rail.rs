@@ -25,6 +25,7 @@ use crate::kernels::Kernels;
 use crate::memory::area::{self, Area};
 use crate::memory::mapping::Mapping;
 use crate::sync::epoch;
+use crate::sync::fork::Origin;
 
 /// Bytes of sums that leave together: they are still in a cache when they are read to be sent, and the source takes them while the
 /// next ones are formed.
@@ -100,6 +101,7 @@ pub(super) struct Rail {
     chores: Arc<Chores>,
     counters: Arc<Counters>,
     me: usize,
+    origin: Origin,
 }
 
 impl Rail {
@@ -132,6 +134,7 @@ impl Rail {
             chores: far.chores.clone(),
             counters: comm.counters.clone(),
             me: comm.rank,
+            origin: Origin::new(),
         });
         let chore = Arc::downgrade(&rail);
         far.chores.add(chore);
@@ -374,6 +377,18 @@ impl Rail {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl Rail {
+    /// Forms the sums of all sources from these outboxes and mirrors.
+    pub(super) fn form_all(&self, peers: &Peers, epoch: u64) {
+        let mut state = lock(&self.state);
+        for index in 0..self.duties.len() {
+            let last = Update::Word64 { window: self.staging.result_words, offset: 0, value: epoch };
+            let _ = self.send_sums::<f32>(peers, &mut state, index, epoch, last);
+        }
+    }
+}
+
 impl Chore for Rail {
     fn attempt(&self) {
         let mut state = match self.state.try_lock() {
@@ -397,7 +412,7 @@ impl Chore for Rail {
 
 impl Drop for Rail {
     fn drop(&mut self) {
-        if self.undone().is_some() {
+        if !self.origin.is_elsewhere() && self.undone().is_some() {
             let state = lock(&self.state);
             (0..SLOTS).filter(|&slot| state.done[slot] < state.begun[slot]).for_each(|_| self.chores.end());
         }

@@ -29,6 +29,7 @@ enum Reach<'a> {
 impl CommInner {
     /// A block of this rank's heap that any rank may write from now on.
     pub(super) fn allocate_shared(&self, bytes: usize) -> Result<usize> {
+        self.check_process()?;
         let mut heap = lock(&self.heap);
         let before = heap.border();
         let offset = heap.allocate_shared(bytes)?;
@@ -199,6 +200,7 @@ impl CommInner {
 
     /// Waits for a word of this rank's own heap, at an offset that was checked before.
     pub(crate) fn signal_wait(&self, from: Option<usize>, offset: usize, until: Until) -> Result<u64> {
+        self.check_process()?;
         let word = self.own_word(offset);
         let what = Waiting { operation: Operation::SignalWait, epoch: offset as u64, peer: from };
         self.wait(what, || signal::look(word, until))

@@ -175,7 +175,7 @@ impl SharedBuffer {
 
 impl Drop for SharedBuffer {
     fn drop(&mut self) {
-        if !self.is_kept.load(Relaxed) {
+        if !self.is_kept.load(Relaxed) && !self.comm.is_forked() {
             lock(&self.comm.heap).release_shared(self.offset, self.bytes);
         }
     }

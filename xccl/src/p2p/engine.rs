@@ -68,6 +68,20 @@ impl P2p {
         }
     }
 
+    /// Goes on as if so many messages had come and gone.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn grow_old(&self, comm: &CommInner) {
+        let age = comm.layout.age;
+        for (rank, outgoing) in self.outgoing.iter().enumerate() {
+            lock(outgoing).grow_old(age);
+            ring::release(comm.fabric.outbox.word64(comm.layout.consumed(rank)), age);
+            if comm.fabric.far_to(rank).is_some() {
+                ring::release(comm.fabric.peer(rank).outbox.word64(comm.layout.consumed(comm.rank)), age);
+            }
+        }
+        lock(&self.incoming).grow_old(age);
+    }
+
     pub(super) fn private_rendezvous(&self) -> usize {
         self.private_rendezvous.load(Relaxed)
     }
@@ -155,6 +169,7 @@ impl P2p {
     }
 
     pub(crate) fn test(&self, comm: &CommInner, ticket: Ticket) -> Result<Option<Status>> {
+        comm.check_process()?;
         match ticket.request {
             Request::Sent { len } => Ok(Some(Status { source: comm.rank, tag: ticket.tag as u32, len })),
             Request::Send { to, number, len } => {
@@ -306,6 +321,7 @@ impl P2p {
 
     /// Receives and waits.
     pub(crate) fn recv(&self, comm: &CommInner, from: Source, tag: u64, buffer: &mut [u8]) -> Result<Status> {
+        comm.check_process()?;
         if let Source::Rank(rank) = from
             && rank != comm.rank
         {
@@ -325,6 +341,9 @@ impl P2p {
 
     /// Forgets a request, so that its buffer is free: a receive takes no message, a send goes on from a copy or is withdrawn.
     pub(crate) fn cancel(&self, comm: &CommInner, ticket: Ticket) {
+        if comm.is_forked() {
+            return;
+        }
         match ticket.request {
             Request::Sent { .. } => {}
             Request::Send { to, number, .. } => {

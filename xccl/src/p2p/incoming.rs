@@ -55,12 +55,11 @@ impl Held {
         }
     }
 
-    /// Bytes that it takes of this rank's memory.
+    /// Bytes that it takes of this rank's memory. What is only described takes some too: a sender might describe for ever.
     fn bytes(&self) -> usize {
         match self {
-            Held::Inline(_) => INLINE_BYTES,
-            Held::Bytes(bytes) => bytes.len(),
-            Held::Heap { .. } | Held::Private { .. } | Held::Withdrawn => 0,
+            Held::Inline(_) | Held::Heap { .. } | Held::Private { .. } | Held::Withdrawn => INLINE_BYTES,
+            Held::Bytes(bytes) => bytes.len().max(INLINE_BYTES),
         }
     }
 }
@@ -146,6 +145,11 @@ impl Incoming {
         }
     }
 
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn grow_old(&mut self, age: u64) {
+        self.next.fill(age);
+    }
+
     /// Where receives from any source are kept in the queue.
     fn any(&self) -> usize {
         self.next.len()
@@ -218,6 +222,7 @@ impl Incoming {
             State::Filling(source) => {
                 if let Some(partial) = &mut self.partial[source] {
                     partial.into = Into::Kept(receive.buffer.as_mut_slice()[..partial.filled].to_vec());
+                    self.held_bytes += partial.filled;
                 }
             }
         }
@@ -367,20 +372,19 @@ impl Incoming {
         }
         let Some(partial) = &mut self.partial[source] else { return Ok(()) };
         let range = partial.filled..partial.filled + piece;
+        // Found first: a length alone sets nothing aside.
+        let row = piece_in_ring(comm, source, at, piece)?;
         match &mut partial.into {
             Into::Receive(key) => {
                 // Always there: to cancel it would have changed `into`.
                 let Some(receive) = self.receives.get_mut(*key) else { return Ok(()) };
                 let into = &mut receive.buffer.as_mut_slice()[range];
-                match partial.len >= STREAMING_BYTES {
-                    true => stream(piece_in_ring(comm, source, at, piece)?, into),
-                    false => copy_piece(comm, source, at, into)?,
-                }
+                if partial.len >= STREAMING_BYTES { stream(row, into) } else { row.copy_to(into) }
             }
             Into::Kept(bytes) => {
-                // No more is set aside than has come: a length alone allocates nothing.
                 bytes.resize(range.end, 0);
-                copy_piece(comm, source, at, &mut bytes[range])?;
+                row.copy_to(&mut bytes[range]);
+                self.held_bytes += piece;
             }
         }
         partial.filled += piece;
@@ -397,6 +401,7 @@ impl Incoming {
                 self.set(key, State::Done(Ok(Status { source, tag: tag as u32, len })));
             }
             Into::Kept(bytes) => {
+                self.held_bytes -= bytes.len();
                 let message = Message { source, tag, len, held: Held::Bytes(bytes) };
                 self.deliver(comm, message, TagQueues::push);
             }
@@ -412,7 +417,8 @@ impl Incoming {
                 end_streaming();
                 self.set(key, State::Done(Err(Error::Withdrawn { rank: source, tag: tag as u32 })));
             }
-            Into::Kept(_) => {
+            Into::Kept(bytes) => {
+                self.held_bytes -= bytes.len();
                 self.deliver(comm, Message { source, tag, len, held: Held::Withdrawn }, TagQueues::push);
             }
         }
@@ -445,7 +451,11 @@ impl Incoming {
     }
 
     fn full(&self, comm: &CommInner) -> Error {
-        let (from, tag) = self.unexpected.oldest().unwrap_or((0, 0));
+        let partial = |(rank, partial): (usize, &Option<Partial>)| {
+            partial.as_ref().filter(|p| matches!(p.into, Into::Kept(_))).map(|p| (rank, p.tag))
+        };
+        let begun = || self.partial.iter().enumerate().find_map(partial);
+        let (from, tag) = self.unexpected.oldest().or_else(begun).unwrap_or((0, 0));
         Error::UnexpectedFull { held: self.held_bytes, limit: comm.config.unexpected_bytes, from, tag: tag as u32 }
     }
 

@@ -138,6 +138,11 @@ impl Outgoing {
         }
     }
 
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn grow_old(&mut self, age: u64) {
+        (self.next, self.consumed, self.rendezvous, self.started) = (age, age, age, age);
+    }
+
     /// Starts a message: sends what there is room for, if nothing stands before it. Gives its number.
     pub(super) fn start(&mut self, comm: &CommInner, to: usize, tag: u64, bytes: LentBytes) -> (u64, Progress) {
         let number = self.started;

@@ -101,6 +101,7 @@ impl Communicator {
     /// `buffer` stays writable and unused until the request is over or dropped, whatever its lifetime says.
     pub unsafe fn irecv_raw(&self, from: impl Into<Source>, tag: u32, buffer: &mut [u8]) -> Result<RawRequest> {
         let from = from.into();
+        self.inner.check_process()?;
         if let Source::Rank(rank) = from {
             self.inner.check_rank(rank)?;
         }

@@ -93,6 +93,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     pub fn irecv(&self, from: impl Into<Source>, tag: u32, buffer: &'env mut [u8]) -> Result<Request<'scope>> {
         let comm = &self.comm.inner;
         let from = from.into();
+        comm.check_process()?;
         if let Source::Rank(rank) = from {
             comm.check_rank(rank)?;
         }

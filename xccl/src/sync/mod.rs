@@ -8,6 +8,8 @@ pub(crate) mod bell;
 pub(crate) mod cores;
 pub(crate) mod epoch;
 #[cfg(not(loom))]
+pub(crate) mod fork;
+#[cfg(not(loom))]
 pub(crate) mod liveness;
 pub(crate) mod pieces;
 #[cfg(not(loom))]

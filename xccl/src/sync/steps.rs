@@ -14,6 +14,8 @@
 //! it late, finds the data of that very step.
 
 use crate::loom_facade::AtomicU64;
+#[cfg(not(loom))]
+use crate::loom_facade::Ordering;
 
 use super::epoch;
 
@@ -25,6 +27,13 @@ pub(crate) fn needed(step: u64, slots: u64) -> u64 {
 /// Publishes a step: its slot is filled, and all steps before have been read.
 pub(crate) fn publish(turn: &AtomicU64, step: u64) {
     epoch::publish(turn, step);
+}
+
+/// The last step that the owner of `turn` has published there. A reader that waits for a step finds an earlier one, or that one:
+/// anything later is no honest rank's.
+#[cfg(not(loom))]
+pub(crate) fn published(turn: &AtomicU64) -> u64 {
+    turn.load(Ordering::Acquire)
 }
 
 /// Whether the owner of `turn` has published `step`, whose slot that is.

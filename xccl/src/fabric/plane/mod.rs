@@ -24,8 +24,10 @@
 //!
 //! Whoever waits moves everything on ([`Plane::progress`]); so does the [progress thread](super::progress).
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod lies;
 pub(crate) mod record;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;
@@ -54,6 +56,9 @@ pub(crate) const RECORDS: u64 = 64;
 const MOST_PUTS: u32 = 64;
 /// Batches that may have been applied without a word to their sender.
 const UNTOLD: u64 = RECORDS / 4;
+/// Batches that may wait for credit when a fetch is to be answered. Whoever fetches waits for the answer, so that it has not many on
+/// their way; one that never takes any would fill this rank's memory.
+const UNANSWERED: usize = 64 * RECORDS as usize;
 /// Bytes of the ring that one rank's records land in.
 const RING: usize = RECORDS as usize * RECORD_BYTES;
 
@@ -234,6 +239,14 @@ impl Plane {
         Ok(Plane { state: Mutex::new(state), wake })
     }
 
+    /// Goes on as if so many batches had come and gone.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn grow_old(&self, age: u64) {
+        for peer in lock(&self.state).peers.iter_mut().flatten() {
+            (peer.started, peer.taken, peer.applied, peer.told, peer.asked) = (age, age, age, age, age);
+        }
+    }
+
     /// What other ranks must know to connect.
     pub(crate) fn address(&self) -> Result<Vec<u8>> {
         lock(&self.state).endpoint.address()
@@ -250,6 +263,11 @@ impl Plane {
         let far = |(address, peer): (&Vec<u8>, &Option<Peer>)| peer.is_some().then(|| address.clone());
         let far: Vec<_> = addresses.iter().zip(&state.peers).map(far).collect();
         state.endpoint.connect(&far)
+    }
+
+    /// Whether records for `rank` have room where it says that they are to land.
+    pub(crate) fn check_records(&self, rank: usize, records: &RemoteRegion) -> Result<()> {
+        records.check(rank, RING)
     }
 
     /// Notes where records for `rank` land at it: before anything is sent to it.
@@ -541,7 +559,13 @@ impl State {
         }
         self.events = events;
         while let Some((to, answer)) = self.to_answer.pop() {
-            self.send(to, [], &[answer]);
+            let waiting = self.peers[to].as_ref().map_or(0, |peer| peer.batches.len());
+            if waiting < UNANSWERED {
+                self.send(to, [], &[answer]);
+                continue;
+            }
+            let (what, value, limit) = ("a number of fetches", waiting as u64, UNANSWERED as u64);
+            self.give_up(Trouble::Corrupt { rank: to, what, value, limit });
         }
         if self.held_up > 0 {
             for to in 0..self.peers.len() {
@@ -605,7 +629,7 @@ impl State {
                 };
                 let number = peer.applied + ahead;
                 match kind {
-                    DATA => peer.arrival(number).puts += 1,
+                    DATA => peer.arrival(number).puts = peer.arrival(number).puts.saturating_add(1),
                     _ => peer.arrival(number).record = true,
                 }
                 self.apply(source);
