@@ -72,6 +72,19 @@ fn the_first_death_is_named_and_not_those_it_has_caused() {
     }
 }
 
+#[test]
+fn those_that_are_left_go_on_whoever_dies_meanwhile() {
+    for seed in 0..4 {
+        let n = [3, 4, 6, 4][seed];
+        let ended = Job::start(RANK, n, &format!("shrink-{seed}"), &[]).wait();
+        for (rank, ended) in ended.iter().enumerate() {
+            let expected = if [0, 2].contains(&rank) { None } else { Some(0) };
+            assert_eq!(ended.code, expected, "rank {rank} of {n}, {seed}: {}", ended.stderr);
+        }
+    }
+    assert_eq!(names_in_dev_shm(), Vec::<String>::new());
+}
+
 /// Rank 2 never comes, so the others are still joining when one of them is killed.
 fn killed_while_joining(victim: usize, memory: &str) {
     let mut job = Job::start_some(RANK, 3, [0, 1], "join", &[("XCCL_MEMORY", memory)]);

@@ -544,6 +544,15 @@ pub enum Error {
         epoch: u64,
     },
 
+    /// The other ranks go on without this one.
+    #[error(
+        "the other ranks have gone on in {during} without this one, which they could not reach: end this process, or join them anew"
+    )]
+    LeftOut {
+        /// In which call.
+        during: Operation,
+    },
+
     /// A peer's memory holds a value that cannot be.
     #[error(
         "rank {rank}'s memory holds {what} = {value}, the limit is {limit}: that process is broken or runs another version"
@@ -620,7 +629,7 @@ pub enum Error {
 /// What a deadline leaves of a call.
 fn after_timeout(during: &Operation) -> &'static str {
     match during {
-        Operation::Init | Operation::Setup => "what was being set up is given up on every rank",
+        Operation::Init | Operation::Setup | Operation::Shrink => "what was being set up is given up on every rank",
         Operation::Send => "a request can be waited for again, a blocking send has given its message up",
         Operation::CombineRecv | Operation::E2aRecv => "the exchange is given up",
         collective if collective.is_collective() => {

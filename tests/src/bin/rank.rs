@@ -91,6 +91,7 @@ fn main() -> Result<()> {
         kv if kv.starts_with("kv-") => kv::transfer(&comm, kv),
         "die-of-it" => kill::die_of_it(&comm),
         die if die.starts_with("die-") => kill::die(&comm, die),
+        shrink if shrink.starts_with("shrink-") => kill::shrink(&comm, shrink),
         told if told.starts_with("told-") => kill::told(&comm, told),
         other => bail!("unknown scenario {other:?}"),
     }

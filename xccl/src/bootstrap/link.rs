@@ -40,7 +40,7 @@ impl From<Instant> for Limit {
 }
 
 impl Limit {
-    pub(super) fn has_passed(&self) -> bool {
+    pub(crate) fn has_passed(&self) -> bool {
         Instant::now() >= self.until
     }
 
@@ -54,7 +54,7 @@ impl Limit {
     }
 
     /// Whether there is a reason to stop.
-    pub(super) fn look_out(&self) -> Result<()> {
+    pub(crate) fn look_out(&self) -> Result<()> {
         self.lookout.as_ref().map_or(Ok(()), |lookout| lookout())
     }
 

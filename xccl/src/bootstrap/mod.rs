@@ -36,6 +36,7 @@ mod unix;
 mod watch;
 
 pub use environment::Launch;
+pub(crate) use link::Limit;
 pub(crate) use message::MAX_WORLD_SIZE;
 pub(crate) use rendezvous::Rendezvous;
 pub(crate) use star::Star;

@@ -11,7 +11,7 @@ use super::message::{
 };
 use super::node::{self, NodeKey};
 use super::rendezvous::{Place, Rendezvous};
-use super::reserved::Reserved;
+use super::reserved::{self, Reserved};
 use super::tcp::{self, Attempt};
 use super::watch::Watch;
 use super::{UniqueId, unix};
@@ -337,6 +337,16 @@ impl Star {
         }))
     }
 
+    /// The id of the communicator that goes on with some of these ranks, of which this one becomes rank 0: with a port of its own.
+    pub(crate) fn successor_id(&self, of: &UniqueId, attempt: u64, members: &[u64]) -> Result<Reserved> {
+        let Some(mut address) = self.local else { return Ok(Reserved(of.successor(attempt, members, None))) };
+        address.set_port(0);
+        let (listener, address) = reserved::take_a_port(address)?;
+        let id = of.successor(attempt, members, Some(address));
+        reserved::keep(id.token(), listener)?;
+        Ok(Reserved(id))
+    }
+
     /// The rank that is known to be gone without having left, if any: where the ranks live on several nodes, which no process
     /// sees all of. Rank 0 notices when a connection ends, and tells the others when it looks here; if rank 0 itself leaves
     /// in order, nobody tells any more. Never blocks; a system call as long as nothing has happened.
@@ -345,7 +355,7 @@ impl Star {
         let watch = watch.as_mut().filter(|_| !origin.is_elsewhere())?;
         match role {
             Role::Root { links } => {
-                if let Some(rank) = watch.look_at_members(links, inbox) {
+                for &rank in watch.look_at_members(links, inbox) {
                     let bytes = encode(&FromRoot::Lost { rank }).ok()?;
                     // One that cannot be told finds its connection closed.
                     links.iter_mut().flatten().for_each(|link| _ = link.try_send(&bytes, &[]));
@@ -354,7 +364,12 @@ impl Star {
             Role::Member(link) => watch.look_at_root(link, inbox, verdict),
         }
         // Rank 0 may name any number.
-        watch.lost().filter(|&rank| rank < self.pids.len())
+        watch.lost().iter().copied().find(|&rank| rank < self.pids.len())
+    }
+
+    /// Whether that rank is known to be gone without having left, as [`lost`](Self::lost) has found the first.
+    pub(crate) fn has_lost(&self, rank: usize) -> bool {
+        self.watch.as_ref().is_some_and(|watch| watch.lost().contains(&rank))
     }
 
     /// A descriptor that becomes readable when [`lost`](Self::lost) may have something to tell.

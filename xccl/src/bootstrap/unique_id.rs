@@ -128,6 +128,24 @@ impl UniqueId {
         Self::assemble(&derived, None)
     }
 
+    /// The id of the communicator in which some of this one's ranks go on (a bit each), in the so manieth attempt. All of them derive
+    /// the same; others that have this id could as well.
+    pub(crate) fn successor(&self, attempt: u64, members: &[u64], address: Option<SocketAddr>) -> Self {
+        let derive = |purpose: &str| {
+            let mut hash = Sha256::new();
+            hash.update(purpose);
+            hash.update(&self.0[TOKEN.start..SECRET.end]);
+            hash.update(attempt.to_le_bytes());
+            members.iter().for_each(|word| hash.update(word.to_le_bytes()));
+            hash.finalize()
+        };
+        let mut derived = [0; SECRET.end - TOKEN.start];
+        let (token, secret) = derived.split_at_mut(TOKEN.len());
+        token.copy_from_slice(&derive("xccl next token ")[..TOKEN.len()]);
+        secret.copy_from_slice(&derive("xccl next secret"));
+        Self::assemble(&derived, address)
+    }
+
     /// The id as bytes, to be handed to other ranks. They hold the secret.
     pub fn as_bytes(&self) -> &[u8; UniqueId::LEN] {
         &self.0
@@ -316,6 +334,18 @@ mod tests {
             assert_ne!(first.secret(), other.secret());
         }
         assert_eq!(UniqueId::from_bytes(first.as_bytes()).unwrap(), first);
+    }
+
+    #[test]
+    fn a_successors_id_depends_on_the_old_one_the_attempt_and_the_members() {
+        let (id, address) = (UniqueId::new().unwrap(), "10.1.2.3:5".parse().unwrap());
+        let next = id.successor(1, &[0b101], Some(address));
+        assert_eq!((next, next.address()), (id.successor(1, &[0b101], Some(address)), Some(address)));
+        let others = [id.successor(2, &[0b101], None), id.successor(1, &[0b100], None)];
+        for other in others.into_iter().chain([UniqueId::new().unwrap().successor(1, &[0b101], None), id]) {
+            assert!(other.token() != next.token() && other.secret() != next.secret());
+        }
+        assert_eq!(UniqueId::from_bytes(next.as_bytes()).unwrap(), next);
     }
 
     #[test]

@@ -16,8 +16,8 @@ const AT_ONCE: usize = 16;
 pub(super) struct Watch {
     /// Asks about all connections with one system call. Those that have ended are taken out.
     epoll: Epoll,
-    /// The first rank that was found to be gone.
-    lost: Option<usize>,
+    /// The ranks that were found to be gone, in this order.
+    lost: Vec<usize>,
 }
 
 impl Watch {
@@ -39,7 +39,7 @@ impl Watch {
 
     fn new() -> Result<Watch> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| Error::os("epoll_create1", e))?;
-        Ok(Watch { epoll, lost: None })
+        Ok(Watch { epoll, lost: vec![] })
     }
 
     fn add(&self, link: &Link, events: EpollFlags, rank: usize) -> Result<()> {
@@ -58,25 +58,24 @@ impl Watch {
         self.epoll.wait(events, EpollTimeout::ZERO).unwrap_or(0)
     }
 
-    pub(super) fn lost(&self) -> Option<usize> {
-        self.lost
+    pub(super) fn lost(&self) -> &[usize] {
+        &self.lost
     }
 
-    /// Gives the rank that is found to be gone, once.
-    pub(super) fn look_at_members(&mut self, links: &mut [Option<Link>], inbox: &mut Inbox) -> Option<usize> {
+    /// Gives the ranks that are found to be gone, each once.
+    pub(super) fn look_at_members(&mut self, links: &mut [Option<Link>], inbox: &mut Inbox) -> &[usize] {
         let mut events = [EpollEvent::empty(); AT_ONCE];
-        let mut found = None;
+        let before = self.lost.len();
         let happened = self.happenings(&mut events);
         for event in &events[..happened] {
             let rank = usize::try_from(event.data()).unwrap_or(usize::MAX);
             let Some(link) = links.get_mut(rank).and_then(Option::as_mut) else { continue };
             self.remove(link);
-            if !has_said_goodbye(link, inbox) && self.lost.is_none() {
-                self.lost = Some(rank);
-                found = self.lost;
+            if !has_said_goodbye(link, inbox) {
+                self.lost.push(rank);
             }
         }
-        found
+        &self.lost[before..]
     }
 
     /// Hears what rank 0 has to say, if anything; a verdict on an exchange that is still to come is kept for that.
@@ -89,7 +88,7 @@ impl Watch {
         loop {
             match link.try_receive(inbox) {
                 Ok(Received::Message(len, _)) => match decode(inbox.message(len)) {
-                    Some(FromRoot::Lost { rank }) => self.lost = self.lost.or(Some(rank)),
+                    Some(FromRoot::Lost { rank }) => self.lost.push(rank),
                     Some(FromRoot::Verdict(said)) => *verdict = Some(said),
                     Some(FromRoot::Goodbye) => break self.remove(link),
                     _ => break self.end(link),
@@ -106,7 +105,7 @@ impl Watch {
 
     fn end(&mut self, link: &Link) {
         self.remove(link);
-        self.lost = self.lost.or(Some(0));
+        self.lost.push(0);
     }
 }
 

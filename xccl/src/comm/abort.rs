@@ -62,6 +62,8 @@ impl CommInner {
         state.store(ABORTED, Release);
         bell::publish_fence();
         self.ring_all();
+        // Later calls of this rank need not wait to find out.
+        self.ending.cause();
         let note = Update::Bytes { window: OUTBOX, offset: self.layout.abort, len: ABORT_BYTES, words };
         let ended = Update::Word32 { window: OUTBOX, offset: self.layout.state, value: ABORTED };
         self.fabric.far().for_each(|(rank, far)| far.plane.send(rank, [], &[note, ended]));

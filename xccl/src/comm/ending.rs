@@ -13,7 +13,7 @@
 //! The first cause that a rank has found stays its cause. Who has found it by itself rings all bells of the node, so that one look
 //! is enough; those that sleep long take turns at looking ([`wait`](crate::sync::wait)).
 
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::abort;
@@ -34,6 +34,8 @@ use crate::sync::liveness::Liveness;
 pub(crate) const RUNNING: u32 = 1;
 pub(crate) const ABORTED: u32 = 2;
 pub(crate) const LEFT: u32 = 3;
+/// For those that look at the abort this is one still.
+pub(crate) const ABORTED_AND_LEFT: u32 = 4;
 
 /// Why a communicator is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +81,9 @@ pub(crate) struct Ending {
     cause: usize,
     /// Where it has what its owner says of an abort.
     abort: usize,
+    /// Where it has the ranks of its owner's node that were seen dead.
+    gone: usize,
+    nodes: Vec<usize>,
     liveness: Liveness,
     bells: Arc<Bells>,
     plane: OnceLock<(Arc<Plane>, Vec<usize>)>,
@@ -96,6 +101,8 @@ impl Ending {
             state: layout.state,
             cause: layout.cause,
             abort: layout.abort,
+            gone: layout.gone,
+            nodes: star.nodes().to_vec(),
             liveness: Liveness::watch(pids),
             bells: bells.clone(),
             plane: OnceLock::new(),
@@ -115,7 +122,15 @@ impl Ending {
     }
 
     pub(crate) fn state(&self, rank: usize) -> u32 {
-        self.outboxes[rank].word32(self.state).load(Acquire)
+        match self.outboxes[rank].word32(self.state).load(Acquire) {
+            ABORTED_AND_LEFT => ABORTED,
+            state => state,
+        }
+    }
+
+    /// Whether the rank has left, after an abort perhaps.
+    pub(crate) fn has_left(&self, rank: usize) -> bool {
+        [LEFT, ABORTED_AND_LEFT].contains(&self.outboxes[rank].word32(self.state).load(Acquire))
     }
 
     /// Whether the rank has said itself that it takes no further part.
@@ -126,6 +141,48 @@ impl Ending {
     /// Whether the rank's process has ended without leaving.
     pub(crate) fn has_died(&self, rank: usize) -> bool {
         self.liveness.has_ended(rank) == Some(true) && self.state(rank) != LEFT
+    }
+
+    /// Whether the rank takes part in nothing any more, whatever becomes of the communicator: it has left, its process has ended, or
+    /// it cannot be reached. A system call, or more for a far one.
+    pub(crate) fn is_gone(&self, rank: usize) -> bool {
+        if self.has_left(rank) {
+            return true;
+        }
+        if self.nodes[rank] == self.nodes[self.rank] {
+            let is_dead = self.liveness.has_ended(rank) == Some(true);
+            if is_dead && self.plane.get().is_some() {
+                self.tell_gone(rank);
+            }
+            return is_dead;
+        }
+        let bit = |by: usize| self.outboxes[by].word64(self.gone + rank / 64 * 8).load(Acquire) >> (rank % 64) & 1;
+        let told = (0..self.nodes.len()).any(|by| self.nodes[by] == self.nodes[rank] && bit(by) == 1);
+        told || self.is_out_of_reach(rank)
+    }
+
+    /// A rank of this node is dead: those of other nodes cannot see it.
+    fn tell_gone(&self, rank: usize) {
+        let (offset, bit) = (self.gone + rank / 64 * 8, 1 << (rank % 64));
+        let before = self.own.word64(offset).fetch_or(bit, AcqRel);
+        if let Some((plane, far)) = self.plane.get().filter(|_| before & bit == 0) {
+            let update = Update::Word64 { window: OUTBOX, offset, value: before | bit };
+            far.iter().for_each(|&to| plane.send(to, [], &[update]));
+        }
+    }
+
+    /// Whether the connection to a far rank has ended, or its host's network.
+    fn is_out_of_reach(&self, rank: usize) -> bool {
+        if let Ok(mut star) = self.star.try_lock() {
+            star.lost();
+            if star.has_lost(rank) {
+                return true;
+            }
+        }
+        let Some((plane, _)) = self.plane.get() else { return false };
+        // Asking is what finds out.
+        plane.is_settled(rank);
+        plane.trouble(|other| other == rank).is_some()
     }
 
     /// Why the communicator is over, if this rank can tell. A system call or two where it is not.

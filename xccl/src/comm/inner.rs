@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::bells::Bells;
-use super::ending::{ABORTED, Cause, Ending, LEFT, RUNNING};
+use super::ending::{ABORTED, ABORTED_AND_LEFT, Cause, Ending, LEFT, RUNNING};
 use super::layout::{ABI_VERSION, BELL, BYTE_ORDER, CommLayout, HEAP_START, Header, MAGIC};
 use super::{Config, Statistics};
-use crate::bootstrap::{Rendezvous, Star};
+use crate::bootstrap::{Limit, Rendezvous, Star, UniqueId};
 use crate::collectives;
 use crate::collectives::engine::Collectives;
 use crate::error::{Error, Result};
@@ -89,11 +89,38 @@ pub(crate) struct CommInner {
     pub(crate) calibration: Calibration,
     pub(crate) ending: Arc<Ending>,
     pub(super) aborting: Mutex<()>,
+    pub(super) shrinking: Mutex<()>,
+    /// What it was built with.
+    pub(super) unique_id: UniqueId,
+    /// The ranks in the communicator that this one is the rest of.
+    pub(super) former: Vec<usize>,
     barriers: Mutex<u64>,
     pub(crate) core_sharing: CoreSharing,
     patience: Patience,
     sleeper: Sleeper,
     origin: Origin,
+}
+
+/// What a communicator comes from.
+pub(crate) enum Descent<'a> {
+    New,
+    /// It was split off, and its siblings are there as well.
+    Part(&'a CommInner),
+    /// It is what is left of another one, whose ranks are named; with what ends its being built.
+    Rest {
+        of: &'a CommInner,
+        members: &'a [usize],
+        limit: Limit,
+    },
+}
+
+impl Descent<'_> {
+    fn whole(&self) -> Option<&CommInner> {
+        match self {
+            Descent::New => None,
+            Descent::Part(whole) | Descent::Rest { of: whole, .. } => Some(whole),
+        }
+    }
 }
 
 /// The waits of one call. Its deadline counts from the first that is not over at once.
@@ -151,21 +178,25 @@ struct Probe {
 }
 
 impl CommInner {
-    /// `part_of` is the communicator that this one is split off from.
     pub(crate) fn init(
         rank: usize,
         world_size: usize,
         rendezvous: &Rendezvous,
         config: Config,
-        part_of: Option<&CommInner>,
+        descent: Descent<'_>,
     ) -> Result<Self> {
         if world_size == 0 || rank >= world_size {
             return Err(Error::InvalidRank { rank, world_size });
         }
         config.kernels.resolve("Config::kernels")?;
-        let deadline = Instant::now() + config.timeout.unwrap_or(NO_DEADLINE);
+        let limit = match &descent {
+            Descent::Rest { limit, .. } => limit.clone(),
+            _ => (Instant::now() + config.timeout.unwrap_or(NO_DEADLINE)).into(),
+        };
+        let deadline = limit.until;
         let heap_bytes = HEAP_START + config.heap_bytes.next_multiple_of(4096);
-        let mut star = Star::join(rendezvous, rank, world_size, &config.description(), &deadline.into())?;
+        let mut star = Star::join(rendezvous, rank, world_size, &config.description(), &limit)?;
+        star.look_out(limit.lookout);
         #[cfg(any(test, fuzzing))]
         if let Some(pretence) = &config.pretence {
             star.pretend(&pretence.nodes);
@@ -208,7 +239,7 @@ impl CommInner {
         let own = Probe { address, machine: machine::identity(), cores: machine::cores(), calibrate };
         let blob = fabric::encode(&own)?;
         // A part of a communicator takes what the whole has measured.
-        let mut calibrate = world_size >= 2 && part_of.is_none();
+        let mut calibrate = world_size >= 2 && descent.whole().is_none();
         let parts = star.exchange(&blob, &[], deadline)?;
         let mut cores = Vec::with_capacity(world_size);
         for (peer, (blob, _)) in parts.iter().enumerate() {
@@ -253,11 +284,20 @@ impl CommInner {
         }
 
         let alone = CoreSharing::of(&cores);
-        let core_sharing = part_of.map_or(alone.clone(), |whole| alone.of_part(&whole.core_sharing));
+        let core_sharing = match &descent {
+            Descent::Part(whole) => alone.of_part(&whole.core_sharing),
+            _ => alone,
+        };
         let patience = Patience::for_sharing(&core_sharing).in_turn(here.0, here.1);
         tracing::debug!(rank, %core_sharing, outbox = layout.bytes, heap = heap_bytes, "communicator ready");
         let mut comm = CommInner {
-            calibration: part_of.map_or_else(
+            former: match &descent {
+                Descent::Rest { members, .. } => members.to_vec(),
+                _ => (0..world_size).collect(),
+            },
+            unique_id: *rendezvous.id(),
+            shrinking: Mutex::new(()),
+            calibration: descent.whole().map_or_else(
                 || Calibration::set(&config, core_sharing.has_core_each()),
                 |whole| whole.calibration.clone(),
             ),
@@ -472,6 +512,9 @@ impl CommInner {
     /// As [`wait`](Self::wait), for calls that wait several times and have one deadline for all.
     #[inline]
     pub(crate) fn wait_in<T>(&self, call: &mut Call, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
+        if let Some(cause) = self.ending.known() {
+            self.check_later_call(cause, &what)?;
+        }
         match self.briefly(&mut ready) {
             Some(value) => Ok(value),
             None => self.wait_slowly(call, what, ready),
@@ -499,24 +542,35 @@ impl CommInner {
     }
 
     #[cold]
-    fn wait_slowly<T>(&self, call: &mut Call, what: Waiting, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
+    fn wait_slowly<T>(&self, call: &mut Call, what: Waiting, ready: impl FnMut() -> Option<T>) -> Result<T> {
+        let limit = call.within.or(self.config.timeout);
+        self.wait_unless(call, what, ready, |since| self.reason_to_give_up(&what, since, limit))
+    }
+
+    /// As [`wait_in`](Self::wait_in), but ended by the caller's own reasons alone.
+    pub(super) fn wait_unless<T>(
+        &self,
+        call: &mut Call,
+        what: Waiting,
+        mut ready: impl FnMut() -> Option<T>,
+        reason: impl Fn(Instant) -> Result<()>,
+    ) -> Result<T> {
         #[cfg(any(test, fuzzing))]
         if crate::lies::is_impatient() {
-            let given_up = self.reason_to_give_up(&what, Instant::now(), Some(Duration::ZERO));
-            return given_up.and_then(|()| ready().ok_or_else(|| self.timed_out(&what, Duration::ZERO)));
+            return reason(Instant::now()).and_then(|()| ready().ok_or_else(|| self.timed_out(&what, Duration::ZERO)));
         }
         let sleep = self.fabric.outbox.word32(self.layout.sleep);
         let bell = self.fabric.heap.word32(BELL);
         let waits_for = what.peer.map_or(bell::ANYONE, bell::only);
         let place = self.bells.place(self.rank);
-        let (rung, limit) = (Cell::new(0), call.within.or(self.config.timeout));
+        let rung = Cell::new(0);
         let doze = |slice, ready: &mut dyn FnMut() -> bool| {
             self.sleeper.sleep_unless((place, sleep), waits_for, (bell, rung.get()), slice, ready);
         };
         let check = |since| {
             // Read first: what ends the wait from now on rings it, and the sleep that follows is none.
             rung.set(bell::rung(bell));
-            self.reason_to_give_up(&what, since, limit)
+            reason(since)
         };
         let Some(far) = &self.fabric.far else { return self.wait_with(call, what, ready, doze, check) };
         let looks = || self.look(far, &mut ready);
@@ -616,6 +670,15 @@ impl CommInner {
         self.check_reach(far, concerns, (during, epoch))
     }
 
+    /// Ends a call that begins after the end of the communicator is known, although what it waits for may be there.
+    #[cold]
+    fn check_later_call(&self, cause: Cause, what: &Waiting) -> Result<()> {
+        match cause {
+            Cause::Died(rank) if what.operation.is_of_a_pair() && what.peer != Some(rank) => Ok(()),
+            _ => Err(self.ending.error(cause, what.operation, what.epoch)),
+        }
+    }
+
     /// Whether what is between this rank and one other can go on although a third one has died.
     fn check_pair(&self, what: &Waiting) -> Result<()> {
         let (during, epoch) = (what.operation, what.epoch);
@@ -638,7 +701,7 @@ impl CommInner {
         }
     }
 
-    fn timed_out(&self, what: &Waiting, waited: Duration) -> Error {
+    pub(super) fn timed_out(&self, what: &Waiting, waited: Duration) -> Error {
         let waited_for = self.explain(what, waited);
         Error::Timeout { during: what.operation, epoch: what.epoch, peer: what.peer, waited, waited_for }
     }
@@ -730,9 +793,10 @@ impl CommInner {
 
     /// Says that this rank takes no further part; what it has published stays readable.
     fn leave(&self) {
-        self.fabric.outbox.word32(self.layout.state).store(LEFT, Release);
+        let state = if self.state(self.rank) == ABORTED { ABORTED_AND_LEFT } else { LEFT };
+        self.fabric.outbox.word32(self.layout.state).store(state, Release);
         self.ring_all();
-        self.fabric.far().for_each(|(rank, far)| far.tell32(rank, self.layout.state, LEFT));
+        self.fabric.far().for_each(|(rank, far)| far.tell32(rank, self.layout.state, state));
     }
 
     /// Wakes every rank of this node, to look at what this one has published.
@@ -746,7 +810,7 @@ impl CommInner {
     fn see_off(&self, far: &Far) {
         let until = Instant::now() + self.config.timeout.unwrap_or(FAREWELL).min(FAREWELL);
         let is_through = |rank: usize| {
-            let is_gone = self.state(rank) == LEFT || self.ending.known() == Some(Cause::Died(rank));
+            let is_gone = self.ending.has_left(rank) || self.ending.known() == Some(Cause::Died(rank));
             is_gone || far.plane.is_settled(rank)
         };
         while !self.fabric.far().all(|(rank, _)| is_through(rank)) && Instant::now() < until {
@@ -765,10 +829,8 @@ impl Drop for CommInner {
         }
         // What other ranks still pass on for this one comes first: that it has left must not overtake it.
         self.fabric.far.iter().for_each(|far| self.see_off(far));
-        if self.state(self.rank) != ABORTED {
-            tracing::debug!(rank = self.rank, "leaves the communicator");
-            self.leave();
-        }
+        tracing::debug!(rank = self.rank, "leaves the communicator");
+        self.leave();
         self.fabric.far.iter().for_each(|far| self.see_off(far));
     }
 }

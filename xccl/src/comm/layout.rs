@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::Config;
+use super::shrink::BallotLayout;
 use crate::bootstrap::MAX_WORLD_SIZE;
 use crate::collectives::slots::Slots;
 use crate::memory::layout::{LINE, Layout};
@@ -58,6 +59,10 @@ pub(crate) struct CommLayout {
     pub(crate) cause: usize,
     /// What this rank says of its abort; read by all once its state says that it has aborted.
     pub(crate) abort: usize,
+    /// What this rank says while ranks agree on those that are left; read by all.
+    pub(crate) ballot: BallotLayout,
+    /// A bit per rank of this node that this rank has seen dead; read by the ranks of other nodes.
+    pub(crate) gone: usize,
     /// A byte per rank: 1 where this rank can read that rank's private memory; read by that rank.
     pub(crate) cma: usize,
     /// Per source, a line: messages consumed of the ring from there; read by that source.
@@ -90,6 +95,8 @@ impl CommLayout {
         let [sleep, barrier] = std::array::from_fn(|_| layout.add(LINE));
         let cause = state + 16;
         let abort = layout.add(ABORT_BYTES);
+        let ballot = BallotLayout::new(&mut layout, world_size);
+        let gone = layout.add(world_size.div_ceil(64) * 8);
         let cma = layout.add(world_size);
         let consumed = layout.add(world_size * LINE);
         let finished = layout.add(world_size * SLOTS * 8);
@@ -108,6 +115,8 @@ impl CommLayout {
             barrier,
             cause,
             abort,
+            ballot,
+            gone,
             cma,
             consumed,
             finished,
@@ -172,6 +181,8 @@ mod tests {
             areas.push((layout.board.counters, 8 + size_of::<crate::Statistics>()));
             areas.push((layout.board.waited, (world + 1) * 8));
             areas.push((layout.board.nodes, world * 4));
+            areas.push(layout.ballot.area());
+            areas.push((layout.gone, world.div_ceil(64) * 8));
             areas.push((layout.cma, world));
             areas.extend(layout.collectives.areas());
             for peer in 0..world {

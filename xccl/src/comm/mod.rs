@@ -3,6 +3,7 @@
 mod abort;
 #[cfg(test)]
 mod age_tests;
+mod agreement;
 mod bells;
 pub(crate) mod config;
 pub(crate) mod ending;
@@ -12,6 +13,7 @@ mod heap_buffer;
 pub(crate) mod inner;
 pub(crate) mod layout;
 mod seeing;
+mod shrink;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -22,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use config::{Config, Origin, Setting};
 pub use heap_buffer::HeapBuffer;
-use inner::CommInner;
+use inner::{CommInner, Descent};
 
 use crate::bootstrap::{Launch, Rendezvous, UniqueId};
 use crate::error::{Error, Result};
@@ -97,12 +99,12 @@ pub struct Statistics {
 /// Memory that a communicator takes on each rank, as its configuration implies it. Pages count once they are touched, and each
 /// page once on the machine, however many ranks map it.
 ///
-/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has 5312 bytes (most of them to show what the rank does), and
-/// for each rank 13 bytes, a line, twice 64 words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages. Collectives
-/// add 32 slots of 4 KiB and four of 256 KiB:
+/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has 5440 bytes (most of them to show what the rank does), and
+/// for each rank 13 bytes and two bits, a line, twice 64 words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages.
+/// Collectives add 32 slots of 4 KiB and four of 256 KiB:
 ///
 /// ```text
-/// outbox  = page(page(5312 + line(8 W + 8) + line(4 W) + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
+/// outbox  = page(page(5440 + line(8 W + 8) + line(4 W) + 2 line(W / 8) + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
 /// touched = a page or a few of words, 4096 bytes and the used part of R for each rank that was sent to, and the used slots
 /// heap    = 4096 + XCCL_HEAP, touched as it is allocated and written
 /// ```
@@ -118,7 +120,7 @@ pub struct Statistics {
 /// ```
 /// use xccl::{Communicator, Config};
 /// let (line, page, ring) = (|n: usize| n.next_multiple_of(64), |n: usize| n.next_multiple_of(4096), 1 << 20);
-/// let words = |w: usize| 5312 + line(8 * w + 8) + line(4 * w) + line(w) + 1088 * w;
+/// let words = |w: usize| 5440 + line(8 * w + 8) + line(4 * w) + 2 * line(w.div_ceil(8)) + line(w) + 1088 * w;
 /// let by_formula = |w: usize| page(page(words(w)) + 4096 * w + ring * w) + 1191936;
 /// for ranks in [1, 2, 8, 64, 1000] {
 ///     let plan = Communicator::memory_plan(ranks, &Config::default().p2p_ring_bytes(ring));
@@ -154,7 +156,7 @@ impl Communicator {
     }
 
     fn meet(rank: usize, world_size: usize, rendezvous: &Rendezvous, config: Config) -> Result<Self> {
-        Ok(Communicator { inner: Arc::new(CommInner::init(rank, world_size, rendezvous, config, None)?) })
+        Ok(Communicator { inner: Arc::new(CommInner::init(rank, world_size, rendezvous, config, Descent::New)?) })
     }
 
     /// Joins the communicator of all ranks that a launcher (`xccl run`, torchrun, mpirun, srun) has started, configured by
@@ -306,7 +308,8 @@ impl Communicator {
             limit: 128,
         })?;
         let (id, config) = (UniqueId::from_bytes(id)?, self.config().clone());
-        let inner = CommInner::init(new_rank, members.len(), &Rendezvous::from(&id), config, Some(&self.inner))?;
+        let inner =
+            CommInner::init(new_rank, members.len(), &Rendezvous::from(&id), config, Descent::Part(&self.inner))?;
         Ok(Some(Communicator { inner: Arc::new(inner) }))
     }
 

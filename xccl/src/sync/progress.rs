@@ -68,10 +68,12 @@ pub enum Operation {
     E2aRecv = 27,
     /// Asking whether a rank can be reached.
     Probe = 32,
+    /// Agreeing on the ranks that are left, and building their communicator.
+    Shrink = 33,
 }
 
 /// All of them.
-const ALL: [Operation; 28] = {
+const ALL: [Operation; 29] = {
     use Operation::*;
     [
         Computing,
@@ -102,6 +104,7 @@ const ALL: [Operation; 28] = {
         E2aSend,
         E2aRecv,
         Probe,
+        Shrink,
     ]
 };
 
@@ -152,6 +155,7 @@ impl fmt::Display for Operation {
             Operation::E2aSend => "e2a_send",
             Operation::E2aRecv => "e2a_recv",
             Operation::Probe => "probe",
+            Operation::Shrink => "shrink",
         })
     }
 }

@@ -109,6 +109,53 @@ pub(crate) fn die_of_it(comm: &Communicator) -> Result<()> {
     std::process::exit(0)
 }
 
+/// Ranks 0 and 2 kill themselves at instants that the number in the scenario gives, rank 2 perhaps while the others agree on who is
+/// left. Those go on until they are all that live, and hold the same ranks to be members.
+pub(crate) fn shrink(comm: &Communicator, scenario: &str) -> Result<()> {
+    let seed: u64 = scenario.trim_start_matches("shrink-").parse()?;
+    let (me, ranks) = (comm.rank(), comm.world_size());
+    // The second comes up to 20 ms after the first, in which a shrink is over.
+    let doomed = [(0, 300_000), (2, 300_000 + seed * 7919 % 20_000)];
+    comm.barrier()?;
+    if let Some(&(_, after)) = doomed.iter().find(|(rank, _)| *rank == me) {
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_micros(after));
+            let _ = die_now();
+        });
+    }
+    let mut comm = comm.clone();
+    let mut members: Vec<i64> = (0..ranks as i64).collect();
+    loop {
+        let (mine, mut all) = ([me as i64], vec![-1; comm.world_size()]);
+        let outcome = (|| loop {
+            comm.all_gather(&mine, &mut all)?;
+            if comm.world_size() == ranks - doomed.len() {
+                return comm.barrier();
+            }
+        })();
+        match outcome {
+            Ok(()) => break,
+            Err(
+                Error::PeerDied { .. } | Error::PeerUnreachable { .. } | Error::Aborted { .. } | Error::PeerLeft { .. },
+            ) => {}
+            Err(err) => bail!("{err:?}"),
+        }
+        let start = Instant::now();
+        let rest = comm.shrink()?;
+        members = rest.former_ranks().iter().map(|&rank| members[rank]).collect();
+        eprintln!("rank {me}: {members:?} after {:?}", start.elapsed());
+        comm = rest;
+    }
+    let mut all = vec![-1; comm.world_size()];
+    comm.all_gather(&[me as i64], &mut all)?;
+    let expected: Vec<i64> = (0..ranks as i64).filter(|rank| ![0, 2].contains(rank)).collect();
+    ensure!(all == expected && members == expected, "{all:?}, {members:?}");
+    // Handles are made anew.
+    let moe = Moe::new(&comm, MoeConfig::new(1, 8, 1, comm.world_size(), DType::F32))?;
+    let (sent, batch) = moe.dispatch(&[1.0f32; 8], &Routing::new(&[0], &[1.0]))?;
+    Ok(moe.combine(sent, batch, &mut [0.0f32; 8])?)
+}
+
 /// Waits for a rank that the test kills, and prints the machine's time when it is told: its name, and that it was so.
 pub(crate) fn told(comm: &Communicator, scenario: &str) -> Result<()> {
     let last = comm.world_size() - 1;
