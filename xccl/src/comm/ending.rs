@@ -13,8 +13,10 @@
 //! The first cause that a rank has found stays its cause. Who has found it by itself rings all bells of the node, so that one look
 //! is enough; those that sleep long take turns at looking ([`wait`](crate::sync::wait)).
 
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Instant;
 
 use super::abort;
 use super::bells::Bells;
@@ -29,6 +31,9 @@ use crate::memory::mapping::Mapping;
 use crate::sync::Operation;
 use crate::sync::bell;
 use crate::sync::liveness::Liveness;
+
+/// A far rank that is waited for is asked so often whether it is there.
+const BETWEEN_PROBES_MS: u64 = 20;
 
 /// Values of the state word.
 pub(crate) const RUNNING: u32 = 1;
@@ -88,6 +93,9 @@ pub(crate) struct Ending {
     bells: Arc<Bells>,
     plane: OnceLock<(Arc<Plane>, Vec<usize>)>,
     star: Mutex<Star>,
+    since: Instant,
+    /// By rank, when it was last asked whether it is there: in milliseconds.
+    probed: Vec<AtomicU64>,
     known: OnceLock<Cause>,
 }
 
@@ -106,6 +114,8 @@ impl Ending {
             liveness: Liveness::watch(pids),
             bells: bells.clone(),
             plane: OnceLock::new(),
+            since: Instant::now(),
+            probed: star.pids().iter().map(|_| AtomicU64::new(0)).collect(),
             star: Mutex::new(star),
             known: OnceLock::new(),
         }
@@ -180,8 +190,12 @@ impl Ending {
             }
         }
         let Some((plane, _)) = self.plane.get() else { return false };
-        // Asking is what finds out.
-        plane.is_settled(rank);
+        // A connection tells that its other end is gone when something is sent there.
+        let (last, now) = (&self.probed[rank], self.since.elapsed().as_millis() as u64);
+        if now >= last.load(Relaxed) + BETWEEN_PROBES_MS {
+            last.store(now, Relaxed);
+            plane.probe(rank);
+        }
         plane.trouble(|other| other == rank).is_some()
     }
 

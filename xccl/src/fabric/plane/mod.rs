@@ -354,6 +354,11 @@ impl Plane {
         lock(&self.state).answers.remove(&token);
     }
 
+    /// Sends `to` a question that need not be answered: what finds out whether it can still be reached. Its trouble comes later.
+    pub(crate) fn probe(&self, to: usize) {
+        lock(&self.state).probe(to);
+    }
+
     /// Whether `to` has applied all that was sent to it; if not, it is asked to tell when it has. Nothing more comes of one that
     /// cannot be reached.
     pub(crate) fn is_settled(&self, to: usize) -> bool {
@@ -457,6 +462,11 @@ impl Peer {
         }
     }
 
+    /// The last batch to it that has left.
+    fn left(&self) -> u64 {
+        self.started - self.batches.len() as u64
+    }
+
     /// Whether something of it has not left.
     fn is_held_up(&self) -> bool {
         !self.puts.is_empty() || !self.batches.is_empty() || self.asking || self.owes_word()
@@ -546,6 +556,13 @@ impl State {
             self.flush(to);
         }
         false
+    }
+
+    fn probe(&mut self, to: usize) {
+        if let Some(peer) = self.peers[to].as_mut().filter(|peer| peer.trouble.is_none()) {
+            (peer.asked, peer.asking) = (peer.left(), true);
+            self.flush(to);
+        }
     }
 
     fn progress(&mut self) -> bool {
@@ -822,7 +839,7 @@ impl State {
         }
         for (kind, number) in [(TOLD, peer.applied), (ASKS, peer.asked)] {
             // A number that is asked for is within the credit that was given, as one in flight.
-            let due = if kind == TOLD { peer.owes_word() } else { peer.asking && peer.batches.is_empty() };
+            let due = if kind == TOLD { peer.owes_word() } else { peer.asking && peer.asked <= peer.left() };
             if due {
                 let from = (staged, 0..0);
                 if endpoint.put(to, from, (records, 0), immediate(kind, me, number), None)? == Posted::Full {
