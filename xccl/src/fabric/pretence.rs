@@ -7,13 +7,16 @@ use super::endpoint::Endpoint;
 use super::plane::simulated::{Simulated, network};
 use crate::bootstrap::UniqueId;
 
+/// By the id of a communicator, the endpoints of its ranks that are not taken yet.
+type Networks = HashMap<[u8; UniqueId::LEN], Vec<Option<Simulated>>>;
+
 /// Which rank is on which node.
 #[derive(Debug)]
 pub(crate) struct Pretence {
     pub(crate) nodes: Vec<usize>,
     /// How deep the network's queues are, and its seed; none for the real one.
     simulated: Option<(usize, u64)>,
-    networks: Arc<Mutex<HashMap<[u8; UniqueId::LEN], Vec<Option<Simulated>>>>>,
+    networks: Arc<Mutex<Networks>>,
 }
 
 impl Pretence {
