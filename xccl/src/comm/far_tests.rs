@@ -1,5 +1,6 @@
 //! Ranks of several nodes, which are threads of this process on a simulated network that reorders and delays.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -248,24 +249,30 @@ fn ranks_of_several_nodes_share_the_cores_of_the_machine_that_these_are_on() {
     assert!(shared.iter().all(|sharing| *sharing == expected), "{shared:?}, and not {expected:?}");
 }
 
-/// The network takes one put at a time, and nobody moves on what waits for it but who waits: for its part in a set-up, too.
+/// The network takes one put at a time, and nobody moves on what waits for it but who waits: for its part in a set-up, too, and for
+/// another communicator's words.
 #[test]
-fn a_set_up_moves_on_what_was_sent_before_it_where_no_thread_does() {
+fn who_waits_for_something_else_moves_on_what_was_sent_before_where_no_thread_does() {
     on_nodes(&[0, 1], 0, quick().progress_thread(false), |comm| {
         let texts: Vec<_> = (0..5).map(|n| payload(comm.rank(), 1, n, 1000)).collect();
-        comm.scope(|scope| {
-            let sent = match comm.rank() {
-                0 => texts.iter().map(|text| scope.isend(1, 5, text)).collect::<Result<Vec<_>>>()?,
-                _ => vec![],
-            };
-            for n in 0..texts.len() * comm.rank() {
-                let mut text = [0; 1000];
-                comm.recv(0, 5, &mut text)?;
-                assert!(text[..] == payload(0, 1, n, 1000), "message {n}");
-            }
-            comm.split(Some(0), 0)?;
-            sent.into_iter().try_for_each(|request| request.wait().map(|_| ()))
-        })
-        .unwrap();
+        let meanwhile = |wait: &dyn Fn()| {
+            comm.scope(|scope| {
+                let sent = match comm.rank() {
+                    0 => texts.iter().map(|text| scope.isend(1, 5, text)).collect::<Result<Vec<_>>>()?,
+                    _ => vec![],
+                };
+                for n in 0..texts.len() * comm.rank() {
+                    let mut text = [0; 1000];
+                    comm.recv(0, 5, &mut text)?;
+                    assert!(text[..] == payload(0, 1, n, 1000), "message {n}");
+                }
+                wait();
+                sent.into_iter().try_for_each(|request| request.wait().map(|_| ()))
+            })
+            .unwrap();
+        };
+        let part = OnceCell::new();
+        meanwhile(&|| _ = part.set(comm.split(Some(0), 0).unwrap().unwrap()));
+        meanwhile(&|| part.get().unwrap().barrier().unwrap());
     });
 }

@@ -20,7 +20,7 @@ use crate::collectives::engine::Collectives;
 use crate::error::{Error, Result};
 use crate::fabric::far::Far;
 use crate::fabric::plane::Trouble;
-use crate::fabric::progress::Mover;
+use crate::fabric::progress::{Mover, move_unattended_on};
 use crate::fabric::{self, Fabric, cma};
 use crate::memory::heap::Heap;
 use crate::memory::machine;
@@ -597,12 +597,16 @@ impl CommInner {
         call: &mut Call,
         what: Waiting,
         ready: impl FnMut() -> Option<T>,
-        sleep: impl FnMut(Duration, &mut dyn FnMut() -> bool),
+        mut sleep: impl FnMut(Duration, &mut dyn FnMut() -> bool),
         check: impl Fn(Instant) -> Result<()>,
     ) -> Result<T> {
         let started = Instant::now();
         let since = *call.since.get_or_insert(started);
         let mut shown = None;
+        // Of this communicator or another one: who is waited for here may wait for what that has to send.
+        let sleep = |slice: Duration, ready: &mut dyn FnMut() -> bool| {
+            sleep(if move_unattended_on() { slice.min(WITHOUT_MOVER) } else { slice }, ready);
+        };
         let result = wait::until(&self.patience, ready, sleep, || {
             if shown.is_none() {
                 shown = Some(self.board.waits(&what));

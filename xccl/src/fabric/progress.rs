@@ -6,6 +6,7 @@
 //! Whoever waits moves things on itself, and better: it sees what it waits for the moment that it comes. So the thread keeps away
 //! while somebody does ([`Mover::attend`]), and takes over when the last one goes to sleep.
 
+use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicUsize;
@@ -78,9 +79,12 @@ impl Chores {
     }
 }
 
-/// The planes of this process that no thread moves on. Whoever waits for something else than words of their communicators does,
-/// such as a set-up: other ranks may wait for what they have to send before they take part in it.
-static UNATTENDED: Mutex<Vec<Weak<Unattended>>> = Mutex::new(vec![]);
+thread_local! {
+    /// The planes of this thread's communicators that no progress thread moves on. When it waits for something else than words of
+    /// theirs, such as its part in a set-up or another communicator, it moves them on all the same: other ranks may wait for what they
+    /// have to send before they do theirs. Not those of other threads, which may be ranks of their own.
+    static UNATTENDED: RefCell<Vec<Weak<Unattended>>> = const { RefCell::new(vec![]) };
+}
 
 struct Unattended {
     plane: Arc<Plane>,
@@ -88,17 +92,19 @@ struct Unattended {
     heard: Box<dyn Fn(usize) + Send + Sync>,
 }
 
-/// Moves on what no thread does in this process, if there is any; says whether there is.
+/// Moves on what no progress thread does for this thread, if there is any; says whether there is.
 pub(crate) fn move_unattended_on() -> bool {
-    let mut list = lock(&UNATTENDED);
-    list.retain(|one| one.strong_count() > 0);
-    let all: Vec<_> = list.iter().filter_map(Weak::upgrade).collect();
-    drop(list);
-    for one in &all {
-        one.plane.progress(&one.heard);
-        one.chores.attempt();
+    let mut is_any = false;
+    for at in 0.. {
+        // The list is gone when its thread ends.
+        let Ok(Some(one)) = UNATTENDED.try_with(|all| all.borrow().get(at).cloned()) else { break };
+        if let Some(one) = one.upgrade() {
+            one.plane.progress(&one.heard);
+            one.chores.attempt();
+            is_any = true;
+        }
     }
-    !all.is_empty()
+    is_any
 }
 
 struct Shared {
@@ -147,7 +153,10 @@ impl Mover {
     ) -> Result<Self> {
         let mut mover = Mover::idle()?;
         let unattended = Arc::new(Unattended { plane, chores, heard: Box::new(heard) });
-        lock(&UNATTENDED).push(Arc::downgrade(&unattended));
+        UNATTENDED.with_borrow_mut(|all| {
+            all.retain(|one| one.strong_count() > 0);
+            all.push(Arc::downgrade(&unattended));
+        });
         mover._unattended = Some(unattended);
         Ok(mover)
     }
