@@ -139,7 +139,10 @@ impl Gathering {
     fn accept(&mut self) -> Result<()> {
         let most = 2 * self.own.world_size + 64;
         let ours = nix::unistd::geteuid().as_raw();
-        while let Some(link) = self.listener.accept()? {
+        // Whoever connects without end keeps nobody from being heard, nor the deadline from coming; and what has come in one round
+        // is heard before it has to go.
+        for _ in 0..most / 2 {
+            let Some(link) = self.listener.accept()? else { break };
             // Other users of this machine are turned away; that is not the job's fault.
             if link.peer()?.is_some_and(|peer| peer.uid != ours) {
                 continue;

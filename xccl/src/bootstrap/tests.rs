@@ -322,6 +322,27 @@ fn a_flood_of_strangers_keeps_no_rank_out() {
     drop(flood);
 }
 
+#[test]
+fn strangers_that_connect_without_end_keep_no_rank_out() {
+    for place in [at("127.0.0.1:0"), Rendezvous::from(&UniqueId::new().unwrap())] {
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let flood = || {
+            let until = soon();
+            while !over.load(std::sync::atomic::Ordering::Relaxed) && Instant::now() < until {
+                match place.id().address() {
+                    Some(address) => drop(TcpStream::connect(address)),
+                    None => drop(super::unix::Link::connect(&place.id().socket_name())),
+                }
+            }
+        };
+        thread::scope(|s| {
+            (0..2).for_each(|_| drop(s.spawn(flood)));
+            play(&place, &[0, 0], |rank, mut star| exchange_all(rank, &mut star, &[0, 0]));
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

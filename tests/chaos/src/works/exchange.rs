@@ -17,27 +17,31 @@ pub struct Shape {
 }
 
 /// What one rank sends in one exchange.
-struct Sent {
-    ids: Vec<i32>,
-    weights: Vec<f32>,
-    tokens: Vec<f32>,
+pub(super) struct Sent {
+    pub(super) ids: Vec<i32>,
+    pub(super) weights: Vec<f32>,
+    pub(super) tokens: Vec<f32>,
 }
 
 impl Shape {
-    fn draw(rng: &mut StdRng, ranks: usize) -> Shape {
+    pub(super) fn draw(rng: &mut StdRng, ranks: usize) -> Shape {
         let experts = ranks + rng.random_range(0..4);
         let reduction = if rng.random() { Reduction::PerExpert } else { Reduction::PerRank };
         let (most_tokens, hidden) = (rng.random_range(1..24), [1, 8, 100, 1500][rng.random_range(0..4)]);
         Shape { most_tokens, hidden, topk: rng.random_range(1..=experts.min(4)), experts, reduction }
     }
 
-    fn config(&self) -> MoeConfig {
+    pub(super) fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    pub(super) fn config(&self) -> MoeConfig {
         let &Shape { most_tokens, hidden, topk, experts, reduction } = self;
         MoeConfig { reduction, ..MoeConfig::new(most_tokens, hidden, topk, experts, DType::F32) }
     }
 
     /// What `rank` sends: known to all.
-    fn sent_by(&self, salt: u64, rank: usize) -> Sent {
+    pub(super) fn sent_by(&self, salt: u64, rank: usize) -> Sent {
         let mut rng = StdRng::seed_from_u64(salt ^ (rank as u64) << 48);
         let tokens = rng.random_range(0..=self.most_tokens);
         let mut ids = vec![];
@@ -54,7 +58,7 @@ impl Shape {
     }
 
     /// What the experts make of what a rank has sent.
-    fn result(&self, sent: &Sent) -> Vec<f32> {
+    pub(super) fn result(&self, sent: &Sent) -> Vec<f32> {
         let mut out = vec![0.0; sent.tokens.len()];
         for (choice, (&id, weight)) in sent.ids.iter().zip(&sent.weights).enumerate() {
             let token = choice / self.topk * self.hidden..(choice / self.topk + 1) * self.hidden;
@@ -68,7 +72,7 @@ impl Shape {
 }
 
 /// What an expert does.
-fn work_of(expert: usize, x: f32) -> f32 {
+pub(super) fn work_of(expert: usize, x: f32) -> f32 {
     x * (1 + expert % 3) as f32 + expert as f32
 }
 

@@ -5,6 +5,7 @@ mod exchange;
 mod messages;
 mod pages;
 mod parts;
+mod roles;
 mod signals;
 
 use clap::ValueEnum;
@@ -81,6 +82,7 @@ pub enum Work {
     Messages,
     AnySource,
     Exchange,
+    Apart,
     Collectives,
     Started,
     Barriers,
@@ -159,6 +161,7 @@ impl<'c> Player<'c> {
             Work::Messages => messages::ring(&self.comm, &mut rng),
             Work::AnySource => messages::any_source(&self.comm, &mut rng),
             Work::Exchange => self.exchange(&mut rng),
+            Work::Apart => roles::apart(&self.comm, &mut rng),
             Work::Collectives => collectives::one_after_another(&self.comm, &mut rng),
             Work::Started => collectives::started(&self.comm, &mut rng),
             Work::Barriers => Ok((0..rng.random_range(1..20)).try_for_each(|_| self.comm.barrier())?),

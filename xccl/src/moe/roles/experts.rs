@@ -163,6 +163,7 @@ impl Experts {
     /// since one of its ranks is done and another is not: it is over then, and its ranks are told. [`Error::TooManyExpertRows`] and
     /// [`Error::Corrupt`] give the micro-batch up, which its ranks are told ([`Error::PeerAbandoned`]).
     pub fn a2e_recv(&self) -> Result<Option<DomainBatch<'_>>> {
+        self.comm.check_process()?;
         let mut serving = self.serving.borrow_mut();
         let mut call = Call::default();
         loop {

@@ -86,6 +86,9 @@ fn meet(comm: &Arc<CommInner>, config: &RoleConfig, claimed: &'static str) -> Re
 impl Moe {
     /// Says that this rank takes part in no exchange from `epoch` on.
     fn close(&self, value: u64) {
+        if self.comm.is_forked() {
+            return;
+        }
         self.own.word64(self.layout.closed).store(value, Release);
         self.comm.notify_all();
         if let Some((far, between)) = self.between() {
