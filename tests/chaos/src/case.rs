@@ -128,6 +128,6 @@ impl Case {
     /// How long a call may take.
     pub fn patience(&self) -> Duration {
         let joining = self.blows.iter().any(|blow| blow.round == 0 && blow.kind == Kind::Kill);
-        if joining { JOINING } else { Duration::from_secs(20) }
+        if joining { JOINING } else { Duration::from_secs(60) }
     }
 }

@@ -1,5 +1,7 @@
 //! One rank of a test's job: plays the scenario that its argument names. Exit code 0 says that all was as expected.
 
+#[path = "rank/age.rs"]
+mod age;
 #[path = "rank/collectives.rs"]
 mod collectives;
 #[path = "rank/hang.rs"]
@@ -10,6 +12,8 @@ mod isolation;
 mod kill;
 #[path = "rank/kv.rs"]
 mod kv;
+#[path = "rank/liar.rs"]
+mod liar;
 #[path = "rank/many.rs"]
 mod many;
 #[path = "rank/misuse.rs"]
@@ -34,6 +38,12 @@ use xccl::{Communicator, Config};
 
 fn main() -> Result<()> {
     let scenario = std::env::args().nth(1).unwrap_or_default();
+    match scenario.as_str() {
+        "few-descriptors" => return age::few_descriptors(),
+        "little-address-space" => return age::little_address_space(),
+        "full-dev-shm" => return age::full_dev_shm(),
+        _ => {}
+    }
     let mut config = Config::from_env()?;
     if scenario.starts_with("late") && std::env::var("XCCL_RANK").as_deref() == Ok("1") {
         config = config.timeout(Some(Duration::from_secs(20)));
@@ -45,6 +55,9 @@ fn main() -> Result<()> {
     };
     match scenario.as_str() {
         "join" => Ok(comm.barrier()?),
+        "many-exchanges" => age::many_exchanges(&comm),
+        "many-communicators" => age::many_communicators(&comm),
+        "forked" => age::forked(&comm),
         "moe" => moe::moe_in_every_form(&comm),
         "in-flight" => moe::two_exchanges_in_flight(&comm),
         "joined" => moe::the_joined_calls(&comm),
@@ -82,6 +95,7 @@ fn main() -> Result<()> {
         "hang-straggler" => hang::straggler(&comm),
         "paused" => hang::paused(&comm),
         "aborted-while-paused" => hang::aborted_while_paused(&comm),
+        "overwrites-itself" => liar::overwrites_itself(&comm),
         "isolation" => isolation::outboxes_stay_their_owners(&comm),
         "idle" => many::idle(&comm),
         "crowd" => many::crowd(&comm),
