@@ -121,13 +121,7 @@ impl Args {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("disaggregated_moe: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    launch::end("disaggregated_moe", run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -9,12 +9,14 @@ use example_parts::arithmetic::splitmix64;
 use example_parts::program::{Output, Program};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xccl_tests::names_in_dev_shm;
+use xccl_tests::{has_network, names_in_dev_shm};
 
 const DISAGGREGATED_MOE: &str = env!("CARGO_BIN_EXE_disaggregated_moe");
 /// Two attention ranks, two expert ranks and a prefill rank, with answers that take them minutes.
 const ENDLESS: &str = "--tokens 100000 --page-tokens 128 --layers 1";
 const RANKS: usize = 5;
+/// The same on two nodes: attention ranks and an expert rank, the other expert rank and the prefill rank.
+const ON_TWO_NODES: &str = "--tokens 100000 --page-tokens 128 --layers 1 --nodes 2";
 /// Within it, all that belongs to a job that was killed has to be gone.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -25,10 +27,10 @@ struct Run {
 }
 
 impl Run {
-    fn start() -> Run {
+    fn start(args: &str) -> Run {
         static RUNS: AtomicU32 = AtomicU32::new(0);
         let mark = format!("{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed));
-        let program = Program::start(DISAGGREGATED_MOE, ENDLESS, &[("EXAMPLE_RUN", &mark)]);
+        let program = Program::start(DISAGGREGATED_MOE, args, &[("EXAMPLE_RUN", &mark)]);
         Run { program, mark }
     }
 
@@ -70,8 +72,8 @@ impl Run {
     }
 }
 
-fn killed_is_named_by_all_others(victim: usize, role: &str) {
-    let mut run = Run::start();
+fn killed_is_named_by_all_others(args: &str, victim: usize, role: &str) {
+    let mut run = Run::start(args);
     run.joined();
     // Some are still about to join the communicators of attention and experts, and of attention and prefill.
     sleep(random(Duration::from_millis(300)));
@@ -89,24 +91,31 @@ fn killed_is_named_by_all_others(victim: usize, role: &str) {
 
 #[test]
 fn an_attention_rank_that_is_killed_is_named_by_all_others() {
-    killed_is_named_by_all_others(0, "an attention rank of domain 0");
-    killed_is_named_by_all_others(1, "an attention rank of domain 0");
+    killed_is_named_by_all_others(ENDLESS, 0, "an attention rank of domain 0");
+    killed_is_named_by_all_others(ENDLESS, 1, "an attention rank of domain 0");
 }
 
 #[test]
 fn an_expert_rank_that_is_killed_is_named_by_all_others() {
-    killed_is_named_by_all_others(3, "expert rank 1");
+    killed_is_named_by_all_others(ENDLESS, 3, "expert rank 1");
 }
 
 #[test]
 fn a_prefill_rank_that_is_killed_is_named_by_all_others() {
-    killed_is_named_by_all_others(4, "prefill rank 0");
+    killed_is_named_by_all_others(ENDLESS, 4, "prefill rank 0");
+}
+
+#[test]
+fn a_rank_of_another_node_that_is_killed_is_named_by_all_others() {
+    if has_network() {
+        killed_is_named_by_all_others(ON_TWO_NODES, 3, "expert rank 1");
+    }
 }
 
 #[test]
 fn a_launcher_that_is_killed_at_any_moment_leaves_nothing() {
     for _ in 0..3 {
-        let mut run = Run::start();
+        let mut run = Run::start(ENDLESS);
         sleep(random(Duration::from_millis(400)));
         run.program.kill();
         run.leaves_nothing();
@@ -116,7 +125,7 @@ fn a_launcher_that_is_killed_at_any_moment_leaves_nothing() {
 #[test]
 fn a_rank_that_is_killed_at_any_moment_leaves_nothing() {
     for _ in 0..3 {
-        let mut run = Run::start();
+        let mut run = Run::start(ENDLESS);
         sleep(random(Duration::from_millis(400)));
         let ranks: Vec<Pid> = run.processes().iter().filter(|(_, rank)| rank.is_some()).map(|&(pid, _)| pid).collect();
         if !ranks.is_empty() {

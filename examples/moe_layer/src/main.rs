@@ -102,13 +102,7 @@ impl Args {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("moe_layer: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    launch::end("moe_layer", run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

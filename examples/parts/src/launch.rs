@@ -2,10 +2,10 @@
 
 use std::env;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::{ExitStatusExt, parent_id};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,14 @@ pub fn join(config: Config) -> Result<Option<Communicator>> {
         Err(Error::NotLaunched { .. }) if env::var_os(RANK).is_none() => Ok(None),
         Err(error) => Err(error).context("joining the other ranks"),
     }
+}
+
+/// The end of a process of the example `name`. What went wrong is written at once: another rank's message may not get into it.
+pub fn end(name: &str, result: Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    // Nobody may be there to read it.
+    let _ = io::stderr().write_all(format!("{name}: {error:#}\n").as_bytes());
+    ExitCode::FAILURE
 }
 
 /// From now on the kernel ends this process with the one that has started it, if that was [`start`].
@@ -123,6 +131,6 @@ fn job_id() -> Result<String> {
 }
 
 /// A port that nobody has at this moment. Should another process take it before rank 0 does, rank 0 says so.
-fn free_port() -> std::io::Result<u16> {
+fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }

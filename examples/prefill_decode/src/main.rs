@@ -85,13 +85,7 @@ impl Args {
 const TAG: u32 = 1;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("prefill_decode: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    launch::end("prefill_decode", run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
