@@ -23,6 +23,11 @@ impl Failure {
         Failure { code: xcclResult_t::xcclInvalidUsage, text: text.into() }
     }
 
+    /// Whether it is about what was passed in.
+    pub(crate) fn is_of_arguments(&self) -> bool {
+        self.code == xcclResult_t::xcclInvalidArgument
+    }
+
     /// Says where it happened.
     pub(crate) fn within(self, place: std::fmt::Arguments<'_>) -> Self {
         Failure { text: format!("{place}: {}", self.text), ..self }

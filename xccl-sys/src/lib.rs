@@ -8,6 +8,7 @@
 // preamble: pointers are null or valid for the size that the parameter's text gives, for the length of the call.
 #![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::missing_safety_doc)]
 
+mod a2e;
 mod boundary;
 mod collectives;
 mod comm;
@@ -20,6 +21,7 @@ mod p2p;
 mod result;
 mod status;
 
+pub use a2e::*;
 pub use boundary::xcclGetLastError;
 pub use collectives::*;
 pub use comm::*;

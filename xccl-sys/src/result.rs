@@ -81,6 +81,10 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         | Error::NoWord { .. }
         | Error::KvPage { .. }
         | Error::KvRole { .. }
+        | Error::RoleMismatch { .. }
+        | Error::RoleConflict { .. }
+        | Error::NoRole { .. }
+        | Error::ExpertWithoutRole { .. }
         | Error::Shape { .. }
         | Error::DTypeMismatch { .. } => xcclInvalidArgument,
         Error::NotLaunched { .. } => xcclNotLaunched,

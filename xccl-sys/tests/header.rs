@@ -45,7 +45,7 @@ fn header_is_current() {
 }
 
 /// The first function of each group, and what the group is about.
-const GROUPS: [(&str, &str); 12] = [
+const GROUPS: [(&str, &str); 13] = [
     ("xcclGetErrorString", "Results"),
     ("xcclGetVersion", "Communicators"),
     ("xcclMemAlloc", "Memory on the symmetric heap, and statistics"),
@@ -58,6 +58,7 @@ const GROUPS: [(&str, &str); 12] = [
     ("xcclMoeInputRows", "Experts: an exchange in four halves"),
     ("xcclMoeDispatch", "Experts: an exchange in two calls"),
     ("xcclMoeSetLanes", "Experts: threads that share a call"),
+    ("xcclA2ECreate", "Attention and experts on ranks of their own"),
 ];
 
 /// Puts a heading before each group of functions, and takes away the blanks that cbindgen leaves at the end of lines.
@@ -102,7 +103,9 @@ int main(void) {
   xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
   xcclKvConfig_t kv = XCCL_KV_CONFIG_INITIALIZER;
   xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
-  size_t sizes = kv.size + event.size + config.size + statistics.size + moe.size + batch.size + device.size;
+  xcclA2EConfig_t a2e = XCCL_A2E_CONFIG_INITIALIZER;
+  xcclA2EBatch_t micro_batch = XCCL_A2E_BATCH_INITIALIZER;
+  size_t sizes = a2e.size + micro_batch.size + kv.size + event.size + config.size + statistics.size + moe.size + batch.size + device.size;
   return XCCL_IN_PLACE != XCCL_SUMMED && sizes && input.ids_type == xcclInt32 ? 0 : 1;
 }
 "#;

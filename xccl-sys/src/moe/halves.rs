@@ -50,7 +50,7 @@ pub unsafe extern "C" fn xcclMoeInputRows(
     })
 }
 
-pub(super) const NO_INPUT: xcclMoeInput_t = xcclMoeInput_t {
+pub(crate) const NO_INPUT: xcclMoeInput_t = xcclMoeInput_t {
     size: 0,
     tokens: null(),
     num_tokens: 0,
@@ -249,7 +249,7 @@ pub unsafe extern "C" fn xcclMoeDispatchRecv(
     })
 }
 
-pub(super) fn dtype_of(dtype: DType) -> xcclDataType_t {
+pub(crate) fn dtype_of(dtype: DType) -> xcclDataType_t {
     match dtype {
         DType::F32 => xcclDataType_t::xcclFloat32,
         DType::F16 => xcclDataType_t::xcclFloat16,
@@ -509,8 +509,8 @@ pub(super) unsafe fn hand_over<E: Element>(
 }
 
 /// The addresses of the header's XCCL_IN_PLACE and XCCL_SUMMED: odd, as no row's is.
-const XCCL_IN_PLACE: usize = 1;
-const XCCL_SUMMED: usize = 3;
+pub(crate) const XCCL_IN_PLACE: usize = 1;
+pub(crate) const XCCL_SUMMED: usize = 3;
 
 /// Second half of a combine: receives the sums for the tokens that this rank sent in the exchange: out[t] = sum over k of
 /// topk_weights[t, k] * output of expert topk_ids[t, k], [num_tokens, hidden], summed in f32 and rounded once; zeros for a

@@ -10,8 +10,10 @@ mod wire;
 pub use device::*;
 pub use epilogue::*;
 pub use halves::*;
+pub(crate) use halves::{NO_INPUT, XCCL_IN_PLACE, XCCL_SUMMED, dtype_of};
 pub use joined::*;
 pub use lanes::*;
+pub(crate) use wire::number_of;
 pub use wire::*;
 
 use std::ffi::c_void;
@@ -39,7 +41,7 @@ macro_rules! by_dtype {
     };
 }
 
-use by_dtype;
+pub(crate) use by_dtype;
 
 /** Types of elements. The numbers are fixed, and NCCL's. */
 #[repr(C)]
@@ -249,7 +251,7 @@ impl Flight {
 }
 
 /// Rows as C sees them; `scales` says where in a row they are.
-fn describe(scales: Option<usize>) -> impl Fn((BatchRow, *const u8, *mut u8)) -> xcclMoeRow_t {
+pub(crate) fn describe(scales: Option<usize>) -> impl Fn((BatchRow, *const u8, *mut u8)) -> xcclMoeRow_t {
     move |(row, data, output)| xcclMoeRow_t {
         token_data: data.cast(),
         scales: scales.map_or(null(), |offset| data.wrapping_add(offset).cast()),
@@ -374,7 +376,7 @@ unsafe fn with_held<T>(moe: xcclMoe_t, body: impl FnOnce(&mut Held) -> Outcome<T
     body(inner.as_mut().ok_or_else(|| handle::destroyed::<xcclMoe>("moe"))?)
 }
 
-const NO_CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
+pub(crate) const NO_CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
     size: 0,
     max_tokens: 0,
     hidden: 0,
@@ -390,7 +392,7 @@ const NO_CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
 
 /// # Safety
 /// The placement is null, or has an entry for each expert; so have the smooth scales, for each channel.
-unsafe fn config_of(config: &xcclMoeConfig_t) -> Outcome<MoeConfig> {
+pub(crate) unsafe fn config_of(config: &xcclMoeConfig_t) -> Outcome<MoeConfig> {
     let xcclMoeConfig_t { max_tokens, hidden, topk, experts, dtype, reduction, placement, max_expert_rows, .. } =
         *config;
     let dtype = match dtype {

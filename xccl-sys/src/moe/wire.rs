@@ -46,7 +46,7 @@ pub(super) fn wire_of(wire: u32) -> Outcome<WireFormat> {
     }
 }
 
-pub(super) fn number_of(wire: WireFormat) -> u32 {
+pub(crate) fn number_of(wire: WireFormat) -> u32 {
     let wire = match wire {
         WireFormat::Native => xcclWireFormat_t::xcclWireNative,
         WireFormat::Int8 => xcclWireFormat_t::xcclWireInt8,

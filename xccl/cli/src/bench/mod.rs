@@ -1,5 +1,6 @@
 //! `xccl bench`: measure, and verify every byte in a pass of its own.
 
+mod a2e;
 mod collectives;
 mod compare;
 mod epilogue;
@@ -22,7 +23,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use xccl::{Communicator, Error, Launch};
+use xccl::{Communicator, Config, Error, Launch};
 
 use self::collectives::{CollectiveArgs, What};
 use crate::run::{self, RunOptions};
@@ -37,6 +38,9 @@ pub enum Bench {
     Kv(kv::KvArgs),
     /// Dispatch and combine of a mixture-of-experts layer
     Moe(moe::MoeArgs),
+    /// The same between ranks that hold attention and ranks that hold experts; what it costs as these grow in number
+    #[command(name = "a2e")]
+    A2e(a2e::A2eArgs),
     /// The same tokens by more and more ranks: processor time per token, start-up, memory
     Growth(growth::GrowthArgs),
     Compare(compare::CompareArgs),
@@ -58,7 +62,7 @@ pub enum Bench {
     Wait(wait::WaitArgs),
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct Common {
     /// Ranks to start, unless this runs under a launcher already
     #[arg(short, long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -90,6 +94,8 @@ impl Bench {
             Bench::Put(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             Bench::Kv(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             Bench::Moe(args) => with_ranks(&args.common, |comm| args.measure(comm)),
+            // As many ranks as its roles have.
+            Bench::A2e(args) => args.run(),
             Bench::Wait(args) => with_ranks(&args.common, |comm| args.measure(comm)),
             Bench::AllReduce(args) => with_ranks(&args.common, |comm| args.measure(What::AllReduce, comm)),
             Bench::AllGather(args) => with_ranks(&args.common, |comm| args.measure(What::AllGather, comm)),
@@ -105,13 +111,19 @@ impl Bench {
 
 /// Joins under a launcher, otherwise starts the ranks.
 fn with_ranks(common: &Common, measure: impl FnOnce(&Communicator) -> Result<()>) -> Result<u8> {
-    match Launch::from_env() {
-        Ok(_) => {}
-        Err(Error::NotLaunched { .. }) => return start(common),
-        Err(err) => return Err(err.into()),
+    match join(|| Ok(Config::from_env()?))? {
+        None => start(common),
+        Some(comm) => measure(&comm).map(|()| 0),
     }
-    measure(&Communicator::from_env()?)?;
-    Ok(0)
+}
+
+/// Joins under a launcher.
+fn join(config: impl FnOnce() -> Result<Config>) -> Result<Option<Communicator>> {
+    match Launch::from_env() {
+        Ok(_) => Ok(Some(Communicator::from_env_with(config()?)?)),
+        Err(Error::NotLaunched { .. }) => Ok(None),
+        Err(err) => Err(err.into()),
+    }
 }
 
 fn start(common: &Common) -> Result<u8> {

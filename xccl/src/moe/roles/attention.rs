@@ -7,7 +7,7 @@ use super::{RoleConfig, RoleCounts, SHUT_DOWN, meet};
 use crate::comm::Communicator;
 use crate::dtype::{Element, ExpertId};
 use crate::error::{Error, Result};
-use crate::moe::{Epilogue, Exchange, InputRows, Lanes, Moe, Routing, WireRows};
+use crate::moe::{Epilogue, Exchange, InputRows, Lanes, Moe, MoeConfig, Routing, WireRows};
 
 /// An attention rank's handle: it sends the tokens of its micro-batches to the experts, and receives the sums. Two may be in flight.
 ///
@@ -60,6 +60,11 @@ impl Attention {
             Some((domain, moe)) => Ok(Attention { moe, domain }),
             None => Err(Error::NoRole { rank: inner.rank, world_size: inner.world_size }),
         }
+    }
+
+    /// The shape of the exchanges, with the placement of the experts.
+    pub fn config(&self) -> &MoeConfig {
+        self.moe.config()
     }
 
     /// This rank's domain.
@@ -155,6 +160,12 @@ impl Attention {
     /// Ends the loops of all expert ranks at once, without waiting for the other attention ranks, whose micro-batches in flight are given
     /// up: they get [`Error::PeerLeft`].
     pub fn shut_down(self) {
+        self.ask_to_end();
+    }
+
+    /// As [`shut_down`](Self::shut_down), for a handle that is dropped next.
+    #[doc(hidden)]
+    pub fn ask_to_end(&self) {
         self.moe.close(SHUT_DOWN | self.moe.next_epoch());
     }
 }

@@ -12,7 +12,7 @@ use crate::comm::Communicator;
 use crate::comm::inner::{Call, CommInner};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::moe::{ExpertBatch, Lanes, Moe, Trampolines};
+use crate::moe::{ExpertBatch, Lanes, Moe, MoeConfig, Trampolines};
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
 
@@ -109,7 +109,7 @@ enum Found {
 /// How long there must have been nothing to do before every look is at all sources' words.
 const IDLE: Duration = Duration::from_millis(1);
 /// Looks without the clock.
-const BUSY_LOOKS: u32 = 64;
+const BUSY_LOOKS: u32 = 8;
 
 /// An expert rank's handle: it receives micro-batches of all domains, and sends the outputs back.
 ///
@@ -134,6 +134,21 @@ impl Experts {
         let of = |_: &Moe| Domain { seen: 0, all: None, refused: None, is_over: false };
         let serving = Serving { domains: domains.iter().map(of).collect(), turn: 0, ended: None };
         Ok(Experts { comm, domains, serving: RefCell::new(serving) })
+    }
+
+    /// The shape of the exchanges, with the placement of the experts.
+    pub fn config(&self) -> &MoeConfig {
+        self.domains[0].config()
+    }
+
+    /// Elements from one row of [`ExpertBatch::output_matrix`] to the next: as [`Moe::row_stride`].
+    pub fn row_stride(&self) -> usize {
+        self.domains[0].row_stride()
+    }
+
+    /// Bytes from where a token row begins to its scales: as [`Moe::scales_offset`].
+    pub fn scales_offset(&self) -> Option<usize> {
+        self.domains[0].scales_offset()
     }
 
     /// The number of domains.
