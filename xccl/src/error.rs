@@ -143,7 +143,7 @@ pub enum Error {
     /// A rank of another node cannot be reached any more: its process or its node has ended, or the link is down.
     #[error(
         "rank {rank}, on another node, could not be reached while this rank was in {during} (epoch {epoch}): {why}. Check its \
-         process and the link; destroy this communicator and build one without it"
+         process and the link; go on without it (shrink), or destroy this communicator"
     )]
     PeerUnreachable {
         /// The rank.
@@ -158,7 +158,7 @@ pub enum Error {
 
     /// A rank's process has ended without leaving the communicator.
     #[error(
-        "rank {rank} died while this rank was in {during} (epoch {epoch}): destroy this communicator and build one without it"
+        "rank {rank} died while this rank was in {during} (epoch {epoch}): go on without it (shrink), or destroy this communicator"
     )]
     PeerDied {
         /// The rank that died.

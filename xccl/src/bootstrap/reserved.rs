@@ -46,6 +46,15 @@ pub(super) fn claim(token: &[u8; 16]) -> Option<Listener> {
 /// An id whose port is given back, unless rank 0 has claimed it, when this is dropped.
 pub(crate) struct Reserved(pub(crate) UniqueId);
 
+impl Reserved {
+    /// The id, whose port stays taken until rank 0 claims it.
+    pub(crate) fn keep(self) -> UniqueId {
+        let id = self.0;
+        std::mem::forget(self);
+        id
+    }
+}
+
 impl Drop for Reserved {
     fn drop(&mut self) {
         drop(claim(&self.0.token()));

@@ -326,10 +326,11 @@ impl Star {
         self.local.map(|address| address.ip())
     }
 
-    /// Makes an id for a communicator of some of these ranks, of which this one may become rank 0.
-    pub(crate) fn new_id(&self) -> Result<Reserved> {
+    /// Makes an id for a communicator of some of these ranks, of which this one may become rank 0; or of others besides, on
+    /// any hosts.
+    pub(crate) fn new_id(&self, and_others: bool) -> Result<Reserved> {
         Ok(Reserved(match self.local {
-            Some(mut address) if self.watch.is_some() => {
+            Some(mut address) if and_others || self.watch.is_some() => {
                 address.set_port(0);
                 UniqueId::new_at(address)?
             }

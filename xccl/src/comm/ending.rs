@@ -217,6 +217,15 @@ impl Ending {
         Some(cause)
     }
 
+    /// For who was told that there may be news of connections: takes them, so that later deaths are passed on as well.
+    pub(crate) fn look(&self) {
+        if self.cause().is_some()
+            && let Ok(mut star) = self.star.try_lock()
+        {
+            star.lost();
+        }
+    }
+
     /// The cause, if this rank has found it already.
     pub(crate) fn known(&self) -> Option<Cause> {
         self.known.get().copied()

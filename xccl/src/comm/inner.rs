@@ -271,7 +271,7 @@ impl CommInner {
             let mover = |plane, chores| {
                 let [heard, looked] = std::array::from_fn(|_| ending.clone());
                 let heard = move |source| heard.heard_from(source);
-                let look = move || _ = looked.cause();
+                let look = move || looked.look();
                 match progress_thread {
                     true => Mover::start(plane, chores, heard, watched, look),
                     false => Mover::none(plane, chores, heard),

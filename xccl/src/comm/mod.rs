@@ -12,6 +12,7 @@ pub(crate) mod far_tests;
 mod heap_buffer;
 pub(crate) mod inner;
 pub(crate) mod layout;
+mod rollback;
 mod seeing;
 mod shrink;
 
@@ -281,7 +282,7 @@ impl Communicator {
     /// As [`init`](Self::init).
     pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Communicator>> {
         // A port that was taken for it is given back in the end, unless this rank becomes rank 0.
-        let reserved = self.inner.star().new_id();
+        let reserved = self.inner.star().new_id(false);
         let id = reserved.as_ref().map(|id| id.0.as_bytes().to_vec()).map_err(|err| err.to_string());
         let mine = fabric::encode(&Split { color, key, id })?;
         let parts = self.inner.star().exchange(&mine, &[], self.inner.deadline())?;

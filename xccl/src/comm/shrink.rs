@@ -167,7 +167,14 @@ impl Communicator {
     /// communicator; [`Error::LeftOut`] where the other ranks have gone on without this one, which they could not reach; on the rank
     /// that cannot build it, the errors of [`init`](Self::init). Nothing is left behind then.
     pub fn shrink(&self) -> Result<Communicator> {
-        Shrinking::new(&self.inner).run()
+        self.shrink_because("it shrinks")
+    }
+
+    /// Shrinks; who still waits here is told `why`.
+    pub(super) fn shrink_because(&self, why: &str) -> Result<Communicator> {
+        // One thread at a time.
+        let _one = lock(&self.inner.shrinking);
+        Shrinking::new(&self.inner).run(why)
     }
 
     /// For each rank its rank in the communicator that this one was [shrunk](Self::shrink) from; itself in any other.
@@ -191,15 +198,13 @@ impl<'a> Shrinking<'a> {
         Shrinking { comm, agreement, published, started: Instant::now(), deadline: comm.deadline() }
     }
 
-    fn run(mut self) -> Result<Communicator> {
+    fn run(mut self, why: &str) -> Result<Communicator> {
         let comm = self.comm;
-        // One thread at a time.
-        let _one = lock(&comm.shrinking);
         if self.published.gave_up {
             return Err(Error::GivenUp { rank: comm.rank, during: DURING, epoch: self.agreement.attempt() });
         }
         if comm.ending.cause().is_none() {
-            comm.abort(0, "it shrinks");
+            comm.abort(0, why);
         }
         let outcome = self.agree();
         if let Err(err) = &outcome
