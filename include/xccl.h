@@ -1145,6 +1145,49 @@ xcclResult_t xcclCommDestroy(xcclComm_t comm);
 xcclResult_t xcclCommAbort(xcclComm_t comm);
 
 /**
+ * As xcclCommAbort, with a number and a reason that every rank finds in the text of its error: up to 112 bytes of it. why may be
+ * null. Does not block.
+ */
+xcclResult_t xcclCommAbortWith(xcclComm_t comm,
+                               int code,
+                               const char *why);
+
+/**
+ * Makes a communicator of the ranks that are left after others have died or left, in the order of their ranks in comm, and writes
+ * its handle to *newcomm; *newcomm is left as it is on failure. Ends comm as xcclCommAbort does. Every rank that lives must call it,
+ * and all get the same members, although ranks die meanwhile, rank 0 too. Blocks until all that live have called it, up to the
+ * deadline (xcclTimeout, and xcclRemoteError where another rank has met its own). comm is still to be destroyed.
+ */
+xcclResult_t xcclCommShrink(xcclComm_t comm,
+                            xcclComm_t *newcomm);
+
+/**
+ * As xcclCommShrink, to run an iteration again: `finished` is the last one that this rank has finished, in numbers of the
+ * application's, and *agreed becomes the smallest of all. What was under way in comm is forgotten, and cannot be met in *newcomm.
+ * Ranks that wait are told to call it too by xcclAborted, whose text says that comm rolls back. Blocks as xcclCommShrink does.
+ */
+xcclResult_t xcclCommRollback(xcclComm_t comm,
+                              uint64_t finished,
+                              xcclComm_t *newcomm,
+                              uint64_t *agreed);
+
+/**
+ * Makes an id on rank 0 and writes it to *id on every rank, for a communicator of comm's ranks and others to come, to whom the
+ * application hands it: then comm's ranks call xcclCommInitRank with their ranks and the new nranks, the others with the ranks from
+ * there on. Every rank must call it. Blocks until all have called it, up to the deadline.
+ */
+xcclResult_t xcclCommGetNewId(xcclComm_t comm,
+                              xcclUniqueId *id);
+
+/**
+ * Writes to *former the rank that `rank` had in the communicator that comm was made from by xcclCommShrink or xcclCommRollback; rank
+ * itself in any other. Does not block.
+ */
+xcclResult_t xcclCommFormerRank(xcclComm_t comm,
+                                int rank,
+                                int *former);
+
+/**
  * Writes this process's rank, 0 to nranks - 1, to *rank. Does not block.
  */
 xcclResult_t xcclCommUserRank(xcclComm_t comm, int *rank);
@@ -1196,8 +1239,8 @@ xcclResult_t xcclCommGetWaitTimes(xcclComm_t comm,
 
 /**
  * Writes the last operations of a rank of this node, also after its death, to records, at most capacity of them, the oldest
- * first, and how many to *count: calls that all ranks make together, and waits that went to sleep; a rank remembers 64. Of a rank of
- * another node there are none. Does not block.
+ * first, and how many to *count: calls that all ranks make together and that are over, and waits that went to sleep; a rank
+ * remembers 64. Of a rank of another node there are none. Does not block.
  */
 xcclResult_t xcclCommGetHistory(xcclComm_t comm,
                                 int rank,

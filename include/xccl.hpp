@@ -534,6 +534,32 @@ class basic_communicator {
   result<void> abort() {
     return P::give(xcclCommAbort(get()), [] {});
   }
+  /** xcclCommAbortWith. */
+  result<void> abort(int code, const char *why) {
+    return P::give(xcclCommAbortWith(get(), code, why), [] {});
+  }
+  /** xcclCommShrink. */
+  result<basic_communicator> shrink() {
+    xcclComm_t comm = nullptr;
+    return P::give(xcclCommShrink(get(), &comm), [&] { return basic_communicator(comm); });
+  }
+  /** xcclCommRollback, with the iteration that all have finished. */
+  result<std::pair<basic_communicator, std::uint64_t>> rollback(std::uint64_t finished) {
+    xcclComm_t comm = nullptr;
+    std::uint64_t agreed = 0;
+    return P::give(xcclCommRollback(get(), finished, &comm, &agreed),
+                   [&] { return std::pair<basic_communicator, std::uint64_t>(basic_communicator(comm), agreed); });
+  }
+  /** xcclCommGetNewId. */
+  result<xcclUniqueId> new_id() {
+    xcclUniqueId id;
+    return P::give(xcclCommGetNewId(get(), &id), [&] { return id; });
+  }
+  /** xcclCommFormerRank. */
+  result<int> former_rank(int rank) const {
+    int former = 0;
+    return P::give(xcclCommFormerRank(get(), rank, &former), [&] { return former; });
+  }
   /** xcclCommGetStatistics. */
   result<xcclStatistics_t> statistics() const {
     xcclStatistics_t statistics = XCCL_STATISTICS_INITIALIZER;

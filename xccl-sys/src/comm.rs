@@ -286,6 +286,95 @@ pub unsafe extern "C" fn xcclCommAbort(comm: xcclComm_t) -> xcclResult_t {
     })
 }
 
+/// As xcclCommAbort, with a number and a reason that every rank finds in the text of its error: up to 112 bytes of it. why may be
+/// null. Does not block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommAbortWith(comm: xcclComm_t, code: c_int, why: *const c_char) -> xcclResult_t {
+    guard("xcclCommAbortWith", || {
+        let why = match why.is_null() {
+            true => String::new(),
+            // SAFETY: C's promise about its pointers.
+            false => unsafe { text(why, "why") }?.to_string_lossy().into_owned(),
+        };
+        // SAFETY: C's promise about its handles.
+        unsafe {
+            with(comm, |live| {
+                live.comm.abort_with(code, &why);
+                Ok(())
+            })
+        }
+    })
+}
+
+/// Makes a communicator of the ranks that are left after others have died or left, in the order of their ranks in comm, and writes
+/// its handle to *newcomm; *newcomm is left as it is on failure. Ends comm as xcclCommAbort does. Every rank that lives must call it,
+/// and all get the same members, although ranks die meanwhile, rank 0 too. Blocks until all that live have called it, up to the
+/// deadline (xcclTimeout, and xcclRemoteError where another rank has met its own). comm is still to be destroyed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommShrink(comm: xcclComm_t, newcomm: *mut xcclComm_t) -> xcclResult_t {
+    guard("xcclCommShrink", || {
+        // SAFETY: C's promise about its pointers and handles.
+        let (out, made) = unsafe { (Out::new(newcomm, "newcomm")?, with(comm, |live| Ok(live.comm.shrink()?))?) };
+        out.set(hand_out(made));
+        Ok(())
+    })
+}
+
+/// As xcclCommShrink, to run an iteration again: `finished` is the last one that this rank has finished, in numbers of the
+/// application's, and *agreed becomes the smallest of all. What was under way in comm is forgotten, and cannot be met in *newcomm.
+/// Ranks that wait are told to call it too by xcclAborted, whose text says that comm rolls back. Blocks as xcclCommShrink does.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommRollback(
+    comm: xcclComm_t,
+    finished: u64,
+    newcomm: *mut xcclComm_t,
+    agreed: *mut u64,
+) -> xcclResult_t {
+    guard("xcclCommRollback", || {
+        // SAFETY: C's promise about its pointers.
+        let (out, number) = unsafe { (Out::new(newcomm, "newcomm")?, Out::new(agreed, "agreed")?) };
+        // SAFETY: C's promise about its handles.
+        let (made, all) = unsafe { with(comm, |live| Ok(live.comm.rollback(finished)?)) }?;
+        out.set(hand_out(made));
+        number.set(all);
+        Ok(())
+    })
+}
+
+/// Makes an id on rank 0 and writes it to *id on every rank, for a communicator of comm's ranks and others to come, to whom the
+/// application hands it: then comm's ranks call xcclCommInitRank with their ranks and the new nranks, the others with the ranks from
+/// there on. Every rank must call it. Blocks until all have called it, up to the deadline.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommGetNewId(comm: xcclComm_t, id: *mut xcclUniqueId) -> xcclResult_t {
+    guard("xcclCommGetNewId", || {
+        // SAFETY: C's promise about its pointers and handles.
+        let (out, made) = unsafe { (Out::new(id, "id")?, with(comm, |live| Ok(live.comm.new_id()?))?) };
+        out.set(xcclUniqueId { internal: made.as_bytes().map(|byte| byte as c_char) });
+        Ok(())
+    })
+}
+
+/// Writes to *former the rank that `rank` had in the communicator that comm was made from by xcclCommShrink or xcclCommRollback; rank
+/// itself in any other. Does not block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xcclCommFormerRank(comm: xcclComm_t, rank: c_int, former: *mut c_int) -> xcclResult_t {
+    guard("xcclCommFormerRank", || {
+        // SAFETY: C's promise about its pointers.
+        let out = unsafe { Out::new(former, "former") }?;
+        // SAFETY: C's promise about its handles.
+        let found = unsafe {
+            with(comm, |live| {
+                let ranks = live.comm.former_ranks();
+                let rank = natural(rank, "rank", format_args!("0 to {}", ranks.len() - 1))?;
+                let invalid = || Failure::argument(format!("rank is {rank}: expected 0 to {}", ranks.len() - 1));
+                ranks.get(rank).copied().ok_or_else(invalid)
+            })
+        }?;
+        out.set(found as c_int);
+        Ok(())
+    })
+}
+
 /// Writes this process's rank, 0 to nranks - 1, to *rank. Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclCommUserRank(comm: xcclComm_t, rank: *mut c_int) -> xcclResult_t {

@@ -100,6 +100,7 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         | Error::PeerLeft { .. }
         | Error::PeerAbandoned { .. }
         | Error::GivenUp { .. }
+        | Error::LeftOut { .. }
         | Error::Withdrawn { .. }
         | Error::KvCancelled { .. } => xcclRemoteError,
         Error::PeerRefused { .. } => xcclPeerRefused,

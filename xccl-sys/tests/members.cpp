@@ -80,6 +80,12 @@ void messages(Communicator &comm) {
   take(comm.probe(take(comm.rank()), std::chrono::milliseconds(1000)));
   auto twin = take(comm.duplicate());
   EXPECT(take(twin.rank()) == rank && take(twin.size()) == ranks);
+  take(twin.new_id());
+  TAKE_VOID(twin.abort(7, "members.cpp"));
+  auto rest = take(twin.shrink());
+  EXPECT(take(rest.size()) == ranks && take(rest.former_rank(rank)) == rank);
+  auto back = take(rest.rollback(static_cast<std::uint64_t>(rank) + 3));
+  EXPECT(take(back.first.size()) == ranks && back.second == 3);
   TAKE_VOID(comm.barrier());
 }
 

@@ -309,6 +309,12 @@ static void call(void) {
     ONE(xcclCommDuplicate, ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &made);
     ONE(xcclCommDestroy, draw(2) ? dead_comm : NULL);
     ONE(xcclCommAbort, draw(2) ? dead_comm : (xcclComm_t)(void *)moe);
+    ONE(xcclCommAbortWith, draw(2) ? dead_comm : (xcclComm_t)(void *)moe, number(), is_bad() ? NULL : "why");
+    ONE(xcclCommShrink, draw(2) ? dead_comm : (xcclComm_t)(void *)moe, is_bad() ? NULL : &made);
+    ONE(xcclCommRollback, draw(2) ? dead_comm : (xcclComm_t)(void *)moe, (uint64_t)number(), is_bad() ? NULL : &made,
+        (uint64_t *)out(&found));
+    ONE(xcclCommGetNewId, ranks == 1 ? any_comm() : dead_comm, (xcclUniqueId *)(draw(2) ? &id : NULL));
+    ONE(xcclCommFormerRank, any_comm(), number(), int_out);
     ONE(xcclCommUserRank, any_comm(), int_out);
     ONE(xcclCommCount, any_comm(), int_out);
     ONE(xcclCommGetStatistics, any_comm(), (xcclStatistics_t *)out(&statistics));

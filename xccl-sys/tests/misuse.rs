@@ -71,8 +71,15 @@ fn communicators() {
         assert_eq!((xcclCommCount(comm, &mut number), number), (xcclSuccess, 1));
         refused(xcclCommUserRank(null_mut(), &mut number), xcclInvalidArgument, &["comm is a null handle"]);
         refused(xcclCommCount(comm, null_mut()), xcclInvalidArgument, &["count is a null pointer"]);
+        refused(xcclCommFormerRank(comm, 1, &mut number), xcclInvalidArgument, &["rank is 1", "0 to 0"]);
+        refused(xcclCommShrink(comm, null_mut()), xcclInvalidArgument, &["newcomm is a null pointer"]);
+        assert_eq!(xcclCommAbortWith(comm, 7, c"it is late".as_ptr()), xcclSuccess);
         assert_eq!(xcclCommAbort(comm), xcclSuccess);
-        refused(xcclRecv(null_mut(), 0, 0, 1, null_mut(), comm), xcclAborted, &["aborted by rank 0"]);
+        let said = &["aborted by rank 0 (code 7: it is late)"];
+        refused(xcclRecv(null_mut(), 0, 0, 1, null_mut(), comm), xcclAborted, said);
+        assert_eq!(xcclCommShrink(comm, &mut made), xcclSuccess);
+        assert_eq!((xcclCommFormerRank(made, 0, &mut number), number), (xcclSuccess, 0));
+        assert_eq!(xcclCommDestroy(made), xcclSuccess);
         assert_eq!(xcclCommDestroy(comm), xcclSuccess);
         refused(xcclCommDestroy(comm), xcclInvalidArgument, &["xcclCommDestroy: comm", "was destroyed"]);
         refused(xcclBarrier(comm), xcclInvalidArgument, &["was destroyed"]);
