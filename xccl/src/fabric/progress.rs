@@ -26,6 +26,9 @@ use crate::error::{Error, Result};
 const AWAY: Duration = Duration::from_millis(1);
 /// The longest sleep where the card wakes the thread; a bound for what a provider might not tell.
 const ASLEEP_MS: u8 = 20;
+/// How long the thread goes on looking after something has come, between two yields of its core. What is put in a row comes
+/// within this time, and a thread that sleeps in between is woken by each put, on the core of who puts.
+const LINGER: Duration = Duration::from_micros(30);
 /// Looks where it does not, or where something waits for room or a chore is due.
 const BETWEEN_LOOKS: Duration = Duration::from_micros(50);
 
@@ -202,6 +205,7 @@ impl Shared {
     fn run(&self, plane: &Plane, chores: &Chores, heard: impl Fn(usize), watched: (Option<OwnedFd>, impl Fn())) {
         let (watched, look) = (watched.0.as_ref().map(|fd| fd.as_fd()), watched.1);
         let mut looked = Instant::now();
+        let mut last = None;
         while !self.stop.load(Acquire) {
             if self.attending.load(Acquire) > 0 || self.attended.swap(false, Relaxed) {
                 std::thread::park_timeout(AWAY);
@@ -210,8 +214,14 @@ impl Shared {
             let happened = plane.progress(&heard);
             chores.attempt();
             if happened {
+                last = Some(Instant::now());
                 continue;
             }
+            if last.is_some_and(|last| last.elapsed() < LINGER) {
+                std::thread::yield_now();
+                continue;
+            }
+            last = None;
             // Nobody would wake the thread when a chore becomes possible.
             match plane.wake_fd().filter(|_| !chores.are_due() && plane.may_sleep()) {
                 Some(fd) => {

@@ -333,7 +333,8 @@ impl KvSender {
     /// Copies pages of a layer from `pool`, this rank's pages, to the receiver: each from the pair's source, here, to its destination,
     /// there. Tells the receiver when the layer is complete with them; also of a request without pages every layer has
     /// to be pushed. Says whether the whole request is complete, and over. `pool` may be reused when it returns; which does not
-    /// block on a receiver of this machine.
+    /// block on a receiver of this machine. To another node, pages that lie in the symmetric heap
+    /// ([`Communicator::heap_alloc`]) leave without a copy.
     ///
     /// # Errors
     /// [`Error::KvPage`] for a page that is not the request's, was pushed already, or does not exist here, [`Error::Shape`] for a

@@ -15,6 +15,8 @@ use crate::fabric::plane::{self, Change, Departure, MOST_BYTES, Put};
 use crate::sync::progress::{Operation, Waiting};
 use crate::sync::signal::Update;
 
+/// So many bytes of a call are copied all the same: to wait until a put has left takes a poll, which costs more.
+const COPIED: usize = CHUNK;
 /// Bytes of one put at most: others' records would wait behind a longer one.
 const LONGEST: usize = 4 << 20;
 /// Gets of one call that are on their way at once.
@@ -88,7 +90,8 @@ impl<'a> ToFar<'a> {
     }
 
     /// Puts pieces, by their offsets in the heap, then makes a change, if there is one. What lies in this rank's heap leaves from there,
-    /// and the call waits until it has; all else is copied into chunks, so that one is filled while those before leave.
+    /// and the call waits until it has; all else is copied into chunks, so that one is filled while those before leave, and so is what
+    /// is too short for the wait.
     pub(super) fn put<'d>(
         &mut self,
         pieces: impl IntoIterator<Item = (usize, &'d [u8])>,
@@ -96,9 +99,10 @@ impl<'a> ToFar<'a> {
     ) -> Result<()> {
         let (far, rank) = (self.far, self.rank);
         let Some(into) = far.heap_of(rank) else { return Ok(()) };
-        let (mut straight, mut gathering) = (None, None);
+        let (mut straight, mut gathering, mut copied) = (None, None, 0);
         for (offset, data) in pieces {
-            let Some(at) = self.comm.in_heap(data) else {
+            copied += data.len();
+            let Some(at) = self.comm.in_heap(data).filter(|_| copied > COPIED) else {
                 self.gather(&mut gathering, into, offset, data)?;
                 continue;
             };

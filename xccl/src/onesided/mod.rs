@@ -76,6 +76,9 @@ impl Communicator {
     /// Writes `data` to the beginning of a piece of a rank's shared memory, possibly this rank's. Returns when `data` may be
     /// reused. When it is visible there: see [`put_signal`](Self::put_signal), [`fence`](Self::fence) and [`quiet`](Self::quiet).
     ///
+    /// Towards another node, more than 64 KiB of the symmetric heap ([`heap_alloc`](Self::heap_alloc)) leave without a copy: the call
+    /// blocks until they have, up to the deadline. Other memory is copied first.
+    ///
     /// ```
     /// # use xccl::{Communicator, Config, UniqueId};
     /// # fn main() -> xccl::Result<()> {
@@ -95,7 +98,8 @@ impl Communicator {
     /// [`Error::InvalidRank`](crate::Error::InvalidRank), [`Error::NotShared`](crate::Error::NotShared),
     /// [`Error::Shape`](crate::Error::Shape) when the piece is too short; nothing was written then.
     /// [`Error::PeerLeft`](crate::Error::PeerLeft), [`Error::PeerDied`](crate::Error::PeerDied) once this rank knows,
-    /// [`Error::Aborted`](crate::Error::Aborted).
+    /// [`Error::Aborted`](crate::Error::Aborted). Towards another node [`Error::Timeout`](crate::Error::Timeout) and the like: what of
+    /// the data had not left may still, as it lies in the heap then.
     pub fn put(&self, to: Remote, data: &[u8]) -> Result<()> {
         self.inner.put(to, data)
     }

@@ -7,6 +7,8 @@
 //! - *rendezvous*, from `XCCL_RENDEZVOUS` bytes on, when the payload lies in the symmetric heap: only described; the receiver
 //!   copies it once and tells the sender. From private memory, too, where reading it is permitted and was found to be faster
 //!   than the ring ([`calibration`]), or where `XCCL_RENDEZVOUS` has been set.
+//!
+//! To another node all but the shortest go through the ring; what lies in the symmetric heap is put into it straight from there.
 
 pub(crate) mod calibration;
 pub(crate) mod engine;

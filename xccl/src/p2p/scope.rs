@@ -153,8 +153,8 @@ impl Communicator {
     /// Runs `f` with a scope for non-blocking requests, as `std::thread::scope` does for threads: buffers that outlive the
     /// scope may be lent to requests. Requests that were not waited for are cancelled at the end: a receive takes no message
     /// any more, a send that the receiver may have seen the beginning of is finished from a copy, or withdrawn
-    /// ([`Error::Withdrawn`](crate::Error::Withdrawn)) where the receiver was to copy it. Collectives are waited for: the other
-    /// ranks need this one's part.
+    /// ([`Error::Withdrawn`](crate::Error::Withdrawn)) where the receiver was to copy it, or it was leaving for another node
+    /// straight from the symmetric heap. Collectives are waited for: the other ranks need this one's part.
     ///
     /// ```
     /// # use xccl::{Communicator, Config, UniqueId};

@@ -609,6 +609,8 @@ fn open_queue(
         })
         .map(Handle::new)
     };
+    // Not FI_WAIT_POLLFD: the list that libfabric 1.17 gives then lacks the descriptors of the queue below, until a wait of its
+    // own has run, which nobody calls here.
     if wakes && let Ok(cq) = open(abi::WAIT_FD) {
         let mut fd: RawFd = -1;
         if cq.control(abi::GETWAIT, (&raw mut fd).cast()) == 0 && fd >= 0 {
