@@ -1239,8 +1239,8 @@ xcclResult_t xcclCommGetWaitTimes(xcclComm_t comm,
 
 /**
  * Writes the last operations of a rank of this node, also after its death, to records, at most capacity of them, the oldest
- * first, and how many to *count: calls that all ranks make together and that are over, and waits that went to sleep; a rank
- * remembers 64. Of a rank of another node there are none. Does not block.
+ * first, and how many to *count: calls that all ranks make together, and waits that went to sleep; a rank remembers 64. Of a
+ * rank of another node there are none. Does not block.
  */
 xcclResult_t xcclCommGetHistory(xcclComm_t comm,
                                 int rank,

@@ -86,8 +86,8 @@ impl From<xccl::HistoryRecord> for xcclHistoryRecord_t {
 }
 
 /// Writes the last operations of a rank of this node, also after its death, to records, at most capacity of them, the oldest
-/// first, and how many to *count: calls that all ranks make together and that are over, and waits that went to sleep; a rank
-/// remembers 64. Of a rank of another node there are none. Does not block.
+/// first, and how many to *count: calls that all ranks make together, and waits that went to sleep; a rank remembers 64. Of a
+/// rank of another node there are none. Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclCommGetHistory(
     comm: xcclComm_t,

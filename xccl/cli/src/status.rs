@@ -60,7 +60,7 @@ fn print_history(seen: &MachineSnapshot, records: usize) {
         for rank in comm.ranks.iter().filter(|rank| !rank.history.is_empty()) {
             say!("\nhistory of rank {} of {:08x}", rank.rank, comm.id >> 32);
             let skipped = rank.history.len().saturating_sub(records);
-            rank.history[skipped..].iter().chain(&rank.call).for_each(|record| say!("  {record}"));
+            rank.history[skipped..].iter().for_each(|record| say!("  {record}"));
         }
     }
 }

@@ -78,22 +78,14 @@ enum Broken {
 struct Op {
     number: u64,
     call: Call,
-    /// When it began, by the kernel's tick.
-    began: u64,
+    /// In the history of this rank.
+    record: u64,
     digest: u64,
     buffers: LentPair,
     work: Work,
     /// Steps done.
     at: u64,
     phase: Phase,
-}
-
-impl Op {
-    /// Records it.
-    fn ended(&self, comm: &CommInner, succeeded: bool) {
-        let (call, began) = (&self.call, self.began);
-        comm.board.ends((call.operation, self.number), began, Some(call.words()), succeeded);
-    }
 }
 
 /// What is done in the steps.
@@ -277,8 +269,8 @@ impl Engine {
             }
         };
         let digest = self.digest;
-        let began = comm.board.enters((call.operation, number), Some(call.words()));
-        self.queue.push_back(Op { number, call, began, digest, buffers, work, at: 0, phase: Phase::Fill });
+        let record = comm.board.enters((call.operation, number), Some(call.words()));
+        self.queue.push_back(Op { number, call, record, digest, buffers, work, at: 0, phase: Phase::Fill });
         Ok(Ticket { number, operation: call.operation })
     }
 
@@ -292,7 +284,7 @@ impl Engine {
             match self.steps.advance(comm, op) {
                 Ok(None) => {
                     self.finished = op.number;
-                    op.ended(comm, true);
+                    comm.board.ends(op.record, true);
                     let work = self.queue.pop_front().map(|op| op.work);
                     if let Some(Work::Varied(Varied { parts, .. }) | Work::Between(Some(parts), _)) = work {
                         lock(&comm.collectives.spare).push(parts);
@@ -350,7 +342,7 @@ impl Engine {
         if let Some(between) = &mut self.steps.between {
             between.cancel(comm);
         }
-        self.queue.drain(..).for_each(|op| op.ended(comm, false));
+        self.queue.drain(..).for_each(|op| comm.board.ends(op.record, false));
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::cell::OnceCell;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -201,25 +203,34 @@ fn who_leaves_without_a_message_is_named_on_other_nodes() {
 #[test]
 fn a_probe_is_answered_by_who_waits_or_has_a_thread_and_by_nobody_otherwise() {
     for thread in [true, false] {
-        // Rank 1 is at work, outside of this library, until rank 0 has probed it.
-        let at_work = std::sync::Barrier::new(2);
+        let step = AtomicUsize::new(0);
+        // Not for ever, should the other one have failed.
+        let until = |n: usize| {
+            (0..20_000).any(|_| {
+                std::thread::sleep(Duration::from_millis(1));
+                step.load(SeqCst) >= n
+            })
+        };
         on_nodes(&[0, 1, 0], 7, quick().progress_thread(thread), |comm| {
             comm.barrier().unwrap();
             match comm.rank() {
                 0 => {
+                    assert!(until(1));
                     let probed = comm.probe(1, Duration::from_millis(if thread { 20_000 } else { 100 }));
+                    step.store(2, SeqCst);
                     match probed {
                         Ok(_) => assert!(thread),
                         Err(Error::Timeout { during: Operation::Probe, peer: Some(1), .. }) => assert!(!thread),
                         Err(other) => panic!("{other}"),
                     }
-                    at_work.wait();
                     comm.probe(1, Duration::from_secs(20)).unwrap();
                     comm.probe(2, Duration::from_secs(20)).unwrap();
                     comm.send(1, 3, b"").unwrap();
                 }
                 1 => {
-                    at_work.wait();
+                    // At work, outside of this library, until it has been probed.
+                    step.store(1, SeqCst);
+                    assert!(until(2));
                     comm.recv(0, 3, &mut []).unwrap();
                 }
                 _ => {}

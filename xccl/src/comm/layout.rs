@@ -176,7 +176,6 @@ mod tests {
             areas.extend([layout.state, layout.sleep, layout.barrier, layout.board.identity].map(|at| (at, LINE)));
             areas.push((layout.abort, ABORT_BYTES));
             areas.extend((0..WAITS).map(|line| (layout.board.wait(line), LINE)));
-            areas.push((layout.board.call, LINE));
             areas.extend((0..RECORDS as u64).map(|number| (layout.board.record(number), LINE)));
             areas.push((layout.board.counters, 8 + size_of::<crate::Statistics>()));
             areas.push((layout.board.waited, (world + 1) * 8));

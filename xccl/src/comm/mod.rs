@@ -100,12 +100,12 @@ pub struct Statistics {
 /// Memory that a communicator takes on each rank, as its configuration implies it. Pages count once they are touched, and each
 /// page once on the machine, however many ranks map it.
 ///
-/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has 5440 bytes (most of them to show what the rank does), and
+/// With W ranks and a ring of R bytes (`XCCL_P2P_RING`) to each, the outbox has 5376 bytes (most of them to show what the rank does), and
 /// for each rank 13 bytes and two bits, a line, twice 64 words of eight bytes, 64 lines and the ring, parts rounded up to lines and pages.
 /// Collectives add 32 slots of 4 KiB and four of 256 KiB:
 ///
 /// ```text
-/// outbox  = page(page(5440 + line(8 W + 8) + line(4 W) + 2 line(W / 8) + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
+/// outbox  = page(page(5376 + line(8 W + 8) + line(4 W) + 2 line(W / 8) + line(W) + 64 W + 1024 W) + 4096 W + R W) + 1191936
 /// touched = a page or a few of words, 4096 bytes and the used part of R for each rank that was sent to, and the used slots
 /// heap    = 4096 + XCCL_HEAP, touched as it is allocated and written
 /// ```
@@ -121,7 +121,7 @@ pub struct Statistics {
 /// ```
 /// use xccl::{Communicator, Config};
 /// let (line, page, ring) = (|n: usize| n.next_multiple_of(64), |n: usize| n.next_multiple_of(4096), 1 << 20);
-/// let words = |w: usize| 5440 + line(8 * w + 8) + line(4 * w) + 2 * line(w.div_ceil(8)) + line(w) + 1088 * w;
+/// let words = |w: usize| 5376 + line(8 * w + 8) + line(4 * w) + 2 * line(w.div_ceil(8)) + line(w) + 1088 * w;
 /// let by_formula = |w: usize| page(page(words(w)) + 4096 * w + ring * w) + 1191936;
 /// for ranks in [1, 2, 8, 64, 1000] {
 ///     let plan = Communicator::memory_plan(ranks, &Config::default().p2p_ring_bytes(ring));

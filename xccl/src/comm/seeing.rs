@@ -134,7 +134,7 @@ impl Communicator {
     }
 
     /// The last operations of a rank of this node, the oldest first, also after its death: up to 64 calls of all ranks together
-    /// (exchanges, collectives, barriers) that are over, and waits that went to sleep. Messages are not recorded otherwise. Of a rank
+    /// (exchanges, collectives, barriers) and waits that went to sleep. Messages are not recorded otherwise. Of a rank
     /// of another node there are none.
     ///
     /// ```

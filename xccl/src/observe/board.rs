@@ -4,12 +4,10 @@
 //!   stores whom it waits for, in what and since when, and the operation last; when it is awake it clears the operation. The
 //!   fields are stored one by one: a reader may see a mixture of two waits, which costs a wrong word in a message.
 //! - *History*: a ring of [`RECORDS`] lines. A record's number is cleared before its fields are stored and stored after them, so
-//!   that a reader that finds the same number before and after its copy has a whole one. A wait is recorded when it goes to sleep,
-//!   and its end added when it is over, if its line has not been taken for a later record.
-//! - *The call*: a line for the call that a rank is in, which becomes a record when it is over. Taking the next record's number is an
-//!   atomic addition, which waits for all stores before it: at the beginning of a call these are rows, at its end they
-//!   have been waited for in order to wake peers. Recording calls as they begin made an exchange of one token by one rank 5 % slower
-//!   (2.37 us without records). Threads that are in calls at the same time overwrite the line: it has the last one.
+//!   that a reader that finds the same number before and after its copy has a whole one. A call is recorded as it begins, a wait when
+//!   it goes to sleep; the end is added when it is over, if the line has not been taken for a later record. The next number is a word
+//!   of this process that is read and stored, not added to: an atomic addition waits for all stores before it, which are rows.
+//!   So two threads that begin at the same instant may share a record, in which a reader finds something of both.
 //! - *Waited*: nanoseconds by peer, added up. Only a wait that was not over at once is counted.
 //! - *Counters*: the statistics, stored when a wait goes to sleep, and when one ends after more than [`STALE`]: a rank that is
 //!   never kept waiting does not spend time on it, and its counters are old.
@@ -46,8 +44,6 @@ pub(crate) struct BoardLayout {
     /// Written once: when the communicator was made, and when the process began, in the kernel's ticks.
     pub(crate) identity: usize,
     pub(crate) waits: usize,
-    /// The call that the rank is in, in the words of a record, without a number.
-    pub(crate) call: usize,
     pub(crate) history: usize,
     /// When they were stored, then the words of [`Statistics`].
     pub(crate) counters: usize,
@@ -64,7 +60,6 @@ impl BoardLayout {
         let state = layout.add(LINE);
         let identity = layout.add(LINE);
         let waits = layout.add(WAITS * LINE);
-        let call = layout.add(LINE);
         let history = layout.add(RECORDS * LINE);
         let counters = layout.add((1 + STATISTICS_WORDS) * 8);
         let waited = layout.add((world_size + 1) * 8);
@@ -74,7 +69,6 @@ impl BoardLayout {
             state,
             identity,
             waits,
-            call,
             history,
             counters,
             waited,
@@ -104,7 +98,7 @@ pub(crate) const WAIT_SINCE: usize = 16;
 
 /// Words of a record.
 pub(crate) const NUMBER: usize = 0;
-/// Operation, [`IS_WAIT`], [`FAILED`], and the peer in the upper half; 0 for no call.
+/// Operation, [`IS_WAIT`], [`FAILED`], and the peer in the upper half.
 pub(crate) const WHAT: usize = 1;
 pub(crate) const EPOCH: usize = 2;
 pub(crate) const BEGAN: usize = 3;
@@ -141,27 +135,21 @@ pub(crate) struct ShownWait {
 #[must_use = "dropping it says that the call has failed"]
 pub(crate) struct OpenCall<'b> {
     board: &'b Board,
-    operation: Operation,
-    epoch: u64,
-    began: u64,
+    record: u64,
 }
 
 impl OpenCall<'_> {
     /// The call has succeeded.
     #[inline]
     pub(crate) fn over(self) {
-        self.end(true);
+        self.board.ends(self.record, true);
         std::mem::forget(self);
-    }
-
-    fn end(&self, succeeded: bool) {
-        self.board.ends((self.operation, self.epoch), self.began, None, succeeded);
     }
 }
 
 impl Drop for OpenCall<'_> {
     fn drop(&mut self) {
-        self.end(false);
+        self.board.ends(self.record, false);
     }
 }
 
@@ -186,7 +174,7 @@ impl Board {
     pub(crate) fn waits(&self, what: &Waiting) -> ShownWait {
         let now = now_ns();
         let word = what.operation as u64 | IS_WAIT | u64::from(peer_word(what.peer)) << 32;
-        let record = self.record([word, what.epoch, now, 0], None);
+        let record = self.record([word, what.epoch, now], None);
         let line = self.claim_line();
         if let Some(line) = line {
             let at = self.layout.wait(line);
@@ -244,53 +232,35 @@ impl Board {
         taken.iter_mut().enumerate().map(take).collect()
     }
 
-    /// Shows a call that begins.
+    /// Records a call that begins.
     #[inline]
     pub(crate) fn begins(&self, operation: Operation, epoch: u64) -> OpenCall<'_> {
-        let began = self.enters((operation, epoch), None);
-        OpenCall { board: self, operation, epoch, began }
+        OpenCall { board: self, record: self.enters((operation, epoch), None) }
     }
 
-    /// Shows a call that begins, and what it asks for; gives the time, for [`ends`](Self::ends).
+    /// Records a call that begins, and what it asks for; to be [ended](Self::ends).
     #[inline]
     pub(crate) fn enters(&self, (operation, epoch): (Operation, u64), asked: Option<[u64; 2]>) -> u64 {
-        let began = tick_ns();
-        let words = self.own.line(self.layout.call);
-        words[EPOCH].store(epoch, Relaxed);
-        words[BEGAN].store(began, Relaxed);
-        if let Some([a, b]) = asked {
-            words[ASKED].store(a, Relaxed);
-            words[ASKED + 1].store(b, Relaxed);
-        }
-        words[WHAT].store(operation as u64 | u64::from(NOBODY) << 32, Release);
-        began
+        self.record([operation as u64 | u64::from(NOBODY) << 32, epoch, tick_ns()], asked)
     }
 
-    /// Records a call that is over.
+    /// The call of that record is over.
     #[inline]
-    pub(crate) fn ends(
-        &self,
-        (operation, epoch): (Operation, u64),
-        began: u64,
-        asked: Option<[u64; 2]>,
-        succeeded: bool,
-    ) {
-        self.own.word64(self.layout.call + WHAT * 8).store(0, Relaxed);
-        let failed = if succeeded { 0 } else { FAILED };
-        let what = operation as u64 | failed | u64::from(NOBODY) << 32;
-        self.record([what, epoch, began, tick_ns().max(1)], asked);
+    pub(crate) fn ends(&self, record: u64, succeeded: bool) {
+        self.add_end(record, tick_ns(), succeeded);
     }
 
     #[inline]
-    fn record(&self, [what, epoch, began, ended]: [u64; 4], asked: Option<[u64; 2]>) -> u64 {
-        let number = self.records.fetch_add(1, Relaxed) + 1;
+    fn record(&self, [what, epoch, began]: [u64; 3], asked: Option<[u64; 2]>) -> u64 {
+        let number = self.records.load(Relaxed) + 1;
+        self.records.store(number, Relaxed);
         let words = self.own.line(self.layout.record(number));
         words[NUMBER].store(0, Relaxed);
         fence(Release);
         words[WHAT].store(what, Relaxed);
         words[EPOCH].store(epoch, Relaxed);
         words[BEGAN].store(began, Relaxed);
-        words[ENDED].store(ended, Relaxed);
+        words[ENDED].store(0, Relaxed);
         if let Some([a, b]) = asked {
             words[ASKED].store(a, Relaxed);
             words[ASKED + 1].store(b, Relaxed);
@@ -299,6 +269,7 @@ impl Board {
         number
     }
 
+    #[inline]
     fn add_end(&self, record: u64, now: u64, succeeded: bool) {
         let words = self.own.line(self.layout.record(record));
         // Another thread may take the line just now: then a record has a wrong end.

@@ -318,7 +318,7 @@ impl<'a> Graph<'a> {
         let mut places = self.parties[party].places.iter().filter(|&&place| place != at);
         if let Some(&elsewhere) = places.find(|&&place| {
             let other = self.rank(place);
-            other.call.is_some() || !other.waits.is_empty()
+            other.call().is_some() || !other.waits.is_empty()
         }) {
             let comm = short(self.comms[elsewhere.0].id);
             return format!(
@@ -332,7 +332,7 @@ impl<'a> Graph<'a> {
         }
         let long = rank.quiet_ns.map(|ns| format!(" for {}", duration(ns))).unwrap_or_default();
         let cores = rank.cores.map(|cores| format!(" (it uses {cores:.2} cores)")).unwrap_or_default();
-        if let Some(call) = &rank.call {
+        if let Some(call) = rank.call() {
             return format!("has been at work in {}{long}{cores}", phrase(call.operation, call.epoch));
         }
         match rank.process {
@@ -359,7 +359,7 @@ impl<'a> Graph<'a> {
     }
 
     fn after(&self, rank: &RankSnapshot) -> String {
-        match (&rank.call, rank.history.last()) {
+        match (rank.call(), rank.history.last()) {
             (Some(call), _) => format!(", in {}", phrase(call.operation, call.epoch)),
             (None, Some(last)) => format!(", after {}", phrase(last.operation, last.epoch)),
             (None, None) => String::new(),

@@ -47,8 +47,6 @@ pub(crate) struct BoardCopy {
     /// When the process began, in the kernel's ticks.
     pub(crate) started: u64,
     pub(crate) waits: Vec<WaitSnapshot>,
-    /// What the rank is in.
-    pub(crate) call: Option<HistoryRecord>,
     /// The oldest first.
     pub(crate) history: Vec<HistoryRecord>,
     /// When the counters were stored, and the counters; `None` where they never were.
@@ -90,11 +88,6 @@ impl BoardCopy {
             moved = moved.max(words[BEGAN]).max(words[ENDED]);
             history.extend(record(words, ranks, now));
         }
-        let words: [u64; 8] = std::array::from_fn(|i| board.word(layout.call + i * 8));
-        let is_in_call = words[WHAT] != 0;
-        let call = is_in_call
-            .then(|| record([0, words[WHAT], words[EPOCH], words[BEGAN], 0, words[5], words[6], 0], ranks, now));
-        moved = moved.max(if is_in_call { words[BEGAN] } else { 0 });
         moved = waits.iter().map(|wait| now.saturating_sub(wait.for_ns)).fold(moved, u64::max);
         // With the waits that are not over.
         let waited = |peer: Option<usize>| {
@@ -115,7 +108,6 @@ impl BoardCopy {
             waited: (0..ranks).map(|peer| waited(Some(peer))).collect(),
             waited_for_anyone: waited(None),
             waits,
-            call: call.flatten(),
             history,
             counters,
             nodes: (0..ranks).map(|rank| board.half(layout.nodes + rank * 4) as usize).collect(),

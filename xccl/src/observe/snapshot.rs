@@ -43,8 +43,6 @@ pub struct RankSnapshot {
     pub standing: Standing,
     /// What its threads sleep for: up to eight at the same time. Waits of less than half a millisecond are not shown.
     pub waits: Vec<WaitSnapshot>,
-    /// The call of all ranks together that it is in; its number is 0.
-    pub call: Option<HistoryRecord>,
     /// For how long it has neither begun nor ended anything that is recorded.
     pub quiet_ns: Option<u64>,
     /// What it has counted, and how long ago it has said so: a rank that is hardly kept waiting does not say so often.
@@ -55,7 +53,7 @@ pub struct RankSnapshot {
     pub waited_ns: Vec<u64>,
     /// How long it has waited for whichever rank would come first.
     pub waited_for_anyone_ns: u64,
-    /// Its last operations, the oldest first: calls of all ranks together that are over, and waits that went to sleep.
+    /// Its last operations, the oldest first: calls of all ranks together, and waits that went to sleep.
     pub history: Vec<HistoryRecord>,
     /// What else is known of a rank that is not on this node.
     pub remark: Option<String>,
@@ -145,7 +143,6 @@ impl RankSnapshot {
             cores: None,
             standing: standing(board.state),
             waits: board.waits,
-            call: board.call,
             quiet_ns: Some(now.saturating_sub(board.moved)),
             statistics,
             statistics_age_ns: stored.map(|stored| now.saturating_sub(stored)),
@@ -154,6 +151,11 @@ impl RankSnapshot {
             history: board.history,
             remark: None,
         }
+    }
+
+    /// The call of all ranks together that it is in, if the last one is not over.
+    pub fn call(&self) -> Option<&HistoryRecord> {
+        self.history.iter().rev().find(|record| !record.is_wait).filter(|record| record.took_ns.is_none())
     }
 
     /// With what its process uses of the processor.

@@ -78,7 +78,7 @@ impl RankSnapshot {
             ProcessState::Dead => "died",
             _ => "computes",
         };
-        match (&self.call, self.history.last()) {
+        match (self.call(), self.history.last()) {
             (Some(call), _) => format!("in {}", call.phrase()),
             (None, Some(last)) => format!("{does}, after {}", last.phrase()),
             (None, None) => does.to_owned(),
@@ -100,7 +100,7 @@ impl RankSnapshot {
                 return format!("is {node}{}", self.remark.as_deref().unwrap_or("not seen from here"));
             }
             Standing::Aborted | Standing::Left => return self.doing(),
-            Standing::Active => match (self.waits.first(), &self.call, self.history.last()) {
+            Standing::Active => match (self.waits.first(), self.call(), self.history.last()) {
                 (Some(wait), ..) => {
                     let who = whom(wait, |peer| format!("rank {peer}"));
                     format!("waiting in {} for {who}", phrase(wait.operation, wait.epoch))
@@ -142,9 +142,7 @@ impl HistoryRecord {
 
 impl fmt::Display for HistoryRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.number > 0 {
-            write!(f, "#{} ", self.number)?;
-        }
+        write!(f, "#{} ", self.number)?;
         if self.is_wait {
             f.write_str("waited for ")?;
             match self.peer {

@@ -40,12 +40,17 @@ pub fn across_nodes(comm: &Communicator) -> Result<()> {
 }
 
 /// Every rank waits for a message that never comes, of a rank that is going to vanish: that is told, long before the deadline.
+/// Probes are answered before, and never afterwards.
 pub fn cut_off(comm: &Communicator) -> Result<()> {
     meet(comm)?;
+    comm.probe((comm.rank() + 1) % comm.world_size(), PATIENCE)?;
     std::fs::write(format!("{}/{}", std::env::var("TEST_MET")?, comm.rank()), "")?;
     let other = (comm.rank() + 1) % comm.world_size();
     match comm.recv(other, 9, &mut [0; 8]) {
-        Err(Error::PeerDied { rank, .. }) if rank != comm.rank() => Ok(()),
+        Err(Error::PeerDied { rank, .. }) if rank != comm.rank() => match comm.probe(other, PATIENCE / 10) {
+            Err(Error::PeerDied { .. } | Error::PeerUnreachable { .. } | Error::Timeout { .. }) => Ok(()),
+            outcome => bail!("a host was cut off, and a probe of it ended with {outcome:?}"),
+        },
         outcome => bail!("a host was cut off, and the wait for a message ended with {outcome:?}"),
     }
 }
