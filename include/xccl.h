@@ -11,7 +11,7 @@
  *
  * Structs that may grow begin with their size: start from the initializer of the same name.
  *
- * Threads: a communicator may be used by several threads at once, a request by one, a MoE handle, a sender
+ * Threads: a communicator may be used by several threads at once, a request by one, a MoE or A2E handle, a sender
  * or a receiver of KV pages by one at a time.
  *
  * Generated from xccl-sys/src by cbindgen: XCCL_UPDATE_HEADER=1 cargo test -p xccl-sys --test header
@@ -48,6 +48,12 @@
 
 /** What the shape of KV transfer starts from. */
 #define XCCL_KV_CONFIG_INITIALIZER { sizeof(xcclKvConfig_t), 0, 0, 0, 0 }
+
+/** What a group of attention and expert ranks starts from. */
+#define XCCL_A2E_CONFIG_INITIALIZER { sizeof(xcclA2EConfig_t), NULL, NULL, 0, 0 }
+
+/** What a micro-batch starts from. */
+#define XCCL_A2E_BATCH_INITIALIZER { sizeof(xcclA2EBatch_t), 0, 0, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0 }
 
 /** What an event of KV transfer starts from. */
 #define XCCL_KV_EVENT_INITIALIZER { sizeof(xcclKvEvent_t), 0, 0, 0, 0, 0, 0, 0 }
@@ -369,6 +375,11 @@ typedef enum {
    */
   xcclKvGone = 5,
 } xcclKvEventKind_t;
+
+/**
+ * What a handle points to.
+ */
+typedef struct xcclA2E xcclA2E;
 
 /**
  * What a communicator handle points to.
@@ -1034,6 +1045,99 @@ typedef void (*xcclLaneWork_t)(void *state, size_t lane);
  * more, so threads should spin for their work, not sleep. It must not use the MoE handle, nor throw.
  */
 typedef void (*xcclRunLanes_t)(void *context, size_t lanes, xcclLaneWork_t work, void *state);
+
+/**
+ * A handle of a group in which some ranks hold attention and others hold experts. Made by xcclA2ECreate, owned by the caller, given
+ * back to xcclA2EDestroy. One thread at a time may use it, not always the same.
+ */
+typedef xcclA2E *xcclA2E_t;
+
+/**
+ * Who holds attention and who holds experts. Equal on all ranks. Set it to XCCL_A2E_CONFIG_INITIALIZER, then its fields.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclA2EConfig_t).
+   */
+  size_t size;
+  /**
+   * [nranks], read during xcclA2ECreate: the domain of a rank that holds attention, counted from 0 without gaps, or -1 for one that
+   * holds experts. The ranks of a domain send their micro-batches together.
+   */
+  const int32_t *roles;
+  /**
+   * The shape of the exchanges, read during xcclA2ECreate. Its placement names ranks that hold experts; null: these share the
+   * experts evenly. Its max_expert_rows counts what comes from one domain.
+   */
+  const xcclMoeConfig_t *moe;
+  /**
+   * How many expert ranks of each node gather for the others, if any do; 0: the square root of a domain's attention ranks.
+   */
+  size_t trampolines;
+  /**
+   * An xcclForward_t.
+   */
+  uint32_t forward;
+} xcclA2EConfig_t;
+
+/**
+ * A micro-batch of one domain: what arrived for this rank's experts. Set it to XCCL_A2E_BATCH_INITIALIZER. What it points to belongs to
+ * the handle and is good until the micro-batch's xcclE2ASend.
+ */
+typedef struct {
+  /**
+   * sizeof(xcclA2EBatch_t).
+   */
+  size_t size;
+  /**
+   * The micro-batch's number in its domain, from 1.
+   */
+  xcclExchange_t exchange;
+  /**
+   * Rows: by local expert, then by the rank they come from, then by token.
+   */
+  size_t num_rows;
+  /**
+   * Experts of this rank.
+   */
+  size_t local_experts;
+  /**
+   * [local_experts], rows of each.
+   */
+  const uint32_t *counts;
+  /**
+   * [local_experts + 1], expert e has the rows offsets[e] to offsets[e + 1] - 1.
+   */
+  const uint32_t *offsets;
+  /**
+   * [num_rows].
+   */
+  const xcclMoeRow_t *rows;
+  /**
+   * [num_rows, row_bytes], the outputs of all rows in their order: what rows[i].output points into.
+   */
+  void *outputs;
+  /**
+   * Bytes from one output row to the next.
+   */
+  size_t row_bytes;
+  /**
+   * An xcclA2EEnd_t: when it is not xcclA2EGoesOn the loop is over and there is no micro-batch.
+   */
+  uint32_t end;
+  /**
+   * The domain.
+   */
+  uint32_t domain;
+  /**
+   * An xcclDataType_t: the element type of the rows.
+   */
+  uint32_t dtype;
+  /**
+   * An xcclWireFormat_t: how the token rows lie in their senders' memory.
+   */
+  uint32_t wire;
+} xcclA2EBatch_t;
 
 /**
  * No request.
@@ -2086,6 +2190,72 @@ xcclResult_t xcclMoeCopyWirePadded(xcclExchange_t exchange,
                                    uint32_t layout,
                                    size_t capacity,
                                    xcclMoe_t moe);
+
+/* ---- Attention and experts on ranks of their own --------------------------------------------------------------- */
+
+/**
+ * Makes this rank's handle of a group of attention and expert ranks and writes it to *a2e; *a2e is left as it is on failure. Every
+ * rank of comm must call it, with the same configuration (xcclJoinFailed on every rank otherwise). xcclInvalidArgument on every rank
+ * for one that cannot be, such as an expert that is placed on a rank that holds attention. Blocks until all have called.
+ */
+xcclResult_t xcclA2ECreate(xcclA2E_t *a2e,
+                           xcclComm_t comm,
+                           const xcclA2EConfig_t *config);
+
+/**
+ * Gives the handle up: any further use of it is xcclInvalidArgument. An attention rank says by it that it is done; when all have, the
+ * experts' loops end. A micro-batch that an expert rank has not sent back is given up, which its attention ranks learn of
+ * (xcclRemoteError). Blocks, up to the deadline, while other ranks still need what this one passes on.
+ */
+xcclResult_t xcclA2EDestroy(xcclA2E_t a2e);
+
+/**
+ * Attention: sends the tokens of a micro-batch to the experts and names it in *exchange. Every attention rank of the domain calls
+ * it for every micro-batch, perhaps with no tokens; two may be under way. The arrays may be used again when it returns. Blocks only
+ * until the micro-batch before the last was consumed, up to the deadline.
+ *
+ * Bad input is xcclInvalidArgument and nothing is sent; expert ranks are told (xcclPeerRefused) and wait for the corrected one.
+ * xcclInvalidUsage on a rank that holds experts, or for a third micro-batch; xcclRemoteError when an expert rank's loop has ended.
+ */
+xcclResult_t xcclA2ESend(const xcclMoeInput_t *input,
+                         xcclExchange_t *exchange,
+                         xcclA2E_t a2e);
+
+/**
+ * Attention: receives the sums of a micro-batch, [num_tokens, hidden], as xcclMoeCombineRecv. Those under way may be received in
+ * either order. Blocks until the expert ranks that had tokens of this one have sent them back, up to the deadline. After any result
+ * but xcclInvalidArgument and xcclInvalidUsage the micro-batch is over.
+ */
+xcclResult_t xcclE2ARecv(xcclExchange_t exchange,
+                         void *out,
+                         xcclA2E_t a2e);
+
+/**
+ * Attention: ends the loops of all expert ranks at once, without waiting for other attention ranks, whose micro-batches under way are
+ * given up (xcclRemoteError). The handle is given up as by xcclA2EDestroy. xcclInvalidUsage on a rank that holds experts. Does not
+ * block.
+ */
+xcclResult_t xcclA2EShutDown(xcclA2E_t a2e);
+
+/**
+ * Experts: receives the next micro-batch of any domain and describes it in *batch; the rows stay in the attention ranks' memory.
+ * Domains take turns. When the loop is over, now and from then on, batch->end says why. Two micro-batches of each domain may be out.
+ * Blocks until one is complete, up to the deadline; may be called again after xcclTimeout and after xcclPeerRefused, which names an
+ * attention rank whose input was bad. xcclRemoteError for a domain that one of its ranks has left: the others go on.
+ * xcclInvalidUsage on a rank that holds attention.
+ */
+xcclResult_t xcclA2ERecv(xcclA2EBatch_t *batch,
+                         xcclA2E_t a2e);
+
+/**
+ * Experts: sends the outputs of a domain's micro-batch back. outputs: [num_rows, hidden] in the batch's order, copied once (or
+ * summed on the way, with xcclReducePerRank), or XCCL_IN_PLACE when they were written to rows[i].output. Micro-batches may be sent
+ * back in any order. Does not block. xcclInvalidArgument and xcclInvalidUsage change nothing.
+ */
+xcclResult_t xcclE2ASend(size_t domain,
+                         xcclExchange_t exchange,
+                         const void *outputs,
+                         xcclA2E_t a2e);
 
 #ifdef __cplusplus
 }  // extern "C"

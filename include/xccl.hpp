@@ -303,6 +303,22 @@ class Batch {
   xcclMoeBatch_t batch_;
 };
 
+/** Who holds attention and who holds experts: the domain of each rank, or -1 for experts. Both arguments must outlive it. */
+struct A2EConfig : xcclA2EConfig_t {
+  A2EConfig() : xcclA2EConfig_t XCCL_A2E_CONFIG_INITIALIZER {}
+  A2EConfig(const std::int32_t *roles, const xcclMoeConfig_t &moe) : A2EConfig() {
+    this->roles = roles;
+    this->moe = &moe;
+  }
+};
+
+/** A micro-batch for experts, or the end of their loop. */
+struct A2EBatch : xcclA2EBatch_t {
+  A2EBatch() : xcclA2EBatch_t XCCL_A2E_BATCH_INITIALIZER {}
+  /** Whether it is a micro-batch. */
+  explicit operator bool() const noexcept { return end == xcclA2EGoesOn; }
+};
+
 /** The rows of one source; none and source -1 when all have come. */
 struct Arrival {
   int source;
@@ -311,6 +327,9 @@ struct Arrival {
 
 template <class P>
 class basic_moe;
+
+template <class P>
+class basic_a2e;
 
 /** xcclRequest_t: cancelled unless it is over. Belongs to its communicator, which must outlive it. */
 template <class P>
@@ -820,6 +839,11 @@ class basic_communicator {
     xcclMoe_t moe = nullptr;
     return P::give(xcclMoeCreate(&moe, get(), &config), [&] { return basic_moe<P>(moe); });
   }
+  /** xcclA2ECreate. */
+  result<basic_a2e<P>> a2e(const xcclA2EConfig_t &config) {
+    xcclA2E_t a2e = nullptr;
+    return P::give(xcclA2ECreate(&a2e, get(), &config), [&] { return basic_a2e<P>(a2e); });
+  }
   xcclComm_t get() const noexcept { return held_.get(); }
 
  private:
@@ -1002,10 +1026,49 @@ class basic_moe {
   detail::owned<xcclMoe_t, xcclMoeDestroy> held_;
 };
 
+/** xcclA2E_t: an attention rank's side says at its end that it is done. */
+template <class P>
+class basic_a2e {
+ public:
+  template <class T>
+  using result = typename P::template result<T>;
+  explicit basic_a2e(xcclA2E_t a2e) noexcept : held_(a2e) {}
+
+  /** xcclA2ESend: attention. */
+  result<xcclExchange_t> a2e_send(const xcclMoeInput_t &input) {
+    xcclExchange_t sent = 0;
+    return P::give(xcclA2ESend(&input, &sent, get()), [&] { return sent; });
+  }
+  /** xcclE2ARecv: attention. */
+  result<void> e2a_recv(xcclExchange_t exchange, void *out) {
+    return P::give(xcclE2ARecv(exchange, out, get()), [] {});
+  }
+  /** xcclA2ERecv: experts. */
+  result<A2EBatch> a2e_recv() {
+    A2EBatch batch;
+    return P::give(xcclA2ERecv(&batch, get()), [&] { return batch; });
+  }
+  /** xcclE2ASend: experts; outputs in place unless they are given. */
+  result<void> e2a_send(const xcclA2EBatch_t &batch, const void *outputs = XCCL_IN_PLACE) {
+    return P::give(xcclE2ASend(batch.domain, batch.exchange, outputs, get()), [] {});
+  }
+  /** xcclA2EShutDown: attention; the handle is given up. */
+  result<void> shut_down() {
+    const xcclResult_t ended = xcclA2EShutDown(get());
+    if (ended == xcclSuccess) held_.release();
+    return P::give(ended, [] {});
+  }
+  xcclA2E_t get() const noexcept { return held_.get(); }
+
+ private:
+  detail::owned<xcclA2E_t, xcclA2EDestroy> held_;
+};
+
 namespace expected {
 using Communicator = basic_communicator<detail::returning>;
 using Request = basic_request<detail::returning>;
 using Moe = basic_moe<detail::returning>;
+using A2E = basic_a2e<detail::returning>;
 using Exchange = basic_exchange<detail::returning>;
 using KvSender = basic_kv_sender<detail::returning>;
 using KvReceiver = basic_kv_receiver<detail::returning>;
@@ -1015,6 +1078,7 @@ using KvReceiver = basic_kv_receiver<detail::returning>;
 using Communicator = basic_communicator<detail::throwing>;
 using Request = basic_request<detail::throwing>;
 using Moe = basic_moe<detail::throwing>;
+using A2E = basic_a2e<detail::throwing>;
 using Exchange = basic_exchange<detail::throwing>;
 using KvSender = basic_kv_sender<detail::throwing>;
 using KvReceiver = basic_kv_receiver<detail::throwing>;

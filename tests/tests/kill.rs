@@ -44,6 +44,16 @@ fn killed_while_others_wait_for_anyones_signal() {
 }
 
 #[test]
+fn an_attention_rank_is_killed_beside_experts() {
+    survivors_name_the_dead("die-apart-attention");
+}
+
+#[test]
+fn an_expert_rank_is_killed_beside_attention() {
+    survivors_name_the_dead("die-apart-experts");
+}
+
+#[test]
 fn killed_while_others_wait_in_dispatch_recv() {
     survivors_name_the_dead("die-in-dispatch");
 }

@@ -27,6 +27,7 @@ fn header_is_current() {
         "onesided.rs",
         "kv.rs",
         "moe/mod.rs",
+        "a2e.rs",
     ];
     let builder = sources.iter().fold(cbindgen::Builder::new().with_config(config), |builder, source| {
         builder.with_src(crate_dir().join("src").join(source))

@@ -408,6 +408,39 @@ void quantized(Moe &moe, int rank) {
   for (std::size_t i = 0; i < out.size(); i++) EXPECT(out[i] == (i / kHidden + 1) * 0.25f);
 }
 
+// Rank 0 holds attention, the others experts: a micro-batch, then the end, in one of two ways.
+template <class Communicator>
+void apart(Communicator &comm, bool shut_down) {
+  const int rank = take(comm.rank()), ranks = take(comm.size());
+  std::vector<std::int32_t> roles(static_cast<std::size_t>(ranks), -1);
+  roles[0] = 0;
+  const xccl::MoeConfig shape(kTokens, kHidden, kTopk, kExperts, xcclFloat32);
+  xccl::A2EConfig config(roles.data(), shape);
+  config.forward = shut_down ? xcclForwardTrampoline : xcclForwardFlat;
+  auto a2e = take(comm.a2e(config));
+  if (rank > 0) {
+    std::size_t served = 0;
+    auto batch = take(a2e.a2e_recv());
+    for (; batch; batch = take(a2e.a2e_recv())) {
+      for (std::size_t i = 0; i < batch.num_rows; i++) std::fill_n(static_cast<float *>(batch.rows[i].output), kHidden, 2.0f);
+      TAKE_VOID(a2e.e2a_send(batch));
+      served++;
+    }
+    EXPECT(served == 1 && batch.end == static_cast<std::uint32_t>(shut_down ? xcclA2EWasShutDown : xcclA2EDone));
+    return;
+  }
+  const std::vector<float> tokens(kHidden, 1.0f), weights = {0.5f, 1.0f};
+  const std::vector<std::int32_t> ids = {1, 4};
+  std::vector<float> out(kHidden);
+  const auto sent = take(a2e.a2e_send(xccl::MoeInput(tokens.data(), 1, ids.data(), weights.data())));
+  TAKE_VOID(a2e.e2a_recv(sent, out.data()));
+  EXPECT(out == std::vector<float>(kHidden, 3.0f));
+  if (shut_down) {
+    TAKE_VOID(a2e.shut_down());
+    EXPECT(a2e.get() == nullptr);
+  }
+}
+
 template <class Communicator>
 void everything(Communicator comm) {
   const int rank = take(comm.rank()), ranks = take(comm.size());
@@ -423,6 +456,8 @@ void everything(Communicator comm) {
   config.wire = xcclWireInt8;
   auto int8 = take(comm.moe(config));
   quantized(int8, rank);
+  for (const bool shut_down : {false, true})
+    if (ranks > 1) apart(comm, shut_down);
 
   auto half = take(comm.split(rank % 2 ? std::optional<int>() : 0, -rank));
   EXPECT(half.has_value() == (rank % 2 == 0));

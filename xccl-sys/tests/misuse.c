@@ -36,6 +36,7 @@ static long long pick_from(const long long *values, size_t n) { return values[dr
 static int ranks;
 static xcclComm_t comm, dead_comm;
 static xcclMoe_t moe, dead_moe;
+static xcclA2E_t dead_a2e; /* of two ranks; NULL alone: a group has two */
 static uint64_t nothing[64];          /* memory that is no handle */
 static uint64_t memory[1 << 14];      /* room for whatever a call with small sizes writes */
 static xcclExchange_t exchanges[4];   /* the last ones, and over ones among them */
@@ -73,6 +74,15 @@ static xcclMoe_t any_moe(void) {
     case 2: return (xcclMoe_t)(void *)comm;
     case 3: return (xcclMoe_t)(void *)((char *)moe + 1);
     default: return (xcclMoe_t)(void *)nothing;
+  }
+}
+static xcclA2E_t any_a2e(void) {
+  switch (draw(5)) {
+    case 0: return NULL;
+    case 1: return dead_a2e;
+    case 2: return (xcclA2E_t)(void *)comm;
+    case 3: return (xcclA2E_t)(void *)((char *)moe + 1);
+    default: return (xcclA2E_t)(void *)nothing;
   }
 }
 static xcclKvSender_t any_sender(void) {
@@ -177,6 +187,16 @@ static xcclMoeConfig_t any_shape(void) {
   if (is_bad()) config.smooth = smooth;
   return config;
 }
+static xcclA2EConfig_t any_group(const xcclMoeConfig_t *shape) {
+  static const int32_t roles[2] = {0, -1}, wrong[2] = {-2, INT_MAX}, holes[2] = {1, -1};
+  xcclA2EConfig_t config = XCCL_A2E_CONFIG_INITIALIZER;
+  config.size = struct_size(sizeof config);
+  config.roles = is_bad() ? NULL : is_bad() ? wrong : is_bad() ? holes : roles;
+  config.moe = is_bad() ? NULL : shape;
+  config.forward = (uint32_t)PICK(0, 1, 2, 3, -1);
+  config.trampolines = size();
+  return config;
+}
 static xcclMoeInput_t any_input(void) {
   static float tokens[TOKENS * HIDDEN], weights[TOKENS * TOPK];
   static int64_t ids[TOKENS * TOPK] = {0, 1, 2, 3, 1, 0, 3, 2}, wrong[TOKENS * TOPK] = {0, 0, 99, -5, -1, -1, 1, 2};
@@ -266,6 +286,8 @@ static void call(void) {
   xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
   xcclDeviceBatch_t device = XCCL_DEVICE_BATCH_INITIALIZER;
   xcclStatistics_t statistics = XCCL_STATISTICS_INITIALIZER;
+  xcclA2EConfig_t group = any_group(&shape);
+  xcclA2EBatch_t micro_batch = XCCL_A2E_BATCH_INITIALIZER;
   xcclKvConfig_t pages = any_pages();
   xcclPageLayout_t layout = any_layout();
   xcclKvEvent_t event = XCCL_KV_EVENT_INITIALIZER;
@@ -278,6 +300,7 @@ static void call(void) {
   xcclStatus_t status;
   xcclComm_t made = NULL;
   xcclMoe_t made_moe = NULL;
+  xcclA2E_t made_a2e = NULL;
   xcclExchange_t sent = 0;
   xcclRequest_t started = 0;
   void *at = NULL;
@@ -292,6 +315,7 @@ static void call(void) {
   if (!is_bad()) CHECK(xcclGetUniqueId(&id));
   batch.size = struct_size(batch.size);
   device.size = struct_size(device.size);
+  micro_batch.size = struct_size(micro_batch.size);
   statistics.size = struct_size(statistics.size);
   event.size = struct_size(event.size);
   bytes = size();
@@ -413,6 +437,13 @@ static void call(void) {
         is_bad() ? NULL : (const float *)(void *)nothing, data(), (size_t)PICK(0, 1, 64, -1), (uint32_t *)out(memory),
         size_out, any_moe());
     ONE(xcclMoeCombine, data(), data(), any_moe());
+    ONE(xcclA2ECreate, is_bad() ? NULL : &made_a2e, ranks == 1 ? any_comm() : dead_comm, is_bad() ? NULL : &group);
+    ONE(xcclA2EDestroy, any_a2e());
+    ONE(xcclA2ESend, (xcclMoeInput_t *)out(&input), is_bad() ? NULL : &sent, any_a2e());
+    ONE(xcclE2ARecv, exchange(), data(), any_a2e());
+    ONE(xcclA2ERecv, (xcclA2EBatch_t *)out(&micro_batch), any_a2e());
+    ONE(xcclE2ASend, (size_t)PICK(0, 1, -1), exchange(), is_bad() ? NULL : XCCL_IN_PLACE, any_a2e());
+    ONE(xcclA2EShutDown, any_a2e());
     default: fail(__LINE__, "FUNCTIONS is wrong");
   }
   text = xcclGetLastError();
@@ -681,6 +712,80 @@ static void make_kv(xcclKvSender_t *to, xcclKvReceiver_t *from, xcclComm_t of, v
   if (rank > 0) CHECK(xcclKvSenderCreate(to, of, &config, &layout));
 }
 
+/* A group of two: a micro-batch there and back, and what is refused, with which words. */
+static void apart(int rank) {
+  static const int32_t roles[2] = {0, -1}, all_experts[2] = {-1, -1}, holes[2] = {1, -1}, below[2] = {0, -2};
+  static const int32_t elsewhere[EXPERTS] = {1, 1, 0, 1};
+  xcclMoeConfig_t shape = good_shape();
+  xcclA2EConfig_t config = XCCL_A2E_CONFIG_INITIALIZER;
+  xcclA2E_t a2e = NULL;
+  xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
+  xcclA2EBatch_t batch = XCCL_A2E_BATCH_INITIALIZER;
+  xcclExchange_t exchange = 0;
+  float tokens[2 * HIDDEN], weights[2 * TOPK] = {1, 0, 2, 1}, sums[2 * HIDDEN];
+  int32_t ids[2 * TOPK] = {3, -1, 0, 2};
+  size_t i, column;
+  config.moe = &shape;
+  config.roles = below;
+  GIVES(xcclInvalidArgument, "roles[1] is -2", xcclA2ECreate(&a2e, dead_comm, &config));
+  config.roles = holes;
+  GIVES(xcclInvalidArgument, "RoleConfig::attention", xcclA2ECreate(&a2e, dead_comm, &config));
+  config.roles = all_experts;
+  GIVES(xcclInvalidArgument, "RoleConfig::attention", xcclA2ECreate(&a2e, dead_comm, &config));
+  config.roles = roles;
+  config.forward = 3;
+  GIVES(xcclInvalidArgument, "forward is 3", xcclA2ECreate(&a2e, dead_comm, &config));
+  config.forward = xcclForwardTrampoline;
+  shape.placement = elsewhere;
+  GIVES(xcclInvalidArgument, "expert 2 is placed on rank 0", xcclA2ECreate(&a2e, dead_comm, &config));
+  shape.placement = NULL;
+  config.trampolines = rank ? 1 : 2;
+  GIVES(xcclJoinFailed, "role configuration", xcclA2ECreate(&a2e, dead_comm, &config));
+  config.trampolines = 0;
+  EXPECT(a2e == NULL);
+  CHECK(xcclA2ECreate(&a2e, dead_comm, &config));
+  for (i = 0; i < 2 * HIDDEN; i++) tokens[i] = (float)i;
+  input.tokens = tokens;
+  input.num_tokens = 2;
+  input.topk_ids = ids;
+  input.topk_weights = weights;
+  if (rank == 0) {
+    GIVES(xcclInvalidUsage, "rank 0 holds attention of domain 0", xcclA2ERecv(&batch, a2e));
+    GIVES(xcclInvalidUsage, "holds attention", xcclE2ASend(0, 1, XCCL_IN_PLACE, a2e));
+    GIVES(xcclInvalidArgument, "not under way", xcclE2ARecv(1, sums, a2e));
+    CHECK(xcclA2ESend(&input, &exchange, a2e));
+    EXPECT(exchange == 1);
+    CHECK(xcclE2ARecv(exchange, sums, a2e));
+    /* Expert e adds e to each element. */
+    for (column = 0; column < HIDDEN; column++) {
+      EXPECT(sums[column] == tokens[column] + 3);
+      EXPECT(sums[HIDDEN + column] == 2 * tokens[HIDDEN + column] + tokens[HIDDEN + column] + 2);
+    }
+  } else {
+    GIVES(xcclInvalidUsage, "rank 1 holds experts", xcclA2ESend(&input, &exchange, a2e));
+    GIVES(xcclInvalidUsage, "holds experts", xcclE2ARecv(1, sums, a2e));
+    GIVES(xcclInvalidUsage, "holds experts", xcclA2EShutDown(a2e));
+    CHECK(xcclA2ERecv(&batch, a2e));
+    EXPECT(batch.end == xcclA2EGoesOn && batch.domain == 0 && batch.exchange == 1 && batch.num_rows == 3);
+    EXPECT(batch.local_experts == EXPERTS && batch.offsets[EXPERTS] == 3 && batch.dtype == xcclFloat32);
+    for (i = 0; i < batch.num_rows; i++) {
+      const xcclMoeRow_t row = batch.rows[i];
+      for (column = 0; column < HIDDEN; column++)
+        ((float *)row.output)[column] = ((const float *)row.token_data)[column] + (float)row.expert;
+    }
+    GIVES(xcclInvalidArgument, "domain 1", xcclE2ASend(1, 1, XCCL_IN_PLACE, a2e));
+    CHECK(xcclE2ASend(0, batch.exchange, XCCL_IN_PLACE, a2e));
+    GIVES(xcclInvalidArgument, "sent back already", xcclE2ASend(0, 1, XCCL_IN_PLACE, a2e));
+    CHECK(xcclA2ERecv(&batch, a2e));
+    EXPECT(batch.end == xcclA2EDone && batch.num_rows == 0);
+    CHECK(xcclA2ERecv(&batch, a2e));
+    EXPECT(batch.end == xcclA2EDone);
+  }
+  CHECK(xcclA2EDestroy(a2e));
+  GIVES(xcclInvalidArgument, "was destroyed", xcclA2EDestroy(a2e));
+  dead_a2e = a2e;
+}
+
 /* A rank that does nothing wrong, while rank 0 does: each call has to end. */
 static void good_rank(void) {
   int i;
@@ -716,6 +821,7 @@ int main(void) {
   CHECK(xcclKvSenderDestroy(dead_sender));
   CHECK(xcclKvReceiverDestroy(dead_receiver));
   EXPECT(xcclKvSenderDestroy(dead_sender) == xcclInvalidArgument && xcclKvReceiverDestroy(dead_receiver) == xcclInvalidArgument);
+  if (ranks == 2) apart(rank);
   CHECK(xcclBarrier(dead_comm));
   CHECK(xcclMoeDestroy(dead_moe));
   CHECK(xcclCommDestroy(dead_comm));

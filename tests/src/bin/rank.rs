@@ -88,6 +88,7 @@ fn main() -> Result<()> {
         "under-a-cut" => nodes::under_a_cut(&comm),
         "nothing-stays" => nodes::nothing_stays(&comm),
         "collectives" => collectives::every_collective(&comm),
+        die if die.starts_with("die-apart-") => kill::die_apart(&comm, die),
         "collective-mismatch" => collectives::mismatch(&comm),
         die if die.starts_with("collective-die-") => collectives::die(&comm, die),
         "hang-cycle" => hang::cycle(&comm),

@@ -81,6 +81,7 @@ use crate::memory::area::{Area, Words};
 use crate::memory::divided::Owners;
 use crate::memory::row::Row;
 use crate::memory::segment::Writers;
+use crate::sync::closing;
 use crate::sync::epoch;
 use crate::sync::progress::{Operation, Waiting};
 
@@ -630,7 +631,7 @@ impl Moe {
                 return Some(Ok(()));
             }
             // An exchange that it has begun before it left may still be combined.
-            let has_left = (1..=epoch).contains(&closed.load(Acquire));
+            let has_left = closing::is_closed(closed, epoch);
             has_left.then_some(Err(Error::PeerLeft { rank: peer, during, epoch }))
         })?
     }

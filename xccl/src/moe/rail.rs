@@ -24,8 +24,8 @@ use crate::fabric::progress::{Chore, Chores};
 use crate::kernels::Kernels;
 use crate::memory::area::{self, Area};
 use crate::memory::mapping::Mapping;
-use crate::sync::epoch;
 use crate::sync::fork::Origin;
+use crate::sync::{closing, epoch};
 
 /// Bytes of sums that leave together: they are still in a cache when they are read to be sent, and the source takes them while the
 /// next ones are formed.
@@ -196,7 +196,7 @@ impl Rail {
         let (slot, closed) = (self.layout.slot(epoch), self.layout.closed);
         let has_combined = |rank: usize| epoch::reached(peers[rank].word64(slot.combined), epoch);
         // Who has left before it has given it up.
-        let has_left = |rank: usize| (1..=epoch).contains(&peers[rank].word64(closed).load(Acquire));
+        let has_left = |rank: usize| closing::is_closed(peers[rank].word64(closed), epoch);
         let is_there = |&rank: &usize| has_combined(rank) || has_left(rank);
         let gave_up =
             |&&rank: &&usize| peers[rank].word64(slot.abandoned).load(Acquire) == epoch || !has_combined(rank);

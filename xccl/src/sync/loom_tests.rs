@@ -6,7 +6,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use loom::thread;
 
-use super::{bell, epoch, pieces, ring, signal, steps};
+use super::{bell, closing, epoch, pieces, ring, signal, steps};
 
 /// Two buffers in turn; the reader's own word frees a buffer for the epoch after next.
 #[test]
@@ -357,4 +357,74 @@ fn loom_ranks_that_read_each_other_step_by_step_see_what_was_written_for_the_ste
 #[test]
 fn loom_a_rank_that_only_writes_does_not_overtake_its_reader() {
     steps_are_read_before_their_slots_are_filled_again([false, true]);
+}
+
+#[test]
+fn loom_an_epoch_that_was_published_is_never_found_closed() {
+    loom::model(|| {
+        let words = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let writer = {
+            let words = words.clone();
+            thread::spawn(move || {
+                epoch::publish(&words[0], 1);
+                closing::close(&words[1], 2);
+            })
+        };
+        let [published, closed] = &*words;
+        assert_ne!(closing::look(published, closed, 1), closing::Part::Closed);
+        while closing::look(published, closed, 2) == closing::Part::Open {
+            thread::yield_now();
+        }
+        assert_eq!(closing::look(published, closed, 2), closing::Part::Closed);
+        assert_eq!(closing::look(published, closed, 1), closing::Part::Published);
+        writer.join().unwrap();
+    });
+}
+
+/// A source, its trampoline, and a reader that watches only the trampoline; then the other way: the source overwrites its row when the
+/// trampoline has said that the reader is done.
+#[test]
+fn loom_a_trampoline_carries_what_it_has_seen_both_ways() {
+    loom::model(|| {
+        #[derive(Default)]
+        struct Shared {
+            dispatched: AtomicU64,
+            forwarded: AtomicU64,
+            combined: AtomicU64,
+            returned: AtomicU64,
+            row: loom::cell::UnsafeCell<u64>,
+        }
+        let shared = Arc::new(Shared::default());
+        let await_in = |word: &AtomicU64| {
+            while !epoch::reached(word, 1) {
+                thread::yield_now();
+            }
+        };
+        let trampoline = {
+            let shared = shared.clone();
+            thread::spawn(move || {
+                await_in(&shared.dispatched);
+                epoch::publish(&shared.forwarded, 1);
+                await_in(&shared.combined);
+                epoch::publish(&shared.returned, 1);
+            })
+        };
+        let reader = {
+            let shared = shared.clone();
+            thread::spawn(move || {
+                await_in(&shared.forwarded);
+                // SAFETY: loom's cell itself checks that no access is concurrent.
+                assert_eq!(shared.row.with(|row| unsafe { *row }), 7);
+                epoch::publish(&shared.combined, 1);
+            })
+        };
+        // SAFETY: as above.
+        shared.row.with_mut(|row| unsafe { *row = 7 });
+        epoch::publish(&shared.dispatched, 1);
+        await_in(&shared.returned);
+        // SAFETY: as above.
+        shared.row.with_mut(|row| unsafe { *row = 8 });
+        trampoline.join().unwrap();
+        reader.join().unwrap();
+    });
 }

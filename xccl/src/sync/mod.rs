@@ -4,6 +4,7 @@
 //! model it: `RUSTFLAGS="--cfg loom" cargo test -p xccl --release --lib loom`.
 
 pub(crate) mod bell;
+pub(crate) mod closing;
 #[cfg(not(loom))]
 pub(crate) mod cores;
 pub(crate) mod epoch;

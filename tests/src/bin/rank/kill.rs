@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use xccl::{Communicator, DType, Error, Moe, MoeConfig, ReduceOp, Routing, SharedBuffer, Source, Until, Update};
+use xccl::{
+    Attention, Communicator, DType, Error, Experts, Forward, Moe, MoeConfig, ReduceOp, Role, RoleConfig, Routing,
+    SharedBuffer, Source, Until, Update,
+};
 
 /// What the ranks wait in.
 struct Waits<'a> {
@@ -89,6 +92,71 @@ pub(crate) fn die(comm: &Communicator, scenario: &str) -> Result<()> {
         let outcome = waits.wait(again, last);
         ensure!(outcome.as_ref().err().and_then(names) == Some(last), "{again}: {outcome:?}");
     }
+    Ok(())
+}
+
+/// Attention and experts apart; the last rank, which has the role that the scenario names, kills itself after a micro-batch. All
+/// others are told, whatever their role.
+pub(crate) fn die_apart(comm: &Communicator, scenario: &str) -> Result<()> {
+    let (ranks, last) = (comm.world_size(), comm.world_size() - 1);
+    let dies = comm.rank() == last;
+    let moe = MoeConfig::new(1, 8, 1, ranks, DType::F32);
+    let halves = [0..ranks / 2, ranks / 2..ranks];
+    let [first, second] = halves;
+    let config = match scenario {
+        "die-apart-attention" => RoleConfig::new([second], first, moe),
+        _ => RoleConfig::new([first], second, moe),
+    };
+    // Few ranks flat, more by trampolines.
+    let config = RoleConfig { forward: if ranks > 4 { Forward::Trampoline } else { Forward::Flat }, ..config };
+    let start = Instant::now();
+    let outcome = match config.role_of(comm.rank()) {
+        Some(Role::Experts) => {
+            let experts = Experts::new(comm, config)?;
+            loop {
+                match experts.a2e_recv() {
+                    Ok(Some(mut batch)) => {
+                        (0..batch.len()).try_for_each(|i| batch.output_row::<f32>(i).map(|row| row.fill(1.0)))?;
+                        experts.e2a_send(batch)?;
+                        if dies {
+                            std::thread::sleep(Duration::from_millis(300));
+                            die_now()?;
+                        }
+                    }
+                    Ok(None) => bail!("the loop has ended: {:?}", experts.ended()),
+                    Err(err) => break err,
+                }
+            }
+        }
+        _ => {
+            let attention = Attention::new(comm, config)?;
+            // To the experts of all ranks in turn.
+            let mut expert = comm.rank() as i32;
+            loop {
+                expert = (expert + 1) % ranks as i32;
+                let exchange = || {
+                    let sent = attention.a2e_send(&[1.0f32; 8], &Routing::new(&[expert], &[1.0]))?;
+                    attention.e2a_recv(sent, &mut [0.0f32; 8])
+                };
+                if let Err(err) = exchange() {
+                    break err;
+                }
+                if dies {
+                    std::thread::sleep(Duration::from_millis(300));
+                    die_now()?;
+                }
+            }
+        }
+    };
+    ensure!(start.elapsed() < Duration::from_secs(5), "told only after {:?}", start.elapsed());
+    // Who has been told first ends its side, which others may see before they look at the processes.
+    match outcome {
+        Error::PeerDied { rank, .. } if rank == last => {}
+        Error::PeerLeft { .. } | Error::PeerAbandoned { .. } => {}
+        other => bail!("{other:?}"),
+    }
+    let again = comm.barrier();
+    ensure!(matches!(again, Err(Error::PeerDied { rank, .. }) if rank == last), "{again:?}");
     Ok(())
 }
 

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use super::config::Role;
-use super::{RoleConfig, RoleCounts, SHUT_DOWN, meet};
+use super::{RoleConfig, RoleCounts, meet};
 use crate::comm::Communicator;
 use crate::dtype::{Element, ExpertId};
 use crate::error::{Error, Result};
 use crate::moe::{Epilogue, Exchange, InputRows, Lanes, Moe, MoeConfig, Routing, WireRows};
+use crate::sync::closing::ASKS_TO_END;
 
 /// An attention rank's handle: it sends the tokens of its micro-batches to the experts, and receives the sums. Two may be in flight.
 ///
@@ -166,7 +167,7 @@ impl Attention {
     /// As [`shut_down`](Self::shut_down), for a handle that is dropped next.
     #[doc(hidden)]
     pub fn ask_to_end(&self) {
-        self.moe.close(SHUT_DOWN | self.moe.next_epoch());
+        self.moe.close(ASKS_TO_END | self.moe.next_epoch());
     }
 }
 

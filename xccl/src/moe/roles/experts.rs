@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering::Acquire;
 use std::time::{Duration, Instant};
 
 use super::config::Role;
-use super::{RoleConfig, RoleCounts, SHUT_DOWN, meet};
+use super::{RoleConfig, RoleCounts, meet};
 use crate::comm::Communicator;
 use crate::comm::inner::{Call, CommInner};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::moe::{ExpertBatch, Lanes, Moe, MoeConfig, Trampolines};
-use crate::sync::epoch;
+use crate::sync::closing::{self, Part};
 use crate::sync::progress::{Operation, Waiting};
 
 /// Why an expert rank's loop has ended.
@@ -369,7 +369,7 @@ impl Serving {
 
 /// Whether somebody has asked all loops to end.
 fn asked_to_end(comm: &CommInner, domains: &[Moe]) -> Option<Ended> {
-    let asks = |moe: &Moe, source: usize| moe.peers[source].word64(moe.layout.closed).load(Acquire) & SHUT_DOWN != 0;
+    let asks = |moe: &Moe, source: usize| closing::asks_to_end(moe.peers[source].word64(moe.layout.closed));
     let asking = |moe: &Moe| moe.parties.sources.iter().copied().find(|&source| asks(moe, source));
     let shut_down = domains.iter().find_map(asking).map(|by| Ended::ShutDown { by });
     shut_down.or_else(|| comm.aborted_by().map(|by| Ended::Aborted { by }))
@@ -384,17 +384,11 @@ impl Domain {
         }
         let sources = &moe.parties.sources;
         while let Some(&source) = sources.get(self.seen) {
-            let outbox = &moe.peers[source];
-            let has_sent = || epoch::reached(outbox.word64(moe.layout.dispatched), epoch);
-            let closed_at = || outbox.word64(moe.layout.closed).load(Acquire) & !SHUT_DOWN;
-            let seen = match has_sent() {
-                true => Seen::Sent,
-                // It may have sent just before it closed: look again.
-                false if (1..=epoch).contains(&closed_at()) && !has_sent() => Seen::Closed,
-                false if outbox.word64(moe.layout.refused).load(Acquire) == epoch && !has_sent() => {
-                    return Next::Refused(source);
-                }
-                false => return Next::Awaits(source),
+            let seen = match moe.part_of(source, epoch) {
+                Part::Published => Seen::Sent,
+                Part::Closed => Seen::Closed,
+                Part::Open if moe.has_refused(source, epoch) => return Next::Refused(source),
+                Part::Open => return Next::Awaits(source),
             };
             if *self.all.get_or_insert(seen) != seen {
                 return Next::Left(if seen == Seen::Closed { source } else { sources[0] });
@@ -448,14 +442,11 @@ impl Domain {
 fn sources_that_wait(moe: &Moe, sources: &[usize], epoch: u64) -> Next {
     let (mut sent, mut closed, mut refused, mut awaited) = (false, None, None, None);
     for &source in sources {
-        let outbox = &moe.peers[source];
-        let has_sent = || epoch::reached(outbox.word64(moe.layout.dispatched), epoch);
-        let closed_at = || outbox.word64(moe.layout.closed).load(Acquire) & !SHUT_DOWN;
-        match has_sent() {
-            true => sent = true,
-            false if (1..=epoch).contains(&closed_at()) && !has_sent() => closed = closed.or(Some(source)),
-            false if outbox.word64(moe.layout.refused).load(Acquire) == epoch && !has_sent() => refused = Some(source),
-            false => awaited = Some(source),
+        match moe.part_of(source, epoch) {
+            Part::Published => sent = true,
+            Part::Closed => closed = closed.or(Some(source)),
+            Part::Open if moe.has_refused(source, epoch) => refused = Some(source),
+            Part::Open => awaited = Some(source),
         }
     }
     match (closed, refused, awaited) {
@@ -469,6 +460,18 @@ fn sources_that_wait(moe: &Moe, sources: &[usize], epoch: u64) -> Next {
 }
 
 impl Moe {
+    /// What a source does in an exchange.
+    fn part_of(&self, source: usize, epoch: u64) -> Part {
+        let outbox = &self.peers[source];
+        closing::look(outbox.word64(self.layout.dispatched), outbox.word64(self.layout.closed), epoch)
+    }
+
+    /// Whether a source's input was refused there; a good one may have followed.
+    fn has_refused(&self, source: usize, epoch: u64) -> bool {
+        let refused = self.peers[source].word64(self.layout.refused).load(Acquire);
+        refused == epoch && self.part_of(source, epoch) == Part::Open
+    }
+
     /// Returns what was forwarded: sources wait for it. At most until the deadline.
     fn see_off(&self) {
         if self.has_returned_all() {

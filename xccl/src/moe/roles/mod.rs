@@ -22,8 +22,7 @@
 //!
 //! Where a group is large, a few expert ranks gather what the others would each read of everybody: [`trampoline`].
 //!
-//! The race that looks possible: a source sends and closes between two looks of an expert rank at `dispatched` and `closed`. So
-//! `dispatched` is looked at again once `closed` was seen, which was published after it.
+//! How a source that sends and closes between two looks is told from one that closes only: [`closing`].
 
 mod attention;
 mod config;
@@ -35,7 +34,6 @@ mod tests;
 mod trampoline;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Release;
 
 pub use attention::Attention;
 pub use config::{Forward, Role, RoleConfig};
@@ -49,9 +47,7 @@ use super::{Flight, Moe, Phase, slot_of};
 use crate::comm::inner::CommInner;
 use crate::error::{Error, Result};
 use crate::fabric;
-
-/// In a `closed` word: all loops are to end.
-const SHUT_DOWN: u64 = 1 << 63;
+use crate::sync::closing;
 
 /// Compares what the ranks want, checks it, and makes the handles of all domains. Collective over all ranks: every rank gets the same
 /// error.
@@ -89,7 +85,7 @@ impl Moe {
         if self.comm.is_forked() {
             return;
         }
-        self.own.word64(self.layout.closed).store(value, Release);
+        closing::close(self.own.word64(self.layout.closed), value);
         self.comm.notify_all();
         if let Some((far, between)) = self.between() {
             between.borrow().tell(far, self.layout.closed, value);

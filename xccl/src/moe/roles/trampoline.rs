@@ -42,7 +42,7 @@ use crate::memory::segment::Writers;
 use crate::moe::layout::{Entry, SLOTS, slot_of};
 use crate::moe::parties::Parties;
 use crate::moe::{Moe, MoeConfig, Reduction};
-use crate::sync::epoch;
+use crate::sync::{closing, epoch};
 
 /// One entry of a merged list.
 #[repr(C)]
@@ -304,13 +304,13 @@ impl Trampolines {
 
     /// Whether a block's trampoline has left before `epoch`.
     pub(in crate::moe) fn has_left(&self, block: usize, epoch: u64) -> bool {
-        (1..=epoch).contains(&self.segment(block).word64(self.layout.left).load(Acquire))
+        closing::is_closed(self.segment(block).word64(self.layout.left), epoch)
     }
 
     /// Says that this rank, if it is a trampoline, takes part in no exchange from `epoch` on.
     pub(super) fn leave(&self, epoch: u64) {
         if let Some(duty) = &self.duty {
-            duty.borrow().words.word64(self.layout.left).store(epoch, Release);
+            closing::close(duty.borrow().words.word64(self.layout.left), epoch);
         }
     }
 
@@ -462,7 +462,7 @@ impl Moe {
         let layout = self.layout.slot(epoch);
         while let Some(&rank) = trampolines.near.get(seen) {
             let outbox = &self.peers[rank];
-            let has_left = || (1..=epoch).contains(&outbox.word64(self.layout.closed).load(Acquire));
+            let has_left = || closing::is_closed(outbox.word64(self.layout.closed), epoch);
             if !epoch::reached(outbox.word64(layout.combined), epoch) && !has_left() {
                 duty.returning[slot].1 = seen;
                 return;
