@@ -4,7 +4,7 @@
 //! `cargo run --release -p xccl-tests --bin told -- [ROUNDS] [RANKS,RANKS…]`; needs the program `rank` beside it. Nothing is asserted
 //! of times; a rank that is told of the wrong one, or not at all, is an error.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
@@ -20,10 +20,19 @@ fn now() -> Result<u64> {
 /// Kills the last rank while the others wait in `call`; gives how long after that each was told, in nanoseconds.
 fn one(program: &str, nodes: &[usize], call: &str, pause: Duration) -> Result<Vec<u64>> {
     let (scenario, last) = (format!("told-{call}"), nodes.len() - 1);
+    let met = std::env::temp_dir().join(xccl_tests::new_job());
+    std::fs::create_dir(&met)?;
+    let env = [("TEST_MET", met.to_str().context("a path of text")?)];
     let mut job = match nodes.iter().all(|&node| node == 0) {
-        true => Job::start(program, nodes.len(), &scenario, &[]),
-        false => Job::start_on_nodes(program, nodes, &scenario, &[]),
+        true => Job::start(program, nodes.len(), &scenario, &env),
+        false => Job::start_on_nodes(program, nodes, &scenario, &env),
     };
+    let start = Instant::now();
+    while std::fs::read_dir(&met)?.count() < nodes.len() && start.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    std::fs::remove_dir_all(&met)?;
+    // Now they fall asleep.
     std::thread::sleep(pause);
     let killed = now()?;
     job.kill(last);
@@ -57,8 +66,8 @@ fn main() -> Result<()> {
             for call in CALLS {
                 let mut told = vec![];
                 for round in 0..rounds {
-                    // Never at the same point of the others' sleeps. More ranks take longer to come.
-                    let pause = Duration::from_micros(300_000 + 60_000 * n as u64 + 7_300 * round as u64);
+                    // Never at the same point of the others' sleeps.
+                    let pause = Duration::from_micros(100_000 + 7_300 * round as u64);
                     told.extend(one(&program, &of_rank, call, pause)?);
                 }
                 report(n, nodes, call, &mut told);

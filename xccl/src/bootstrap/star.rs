@@ -24,6 +24,8 @@ const FOR_THE_VERDICT: Duration = Duration::from_millis(500);
 /// Waits between two attempts to reach rank 0.
 const FIRST_RETRY: Duration = Duration::from_millis(1);
 const LAST_RETRY: Duration = Duration::from_millis(50);
+/// Looks, a millisecond apart, for what has ended a connection.
+const CONFIRMATIONS: usize = 20;
 /// How long one attempt to reach rank 0 on another host may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// How long the ranks of one node, all alive and at it, may take to meet.
@@ -404,8 +406,17 @@ impl Star {
         let copies = copies.map_err(|e| Error::os("dup", e))?;
         let own = Piece { blob: blob.to_vec(), fds: copies, announced: fds.len() };
         let exchanged = self.exchange_within(own, fds, &limit);
-        // One death ends several connections: the lookout knows which it was.
-        exchanged.or_else(|err| limit.look_out().and(Err(err)))
+        // One death ends several connections: the lookout knows which it was, as soon as the kernel says so of the process too.
+        exchanged.or_else(|err| {
+            for _ in 0..if limit.lookout.is_some() { CONFIRMATIONS } else { 0 } {
+                limit.look_out()?;
+                if !matches!(err, Error::PeerDied { .. }) {
+                    break;
+                }
+                std::thread::sleep(FIRST_RETRY);
+            }
+            Err(err)
+        })
     }
 
     fn exchange_within(&mut self, own: Piece, fds: &[BorrowedFd<'_>], limit: &Limit) -> Result<Vec<Part>> {
