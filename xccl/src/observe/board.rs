@@ -7,7 +7,8 @@
 //!   that a reader that finds the same number before and after its copy has a whole one. A call is recorded as it begins, a wait when
 //!   it goes to sleep; the end is added when it is over, if the line has not been taken for a later record. The next number is a word
 //!   of this process that is read and stored, not added to: an atomic addition waits for all stores before it, which are rows.
-//!   So two threads that begin at the same instant may share a record, in which a reader finds something of both.
+//!   Of an exchange of one token by one rank (2.4 us, four calls) it took 4 %, and without it the records take less than can be
+//!   measured. So two threads that begin at the same instant may share a record, in which a reader finds something of both.
 //! - *Waited*: nanoseconds by peer, added up. Only a wait that was not over at once is counted.
 //! - *Counters*: the statistics, stored when a wait goes to sleep, and when one ends after more than [`STALE`]: a rank that is
 //!   never kept waiting does not spend time on it, and its counters are old.
