@@ -670,6 +670,11 @@ impl CommInner {
         Ok(())
     }
 
+    /// What a call reports when another rank has given its part up: that, unless the communicator is over, which is then why.
+    pub(crate) fn or_the_end(&self, given_up: Error, during: Operation, epoch: u64) -> Error {
+        self.ending.cause().map_or(given_up, |cause| self.ending.error(cause, during, epoch))
+    }
+
     /// Whether the far ranks that `concerns` names can be reached.
     fn check_plane(&self, concerns: impl Fn(usize) -> bool, what: &Waiting) -> Result<()> {
         let Some(far) = &self.fabric.far else { return Ok(()) };

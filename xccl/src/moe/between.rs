@@ -397,7 +397,8 @@ impl Between {
             };
             if comm.wait_in(call, what, has_come)? {
                 let rank = word(BY).load(Relaxed) as usize;
-                return Err(Error::PeerAbandoned { rank: rank.min(comm.world_size - 1), epoch });
+                let rank = rank.min(comm.world_size - 1);
+                return Err(comm.or_the_end(Error::PeerAbandoned { rank, epoch }, Operation::CombineRecv, epoch));
             }
         }
         Ok(())

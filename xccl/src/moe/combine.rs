@@ -186,7 +186,11 @@ impl Moe {
             let outbox = &self.peers[peer];
             self.await_combined(call, peer, epoch, Operation::CombineRecv)?;
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
-                return Err(Error::PeerAbandoned { rank: peer, epoch });
+                return Err(self.comm.or_the_end(
+                    Error::PeerAbandoned { rank: peer, epoch },
+                    Operation::CombineRecv,
+                    epoch,
+                ));
             }
             seen[peer] = epoch;
             // Read when all have come: until then the line is on its way.
@@ -211,7 +215,7 @@ impl Moe {
                 return Err(Error::PeerLeft { rank, during: self.operation(during), epoch });
             }
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
-                return Err(Error::PeerAbandoned { rank, epoch });
+                return Err(self.comm.or_the_end(Error::PeerAbandoned { rank, epoch }, self.operation(during), epoch));
             }
         }
         Ok(())

@@ -14,7 +14,7 @@ use super::outgoing::{Outgoing, Progress, Traffic};
 use super::slot::INLINE_BYTES;
 use super::{Source, Status};
 use crate::comm::inner::{Call, CommInner, lock};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::lent::{LentBuffer, LentBytes};
 use crate::sync::progress::{Operation, Waiting};
 use crate::sync::ring;
@@ -186,11 +186,17 @@ impl P2p {
             Request::Recv { name, .. } => {
                 self.push_waiting(comm);
                 let mut incoming = lock(&self.incoming);
-                if let Some(result) = incoming.take_result(name) {
-                    return result.map(Some);
-                }
-                self.pull(comm, &mut incoming)?;
-                incoming.take_result(name).transpose()
+                let result = match incoming.take_result(name) {
+                    None => {
+                        self.pull(comm, &mut incoming)?;
+                        incoming.take_result(name)
+                    }
+                    found => found,
+                };
+                result.transpose().map_err(|err| match err {
+                    Error::Withdrawn { .. } => comm.or_the_end(err, Operation::Recv, ticket.tag),
+                    err => err,
+                })
             }
         }
     }
