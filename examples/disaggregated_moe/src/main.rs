@@ -132,14 +132,6 @@ fn run(args: &Args) -> Result<()> {
     };
     let (rank, started) = (world.rank(), world.world_size());
     ensure!(started == job.ranks(), "{started} ranks were started, the options ask for {}", job.ranks());
-    if rank == 0 {
-        println!(
-            "{} attention, {} expert and {} prefill ranks have joined",
-            job.attention_ranks(),
-            job.experts,
-            job.prefill
-        );
-    }
     let collected = rank::run(&world, &job).with_context(|| format!("rank {rank}, {}", job.role_of(rank)))?;
     let Some(mut collected) = collected else { return Ok(()) };
     if args.spoil {

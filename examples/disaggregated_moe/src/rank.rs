@@ -33,27 +33,39 @@ fn play(world: &Communicator, job: &Job) -> Result<Option<Answered>> {
     // not in its communicator.
     let kv = world.split((!is_expert).then_some(0), 0).context("joining the ranks that move pages")?;
     let a2e = world.split((!is_prefill).then_some(0), 0).context("joining the ranks that move rows")?;
-    match (role, kv, a2e) {
-        (Role::Prefill { .. }, Some(kv), _) => prefill::run(&kv, job).map(|()| None),
-        (Role::Expert { .. }, _, Some(a2e)) => {
-            a2e.split(None, 0)?;
-            experts::run(&a2e, job).map(|()| None)
-        }
-        (Role::Attention { domain }, Some(kv), Some(a2e)) => {
-            let domain = a2e.split(Some(domain as u32), 0)?.context("a domain without its own rank")?;
+    let domain = match (&a2e, role) {
+        (Some(a2e), Role::Attention { domain }) => a2e.split(Some(domain as u32), 0),
+        (Some(a2e), _) => a2e.split(None, 0),
+        (None, _) => Ok(None),
+    }
+    .context("joining the attention ranks of a domain")?;
+    world.barrier()?;
+    if world.rank() == 0 {
+        let Job { prefill, experts, .. } = job;
+        println!("{} attention, {experts} expert and {prefill} prefill ranks have joined", job.attention_ranks());
+    }
+    match (kv, a2e, domain) {
+        (Some(kv), Some(a2e), Some(domain)) => {
             let attention = Attention::new(&a2e, experts::roles(job))?;
             attention::run(&kv, &domain, job, &&attention).map(Some)
         }
-        _ => Ok(None),
+        (_, Some(a2e), _) => experts::run(&a2e, job).map(|()| None),
+        (Some(kv), ..) => prefill::run(&kv, job).map(|()| None),
+        (None, None, _) => Ok(None),
     }
 }
 
 /// Says which rank the error goes back to. What this rank has met may only be a consequence: the rank that it waited for has left,
 /// because another one has died. But all ranks know who is still there, in the communicator of all.
 fn blame(world: &Communicator, job: &Job, error: Error) -> Error {
-    match world.barrier() {
-        Err(xccl::Error::PeerDied { rank, .. }) => error.context(format!("rank {rank}, {}, died", job.role_of(rank))),
-        Err(xccl::Error::PeerLeft { rank, .. } | xccl::Error::PeerUnreachable { rank, .. }) => {
+    let missing = match world.barrier() {
+        // The rank that died may still have come to this one: then the next one tells.
+        Ok(()) => world.barrier().err().filter(|missing| matches!(missing, xccl::Error::PeerDied { .. })),
+        Err(missing) => Some(missing),
+    };
+    match missing {
+        Some(xccl::Error::PeerDied { rank, .. }) => error.context(format!("rank {rank}, {}, died", job.role_of(rank))),
+        Some(xccl::Error::PeerLeft { rank, .. } | xccl::Error::PeerUnreachable { rank, .. }) => {
             error.context(format!("rank {rank}, {}, has ended before the job was done", job.role_of(rank)))
         }
         _ => error,

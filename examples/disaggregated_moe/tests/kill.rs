@@ -75,7 +75,7 @@ impl Run {
 fn killed_is_named_by_all_others(args: &str, victim: usize, role: &str) {
     let mut run = Run::start(args);
     run.joined();
-    // Some are still about to join the communicators of attention and experts, and of attention and prefill.
+    // Some are still about to make their handles.
     sleep(random(Duration::from_millis(300)));
     let (pid, _) = run.processes().into_iter().find(|&(_, rank)| rank == Some(victim)).expect("the rank runs");
     kill(pid, Signal::SIGKILL).unwrap();
