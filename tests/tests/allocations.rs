@@ -180,7 +180,7 @@ impl Buffers {
             Mode::Epilogue => {
                 let (bias, residual) = (Some(&self.tokens[..HIDDEN]), Residual::Rows(&self.tokens));
                 let norm = RmsNorm { weight: &self.tokens[..HIDDEN], eps: 1e-6, out: &mut self.normed };
-                moe.combine_recv_with(sent, &mut self.out, Epilogue { bias, residual, norm: Some(norm) })
+                moe.combine_recv_with(sent, &mut self.out, Epilogue { bias, residual, norm: Some(norm), tokens: None })
             }
             _ => moe.combine_recv(sent, &mut self.out),
         }

@@ -137,6 +137,7 @@ impl Case {
             bias: Some(&bias),
             residual: if self.in_place { Residual::InPlace } else { Residual::Rows(&residual) },
             norm: Some(RmsNorm { weight: &bias, eps: 1e-5, out: &mut normed }),
+            ..Epilogue::default()
         };
         moe.combine_recv_with(sent, &mut out, epilogue)?;
         let mut all = [padded, aligned, out, normed].map(|all| bytemuck::cast_slice(&all).to_vec()).to_vec();

@@ -624,6 +624,21 @@ pub enum Error {
         /// The process that has joined.
         joined: u32,
     },
+
+    /// Two ranks go by different placements of experts in an exchange.
+    #[error(
+        "rank {rank} has sent exchange {epoch} by {theirs}, this rank by {ours}: give the exchange up, and install the same placement on every rank between the same two dispatches"
+    )]
+    PlacementMismatch {
+        /// The other rank.
+        rank: usize,
+        /// The exchange.
+        epoch: u64,
+        /// Its placement: a hash, and since which exchange it goes by it.
+        theirs: String,
+        /// This rank's.
+        ours: String,
+    },
 }
 
 /// What a deadline leaves of a call.

@@ -67,9 +67,9 @@ pub use crate::{
     kv::{KvConfig, KvEvent, KvOutcome, KvPosted, KvReceiver, KvSender, KvSenderEvent, KvTicket, PageLayout, PagePair},
     memory::MemoryFlavour,
     moe::{
-        Arrivals, Attention, BatchRow, DomainBatch, Ended, Epilogue, Exchange, ExpertBatch, Experts, Forward,
-        InputRows, Lanes, Moe, MoeConfig, Reduction, Residual, RmsNorm, Role, RoleConfig, RoleCounts, Routing,
-        ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
+        Arrivals, Attention, BatchRow, ConstantExperts, CountForm, DomainBatch, Ended, Epilogue, Exchange, ExpertBatch,
+        Experts, Forward, InputRows, Lanes, Moe, MoeConfig, Reduction, Residual, RmsNorm, Role, RoleConfig, RoleCounts,
+        Routing, ScaleLayout, SmoothScales, TokenSum, WireFormat, WireRow, WireRows,
     },
     observe::{
         CommSnapshot, Diagnosis, Finding, HistoryRecord, JobSnapshot, MachineSnapshot, ProcessState, RankSnapshot,
@@ -79,6 +79,9 @@ pub use crate::{
     p2p::{Calibration, CalibrationPoint, CollectiveRequest, RawRequest, Request, Scope, Source, Status, wait_all},
     sync::{CoreSharing, Operation, Until, Update},
 };
+
+#[cfg(not(loom))]
+pub use crate::moe::placement;
 
 /// The README's Rust example.
 #[cfg(doctest)]

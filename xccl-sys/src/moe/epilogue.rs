@@ -100,7 +100,8 @@ pub(super) unsafe fn arrays_of<'a, E: Element>(
             None => Residual::None,
             Some(rows) => Residual::Rows(rows),
         };
-        let epilogue = Epilogue { bias: some(bias, hidden, "epilogue->bias")?, residual, norm };
+        let bias = some(bias, hidden, "epilogue->bias")?;
+        let epilogue = Epilogue { bias, residual, norm, ..Epilogue::default() };
         Ok((slice_mut(out.cast::<E>(), all, "out")?, epilogue))
     }
 }

@@ -21,6 +21,7 @@ use std::ptr::{NonNull, null};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use half::{bf16, f16};
+use xccl::placement::Placement;
 use xccl::{
     Arrivals, BatchRow, DType, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction, SmoothScales, WireRows,
 };
@@ -392,7 +393,7 @@ pub(crate) const NO_CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
 
 /// # Safety
 /// The placement is null, or has an entry for each expert; so have the smooth scales, for each channel.
-pub(crate) unsafe fn config_of(config: &xcclMoeConfig_t) -> Outcome<MoeConfig> {
+pub(crate) unsafe fn config_of(config: &xcclMoeConfig_t, nranks: usize) -> Outcome<MoeConfig> {
     let xcclMoeConfig_t { max_tokens, hidden, topk, experts, dtype, reduction, placement, max_expert_rows, .. } =
         *config;
     let dtype = match dtype {
@@ -420,7 +421,8 @@ pub(crate) unsafe fn config_of(config: &xcclMoeConfig_t) -> Outcome<MoeConfig> {
         // SAFETY: the caller's promise.
         let ranks = unsafe { slice(placement, experts, "config->placement") }?.iter().enumerate();
         let rank = |(i, &rank)| natural(rank, &format!("config->placement[{i}]"), format_args!("a rank"));
-        made.placement = Some(ranks.map(rank).collect::<Outcome<_>>()?);
+        let ranks = ranks.map(rank).collect::<Outcome<Vec<usize>>>()?;
+        made.placement = Some(Placement::of_ranks(&ranks, nranks)?);
     }
     made.wire = wire_of(config.wire)?;
     if !config.smooth.is_null() && (1..=MOST_EXPERTS).contains(&experts) && (1..=MOST_HIDDEN).contains(&hidden) {
@@ -447,9 +449,9 @@ pub unsafe extern "C" fn xcclMoeCreate(
         // SAFETY: C's promise about its pointers and handles; any bits are a configuration, to be checked.
         let made = unsafe {
             let out = Out::new(moe, "moe")?;
-            let config = config_of(&sized(config, NO_CONFIG, "config")?)?;
+            let config = sized(config, NO_CONFIG, "config")?;
             let held = with(comm, |live| {
-                let moe = Moe::new(&live.comm, config)?;
+                let moe = Moe::new(&live.comm, config_of(&config, live.comm.world_size())?)?;
                 let local = moe.experts_of(live.comm.rank())?.len();
                 Ok(Held::new(moe, local))
             });

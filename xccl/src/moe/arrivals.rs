@@ -69,8 +69,8 @@ impl<'m> Arrivals<'m> {
         self.batch.arrived_row(i)
     }
 
-    /// Global ids of this rank's experts, ascending.
-    pub fn local_experts(&self) -> &'m [usize] {
+    /// The logical experts in this rank's slots: see [`ExpertBatch::local_experts`].
+    pub fn local_experts(&self) -> &[usize] {
         self.batch.local_experts()
     }
 

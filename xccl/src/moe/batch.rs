@@ -27,7 +27,7 @@ use crate::sync::progress::{Operation, Waiting};
 /// One row of a batch: a token that one of this rank's experts is to work on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BatchRow {
-    /// Index among this rank's experts ([`ExpertBatch::local_experts`] has the global ids).
+    /// The slot: an index among this rank's experts ([`ExpertBatch::local_experts`] has the logical ids).
     pub expert: usize,
     /// The rank that sent it.
     pub source: usize,
@@ -173,7 +173,8 @@ impl<'m> ExpertBatch<'m> {
     pub(super) fn receive_forwarded(&mut self, trampolines: &Trampolines) -> Result<()> {
         let moe = self.moe;
         let (mine, epoch) = (moe.comm.rank, self.epoch);
-        let positions = moe.placement.starts[mine]..moe.placement.starts[mine + 1];
+        let placed = &self.received().placed;
+        let positions = placed.starts[mine]..placed.starts[mine + 1];
         let (parties, local) = (&moe.parties, positions.len());
         let mut merged = std::mem::take(&mut self.received_mut().merged);
         let (mut lists, mut bytes) = (0, 0);
@@ -219,7 +220,8 @@ impl<'m> ExpertBatch<'m> {
 
     /// Where every source has the starts of this rank's part of its list.
     fn starts_at(&self) -> usize {
-        self.moe.layout.slot(self.epoch).starts.start + self.moe.placement.starts[self.moe.comm.rank] * size_of::<u32>()
+        let first = self.received().placed.starts[self.moe.comm.rank];
+        self.moe.layout.slot(self.epoch).starts.start + first * size_of::<u32>()
     }
 
     /// Where a source has an entry of its list.
@@ -271,12 +273,13 @@ impl<'m> ExpertBatch<'m> {
         if tokens as usize > moe.config.max_tokens {
             return Self::corrupt(source, "a number of tokens", tokens, moe.config.max_tokens);
         }
-        let local = moe.placement.local(moe.comm.rank).len();
         let at = self.starts_at();
         let received = self.received_mut();
+        moe.check_mark(source, epoch, &received.placed)?;
+        let local = received.local_experts().len();
         let starts = &mut received.starts[source * (local + 1)..(source + 1) * (local + 1)];
         outbox.read_into(at, starts);
-        let all = tokens as usize * moe.config.topk;
+        let all = tokens as usize * moe.config.width().choices();
         if starts.windows(2).any(|w| w[0] > w[1]) || starts[local] as usize > all {
             return Self::corrupt(source, "the end of a list", starts[local], all);
         }
@@ -342,6 +345,8 @@ impl<'m> ExpertBatch<'m> {
     /// Brings the rows of all sources into the batch's order.
     pub(super) fn complete(&mut self) {
         self.received_mut().order();
+        let slot_counts = &mut self.moe.state.borrow_mut().slot_counts;
+        slot_counts.iter_mut().zip(self.counts()).for_each(|(sum, &count)| *sum += i64::from(count));
     }
 
     /// The exchange's number.
@@ -359,9 +364,10 @@ impl<'m> ExpertBatch<'m> {
         self.len() == 0
     }
 
-    /// Global ids of this rank's experts, ascending.
-    pub fn local_experts(&self) -> &'m [usize] {
-        self.moe.placement.local(self.moe.comm.rank)
+    /// The logical experts in this rank's slots, by the exchange's placement. From
+    /// [`MoeConfig::experts`](super::MoeConfig::experts) on they are shared ones.
+    pub fn local_experts(&self) -> &[usize] {
+        self.received().local_experts()
     }
 
     /// Rows per local expert.

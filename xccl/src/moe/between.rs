@@ -23,9 +23,9 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::{Entry, MoeLayout, SLOTS, slot_of};
 use super::parties::Parties;
-use super::placement::Placement;
+use super::placement::placed::Placed;
 use super::rail::{Duty, Near, Rail, Staging};
-use super::routing::{Choice, NONE};
+use super::routing::Choice;
 use super::{Moe, MoeConfig};
 use crate::bootstrap::Star;
 use crate::comm::inner::{Call, CommInner};
@@ -52,7 +52,7 @@ pub(super) const BY: usize = ABANDONED + SLOTS * 8;
 const _: () = assert!(BY + SLOTS * 8 <= LINE);
 
 /// What a handle's outboxes look like.
-pub(super) type Shape<'a> = (&'a MoeConfig, &'a MoeLayout, &'a Placement);
+pub(super) type Shape<'a> = (&'a MoeConfig, &'a MoeLayout, &'a Arc<Placed>);
 
 /// Which rank is where.
 pub(super) struct Map<'p> {
@@ -142,8 +142,6 @@ struct Node {
 
 /// A handle's part between nodes.
 pub(super) struct Between {
-    /// By expert, the index in `nodes`, or `NEAR`.
-    node_of_expert: Vec<u16>,
     /// The other nodes, ascending.
     nodes: Vec<Node>,
     /// What this rank does for others.
@@ -165,9 +163,6 @@ pub(super) struct Sent {
     pub(super) bytes: u64,
 }
 
-/// The expert's rank is on this node.
-const NEAR: u16 = u16::MAX;
-
 /// Where the parts that are mirrored begin and end in a slot of the outbox.
 fn mirrored(layout: &MoeLayout, slot: usize) -> Range<usize> {
     let slot = layout.slot(slot as u64);
@@ -184,7 +179,7 @@ impl Between {
         own: &Arc<Mapping>,
         deadline: Instant,
     ) -> Result<(Self, Vec<Option<Mapping>>)> {
-        let (config, layout, placement) = shape;
+        let (config, layout, _) = shape;
         let (map, ranks) = (Map::new(&comm.nodes, comm.rank, parties), comm.world_size);
         let part = parties.part(comm.rank);
         let plane = &far.plane;
@@ -246,8 +241,6 @@ impl Between {
             Ok(Duty { source, results, line })
         };
         let nodes = others.iter().map(node).collect::<Result<_>>()?;
-        let node_of = |&rank: &u32| others.iter().position(|&n| n == map.node[rank as usize]);
-        let node_of_expert = placement.rank.iter().map(|rank| node_of(rank).map_or(NEAR, |n| n as u16)).collect();
 
         // Mirrors of far ranks, which their rail peers of this node have.
         let mut mirrors = vec![];
@@ -268,7 +261,6 @@ impl Between {
         let rail = Rail::new(comm, far, (duties, near), staging, (shape, parties))?;
         let between = Between {
             outbox: plane.register(own, 0..own.len(), Access::Local)?,
-            node_of_expert,
             nodes,
             rail,
             mirror_words,
@@ -283,22 +275,28 @@ impl Between {
     pub(super) fn dispatch(
         &mut self,
         far: &Far,
-        (config, layout, placement): Shape<'_>,
+        (config, layout, placed): Shape<'_>,
         epoch: u64,
-        tokens: usize,
+        (tokens, tell_placement): (usize, bool),
         choices: &[Choice],
         starts: &[u32],
     ) -> Sent {
-        self.find_runs(choices, config.topk);
+        self.find_runs(choices, config.width().choices(), placed);
         for node in &mut self.nodes {
             node.has_tokens[slot_of(epoch)] = !node.runs.is_empty();
         }
         let (slot, in_outbox) = (slot_of(epoch), layout.slot(epoch));
         let first = mirrored(layout, slot).start;
+        let window = self.mirror_words;
+        let [mark, since] = in_outbox.placement;
         let updates = [
-            Update::Word32 { window: self.mirror_words, offset: in_outbox.tokens, value: tokens as u32 },
-            Update::Word64 { window: self.mirror_words, offset: layout.dispatched, value: epoch },
+            Update::Word64 { window, offset: mark, value: placed.mark },
+            Update::Word64 { window, offset: since, value: placed.since },
+            Update::Word32 { window, offset: in_outbox.tokens, value: tokens as u32 },
+            Update::Word64 { window, offset: layout.dispatched, value: epoch },
         ];
+        // The mirror remembers the placement.
+        let updates = &updates[if tell_placement { 0 } else { 2 }..];
         let (outbox, row_bytes) = (self.outbox, layout.token.stride);
         let mut sent = Sent { rows: 0, messages: self.nodes.len() as u64, bytes: 0 };
         for node in &self.nodes {
@@ -307,7 +305,7 @@ impl Between {
                 bytes.set(bytes.get() + range.len() as u64);
                 Put { from: outbox, offset: range.start - first, range, into: node.mirror[slot] }
             };
-            let positions = |block: &Range<usize>| placement.starts[block.start]..placement.starts[block.end];
+            let positions = |block: &Range<usize>| placed.starts[block.start]..placed.starts[block.end];
             let lists = node.blocks.iter().map(positions).flat_map(|positions| {
                 let starts_at = in_outbox.starts.start;
                 let entries = starts[positions.start] as usize..starts[positions.end] as usize;
@@ -323,7 +321,7 @@ impl Between {
                     sent.rows += node.runs.iter().map(|run| u64::from(run.end - run.start)).sum::<u64>();
                     let runs = node.runs.iter().map(|run| of_rows(run.start as usize..run.end as usize));
                     let ranges = lists.chain(runs).filter(|range| !range.is_empty());
-                    far.plane.send(node.rail, ranges.map(put), &updates);
+                    far.plane.send(node.rail, ranges.map(put), updates);
                 }
                 // A row for each entry.
                 Some(_) => {
@@ -332,7 +330,7 @@ impl Between {
                     let runs = node.blocks.iter().map(positions).map(entries);
                     sent.rows += runs.clone().map(|run| run.len() as u64).sum::<u64>();
                     let ranges = lists.chain(runs.map(of_rows)).filter(|range| !range.is_empty());
-                    far.plane.send(node.rail, ranges.map(put), &updates);
+                    far.plane.send(node.rail, ranges.map(put), updates);
                 }
             }
             sent.bytes += bytes.get();
@@ -341,16 +339,16 @@ impl Between {
     }
 
     /// Notes which tokens go to which node.
-    fn find_runs(&mut self, choices: &[Choice], topk: usize) {
-        let Between { nodes, node_of_expert, .. } = self;
+    fn find_runs(&mut self, choices: &[Choice], each: usize, placed: &Placed) {
+        let Between { nodes, .. } = self;
         nodes.iter_mut().for_each(|node| {
             node.runs.clear();
             node.last = 0;
         });
-        for (token, choices) in choices.chunks_exact(topk).enumerate() {
+        for (token, choices) in choices.chunks_exact(each).enumerate() {
             let token = token as u32;
-            for choice in choices.iter().filter(|c| c.expert != NONE) {
-                let Some(node) = nodes.get_mut(usize::from(node_of_expert[choice.expert as usize])) else { continue };
+            for choice in choices.iter().filter(|c| c.is_placed()) {
+                let Some(node) = placed.node_of(choice.position).and_then(|node| nodes.get_mut(node)) else { continue };
                 if node.last == token + 1 {
                     continue;
                 }
@@ -412,12 +410,6 @@ impl Between {
     /// The number of other nodes.
     pub(super) fn others(&self) -> usize {
         self.nodes.len()
-    }
-
-    /// Which of the other nodes has an expert.
-    pub(super) fn node_of(&self, expert: u32) -> Option<usize> {
-        let node = self.node_of_expert[expert as usize];
-        (node != NEAR).then_some(usize::from(node))
     }
 
     /// Row `row` of the sums that a node has returned.

@@ -7,10 +7,13 @@ use super::config::MAX_TOPK;
 use super::epilogue::{Epilogue, Steps};
 use super::kernels::Sum;
 use super::layout::{SlotLayout, slot_of};
-use super::placement::Placement;
-use super::routing::{Choice, NONE};
+use super::placement::placed::Placed;
+use super::routing::Choice;
+use super::special::{Special, Vectors};
 use super::terms::{Terms, sum_each};
-use super::{Exchange, Flight, Lists, Moe, Outboxes, Phase, Reduction, State, Trampolines, kernels};
+use super::{
+    Exchange, Flight, Lists, Moe, MoeConfig, Outboxes, Phase, Reduction, State, Trampolines, WireFormat, kernels,
+};
 use crate::comm::inner::Call;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -21,23 +24,23 @@ use crate::sync::progress::Operation;
 
 /// Where the peers say that their output rows for this rank begin; kept from exchange to exchange.
 pub(super) struct FirstRows {
-    /// By expert; with [`Reduction::PerRank`] by rank.
+    /// By position; with [`Reduction::PerRank`] by rank.
     first: Vec<u32>,
     /// Sums taken before each piece, `[piece, rank or other node]`.
     taken: Vec<u32>,
-    /// What one peer says, before it is put in its places.
+    /// What a trampoline says, before it is put in its places.
     copied: Vec<u32>,
 }
 
 impl FirstRows {
-    pub(super) fn new(experts: usize, world_size: usize) -> Self {
-        let most = experts.max(world_size);
+    pub(super) fn new(positions: usize, world_size: usize) -> Self {
+        let most = positions.max(world_size);
         FirstRows { first: vec![0; most], taken: vec![], copied: vec![0; most] }
     }
 
     /// Notes where in the sums of each rank or node the pieces begin, each of `choices` choices: those of a token stand
     /// together.
-    fn count_sums(&mut self, senders: Senders<'_>, all: &[Choice], topk: usize, choices: usize, pieces: usize) {
+    fn count_sums(&mut self, senders: Senders<'_>, all: &[Choice], each: usize, choices: usize, pieces: usize) {
         let width = senders.width();
         self.taken.clear();
         self.taken.resize(pieces * width, 0);
@@ -45,7 +48,7 @@ impl FirstRows {
             let (before, after) = self.taken[i * width..].split_at_mut(width);
             let after = &mut after[..width];
             after.copy_from_slice(before);
-            for choices in piece.chunks_exact(topk) {
+            for choices in piece.chunks_exact(each) {
                 senders.of(choices).get().iter().for_each(|&sender| after[sender as usize] += 1);
             }
         }
@@ -56,7 +59,7 @@ impl FirstRows {
 /// the ranks.
 #[derive(Clone, Copy)]
 struct Senders<'a> {
-    placement: &'a Placement,
+    placed: &'a Placed,
     between: Option<&'a Between>,
     /// Whether ranks do.
     ranks: bool,
@@ -71,10 +74,10 @@ impl Senders<'_> {
     /// Who sends sums for one token, ascending.
     fn of(&self, choices: &[Choice]) -> SenderSet {
         let (mut senders, mut n) = ([0; MAX_TOPK], 0);
-        for choice in choices.iter().filter(|c| c.expert != NONE) {
-            let sender = match self.between.and_then(|between| between.node_of(choice.expert)) {
+        for choice in choices.iter().filter(|c| c.is_placed()) {
+            let sender = match self.placed.node_of(choice.position) {
                 Some(node) => (self.world_size + node) as u32,
-                None if self.ranks => self.placement.rank[choice.expert as usize],
+                None if self.ranks => self.placed.rank[choice.position as usize],
                 None => continue,
             };
             if !senders[..n].contains(&sender) {
@@ -131,13 +134,14 @@ impl Moe {
         let State { flights, first_rows, seen, .. } = &mut *state;
         let slot = slot_of(epoch);
         let flight = &mut flights[slot];
-        let (tokens, topk, hidden) = (flight.tokens, self.config.topk, self.config.hidden);
+        let (tokens, each, hidden) = (flight.tokens, self.config.width().choices(), self.config.hidden);
         self.check_rows("out", out, tokens)?;
         let lanes = self.lanes();
         // The bytes that are read: what is shared is the time they take.
         let cut = lanes.cut(tokens, flight.choices.len() * self.layout.stride);
         let owners = Owners::Blocks(cut.each);
         let steps = epilogue.check(tokens, hidden, owners)?;
+        self.check_tokens(&steps)?;
         let mut call = Call::default();
         self.await_outputs(flight, &mut seen.epochs[slot], &mut call)?;
         let between = self.between().map(|(_, between)| between.borrow());
@@ -148,16 +152,22 @@ impl Moe {
         self.take_first_rows(flight, first_rows);
         let per_rank = self.config.reduction == Reduction::PerRank;
         let world_size = self.comm.world_size;
-        let senders = Senders { placement: &self.placement, between: between.as_deref(), ranks: per_rank, world_size };
+        let placed = &*flight.placed;
+        let senders = Senders { placed, between: between.as_deref(), ranks: per_rank, world_size };
         let sums = per_rank || between.is_some();
         if sums {
-            first_rows.count_sums(senders, &flight.choices, topk, cut.each * topk, cut.pieces);
+            first_rows.count_sums(senders, &flight.choices, each, cut.each * each, cut.pieces);
         }
         let combine = Combine {
             outboxes: self.outboxes(),
             senders,
+            specials: (self.config.special_experts() > 0).then_some(Specials {
+                config: &self.config,
+                vectors: &self.vectors,
+                rank: self.comm.rank,
+            }),
             epoch,
-            topk,
+            each,
             choices: &flight.choices,
             weights: &flight.weights,
             first: &first_rows.first,
@@ -182,7 +192,7 @@ impl Moe {
         if let Some(block) = self.near_block() {
             return self.await_gathered(flight, block, call);
         }
-        for peer in self.ranks_of(&mut flight.lists) {
+        for peer in self.ranks_of(&flight.placed, &mut flight.lists) {
             let outbox = &self.peers[peer];
             self.await_combined(call, peer, epoch, Operation::CombineRecv)?;
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
@@ -202,14 +212,14 @@ impl Moe {
     /// As [`await_outputs`](Self::await_outputs), where a trampoline gathers them.
     fn await_gathered(&self, flight: &mut Flight, block: usize, call: &mut Call) -> Result<()> {
         let (epoch, slot, during) = (flight.epoch, self.layout.slot(flight.epoch), Operation::CombineRecv);
-        if self.ranks_of(&mut flight.lists).next().is_none() {
+        if self.ranks_of(&flight.placed, &mut flight.lists).next().is_none() {
             return Ok(());
         }
         self.await_returned(call, block, epoch, during)?;
         if !self.trampolines.as_ref().is_some_and(|t| t.is_spoiled(block, epoch)) {
             return Ok(());
         }
-        for rank in self.ranks_of(&mut flight.lists) {
+        for rank in self.ranks_of(&flight.placed, &mut flight.lists) {
             let outbox = &self.peers[rank];
             if !epoch::reached(outbox.word64(slot.combined), epoch) {
                 return Err(Error::PeerLeft { rank, during: self.operation(during), epoch });
@@ -228,17 +238,16 @@ impl Moe {
         }
         let at = self.bases_at(self.layout.slot(flight.epoch));
         let mut read = (0, 0);
-        for peer in self.ranks_of(&mut flight.lists) {
+        for peer in self.ranks_of(&flight.placed, &mut flight.lists) {
             match self.config.reduction {
                 Reduction::PerExpert => {
-                    let experts = self.placement.local(peer);
-                    let copied = &mut first_rows.copied[..experts.len()];
-                    self.peers[peer].row(at, copied.len()).copy_to(copied);
-                    experts.iter().zip(copied).for_each(|(&expert, row)| first_rows.first[expert] = *row);
+                    let starts = &flight.placed.starts;
+                    let first = &mut first_rows.first[starts[peer]..starts[peer + 1]];
+                    self.peers[peer].row(at, first.len()).copy_to(first);
                 }
                 Reduction::PerRank => self.peers[peer].row(at, 1).copy_to(&mut first_rows.first[peer..peer + 1]),
             }
-            let places = if self.config.reduction == Reduction::PerRank { 1 } else { self.placement.local(peer).len() };
+            let places = if self.config.reduction == Reduction::PerRank { 1 } else { flight.placed.local(peer).len() };
             read = (read.0 + 1, read.1 + places * size_of::<u32>());
         }
         self.counts.lists(read.0, read.1 as u64);
@@ -246,25 +255,35 @@ impl Moe {
 
     /// As [`take_first_rows`](Self::take_first_rows), from what a trampoline has gathered.
     fn take_gathered(&self, flight: &mut Flight, trampolines: &Trampolines, first_rows: &mut FirstRows) {
-        if self.ranks_of(&mut flight.lists).next().is_none() {
+        if self.ranks_of(&flight.placed, &mut flight.lists).next().is_none() {
             return;
         }
         let FirstRows { first, copied, .. } = first_rows;
         trampolines.read_places(flight.epoch, self.parties.index_of(self.comm.rank), copied);
-        let places: &[usize] = match self.config.reduction {
-            Reduction::PerExpert => &self.placement.expert,
-            Reduction::PerRank => &self.parties.destinations,
-        };
-        places.iter().zip(copied).for_each(|(&place, row)| first[place] = *row);
+        match self.config.reduction {
+            Reduction::PerExpert => first[..trampolines.width()].copy_from_slice(&copied[..trampolines.width()]),
+            Reduction::PerRank => {
+                self.parties.destinations.iter().zip(copied).for_each(|(&rank, row)| first[rank] = *row);
+            }
+        }
         self.counts.lists(1, (trampolines.width() * size_of::<u32>()) as u64);
     }
 
     /// The ranks of this node that have entries in this rank's lists.
-    fn ranks_of<'l>(&'l self, lists: &'l mut Lists) -> impl Iterator<Item = usize> + 'l {
-        let starts = lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
-        let parts = self.placement.starts.windows(2).enumerate();
+    fn ranks_of<'l>(&'l self, placed: &'l Placed, lists: &'l mut Lists) -> impl Iterator<Item = usize> + 'l {
+        let starts = lists.starts.slice_mut::<u32>(0, placed.positions() + 1);
+        let parts = placed.starts.windows(2).enumerate();
         let parts = parts.filter(|(rank, _)| self.comm.is_near(*rank));
         parts.filter(move |(_, part)| starts[part[0]] < starts[part[1]]).map(|(rank, _)| rank)
+    }
+
+    /// Whether there are tokens for special experts that need them.
+    fn check_tokens<E>(&self, steps: &Steps<'_, E>) -> Result<()> {
+        if steps.tokens.is_some() || self.config.wire == WireFormat::Native || !self.config.needs_tokens() {
+            return Ok(());
+        }
+        let expected = "combine_recv_with, with Epilogue::tokens for the copy and constant experts";
+        Err(Error::Wire { call: "combine_recv", wire: self.config.wire.to_string(), expected })
     }
 
     /// Where every rank has the bases for this one.
@@ -273,14 +292,25 @@ impl Moe {
     }
 }
 
+/// What special experts are worked out from.
+#[derive(Clone, Copy)]
+struct Specials<'a> {
+    config: &'a MoeConfig,
+    vectors: &'a Vectors,
+    /// This one.
+    rank: usize,
+}
+
 /// A combine whose outputs are all there, for any thread.
 struct Combine<'a, E> {
     outboxes: Outboxes<'a>,
     senders: Senders<'a>,
+    specials: Option<Specials<'a>>,
     epoch: u64,
-    topk: usize,
+    /// Choices of a token.
+    each: usize,
     choices: &'a [Choice],
-    /// None with [`Reduction::PerRank`].
+    /// None with [`Reduction::PerRank`], unless there are special experts.
     weights: &'a [f32],
     /// As in [`FirstRows`].
     first: &'a [u32],
@@ -293,15 +323,17 @@ struct Combine<'a, E> {
 impl<E: Element> Combine<'_, E> {
     /// Sums a piece's tokens; `taken` says by sender how many sums the earlier ones have taken.
     fn tokens<'t>(&'t self, piece: usize, tokens: std::ops::Range<usize>, taken: &mut [u32]) -> Result<()> {
-        let &Combine { topk, ref steps, streaming, .. } = self;
+        let &Combine { each, ref steps, streaming, .. } = self;
         let Outboxes { hidden, format: (kernels, _), .. } = self.outboxes;
         let mut out = self.out.part(piece);
         let mut normed = steps.norm.as_ref().map(|norm| (norm, norm.out.part(piece)));
         let gather = |token: usize, terms: &mut Terms<'t, E>| {
-            let range = token * topk..(token + 1) * topk;
+            let range = token * each..(token + 1) * each;
             let choices = &self.choices[range.clone()];
-            if !self.senders.ranks {
-                self.experts(choices, &self.weights[range], terms)?;
+            match &self.specials {
+                Some(specials) => self.experts_and_specials(specials, token, terms)?,
+                None if self.senders.ranks => {}
+                None => self.experts(choices, &self.weights[range], terms)?,
             }
             if !taken.is_empty() {
                 self.sums(choices, taken, terms)?;
@@ -327,15 +359,66 @@ impl<E: Element> Combine<'_, E> {
 
     /// One row per expert of this node, in the order in which the token names them.
     fn experts<'t>(&'t self, choices: &[Choice], weights: &[f32], terms: &mut Terms<'t, E>) -> Result<()> {
-        let is_near = |expert| self.senders.between.is_none_or(|between| between.node_of(expert).is_none());
-        for (choice, &weight) in choices.iter().zip(weights).filter(|(c, _)| c.expert != NONE && is_near(c.expert)) {
-            let rank = self.senders.placement.rank[choice.expert as usize] as usize;
-            let row = self.first[choice.expert as usize] as usize + choice.index as usize;
-            let layout = self.outboxes.layout;
-            let area = (layout.slot(self.epoch).outputs.start, layout.output_rows);
-            terms.push((self.outboxes.output(rank, area, row)?, weight));
+        for (choice, &weight) in choices.iter().zip(weights).filter(|(c, _)| c.is_placed()) {
+            if self.senders.placed.node_of(choice.position).is_none() {
+                terms.push((self.output(choice)?, weight));
+            }
         }
         Ok(())
+    }
+
+    /// As [`experts`](Self::experts), and what special experts give, where the token names them.
+    fn experts_and_specials<'t>(
+        &'t self,
+        specials: &'t Specials<'_>,
+        token: usize,
+        terms: &mut Terms<'t, E>,
+    ) -> Result<()> {
+        let range = token * self.each..(token + 1) * self.each;
+        for (choice, &weight) in self.choices[range.clone()].iter().zip(&self.weights[range]) {
+            let Some(special) = choice.special() else {
+                let is_here = !self.senders.ranks && choice.is_placed();
+                if is_here && self.senders.placed.node_of(choice.position).is_none() {
+                    terms.push((self.output(choice)?, weight));
+                }
+                continue;
+            };
+            match specials.config.special(special) {
+                Special::Zero => {}
+                Special::Copy => terms.push((self.own_token(specials, token), weight)),
+                Special::Constant(expert) => {
+                    let factors = specials.config.constant.as_ref().map_or((0.0, 0.0), |c| c.factors_of(expert));
+                    if factors.0 != 0.0 {
+                        terms.push((self.own_token(specials, token), weight * factors.0));
+                    }
+                    if factors.1 != 0.0 {
+                        terms.push((specials.vectors.of(expert, self.outboxes.hidden), weight * factors.1));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A token as it was sent: where the engine has it, or in the outbox.
+    fn own_token<'t>(&'t self, specials: &'t Specials<'_>, token: usize) -> Row<'t, E> {
+        let hidden = self.outboxes.hidden;
+        match self.steps.tokens {
+            Some(tokens) => Row::from(&tokens[token * hidden..(token + 1) * hidden]),
+            None => {
+                let layout = self.outboxes.layout;
+                let at = layout.slot(self.epoch).rows.start + token * layout.token.stride;
+                self.outboxes.token(specials.rank, at)
+            }
+        }
+    }
+
+    /// The output of a choice's expert, which is on this node.
+    fn output<'t>(&'t self, choice: &Choice) -> Result<Row<'t, E>> {
+        let position = choice.position as usize;
+        let (rank, layout) = (self.senders.placed.rank[position] as usize, self.outboxes.layout);
+        let row = self.first[position] as usize + choice.index as usize;
+        self.outboxes.output(rank, (layout.slot(self.epoch).outputs.start, layout.output_rows), row)
     }
 
     /// One row per sender, ascending. Each one's sums are those of the tokens that have entries there, in order.

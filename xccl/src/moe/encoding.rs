@@ -1,6 +1,7 @@
 //! Token rows that travel encoded, as the sender makes them.
 
-use super::routing::{Choice, NONE};
+use super::placement::placed::Placed;
+use super::routing::Choice;
 use super::wire::{self, WireFormat};
 use super::{Exchange, Moe, Routing};
 use crate::dtype::{Element, ExpertId};
@@ -122,11 +123,11 @@ impl Moe {
         &self,
         tokens: &[E],
         rows: &mut Area,
-        starts: &[u32],
+        (placed, starts): (&Placed, &[u32]),
         choices: &[Choice],
     ) -> Result<()> {
         let (format, token, hidden) = ((self.kernels, self.config.wire), &self.layout.token, self.config.hidden);
-        let (count, topk) = (tokens.len() / hidden, self.config.topk);
+        let (count, each) = (tokens.len() / hidden, self.config.width().choices());
         let Some(smooth) = &self.config.smooth else {
             let lanes = self.lanes();
             let cut = lanes.cut(count, count * token.stride);
@@ -141,12 +142,12 @@ impl Moe {
                 Ok(())
             });
         };
-        for (row, choices) in tokens.chunks_exact(hidden).zip(choices.chunks_exact(topk)) {
-            for choice in choices.iter().filter(|c| c.expert != NONE) {
-                let expert = choice.expert as usize;
-                let entry = (starts[self.placement.position[expert]] + choice.index) as usize;
+        for (row, choices) in tokens.chunks_exact(hidden).zip(choices.chunks_exact(each)) {
+            for choice in choices.iter().filter(|c| c.is_placed()) {
+                let position = choice.position as usize;
+                let entry = (starts[position] + choice.index) as usize;
                 let (values, scales) = token.split(rows.slice_mut(entry * token.stride, token.stride));
-                wire::encode(format, row, Some(smooth.of(expert, hidden)), values, scales);
+                wire::encode(format, row, Some(smooth.of(placed.expert[position], hidden)), values, scales);
             }
         }
         Ok(())

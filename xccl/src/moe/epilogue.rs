@@ -46,6 +46,9 @@ pub struct Epilogue<'a, E> {
     pub residual: Residual<'a, E>,
     /// The norm of what was written.
     pub norm: Option<RmsNorm<'a, E>>,
+    /// `[T, hidden]`, the tokens, which copy and constant experts ([`MoeConfig::copy`](super::MoeConfig::copy)) are worked out
+    /// from. Needed for those where rows travel encoded; without it they are taken from the outbox.
+    pub tokens: Option<&'a [E]>,
 }
 
 /// Where the rows lie that are added to the sums.
@@ -73,7 +76,7 @@ pub struct RmsNorm<'a, E> {
 impl<E> Default for Epilogue<'_, E> {
     /// Sums as [`Moe::combine_recv`](super::Moe::combine_recv) gives them.
     fn default() -> Self {
-        Epilogue { bias: None, residual: Residual::None, norm: None }
+        Epilogue { bias: None, residual: Residual::None, norm: None, tokens: None }
     }
 }
 
@@ -84,6 +87,7 @@ pub(super) struct Steps<'a, E> {
     /// Whether `out` holds rows that the sums are added to.
     pub(super) in_place: bool,
     pub(super) norm: Option<Norm<'a, E>>,
+    pub(super) tokens: Option<&'a [E]>,
 }
 
 pub(super) struct Norm<'a, E> {
@@ -116,6 +120,9 @@ impl<'a, E: Element> Epilogue<'a, E> {
                 (Some(residual), false)
             }
         };
+        if let Some(tokens) = self.tokens {
+            all("the epilogue's tokens", tokens)?;
+        }
         let norm = match self.norm {
             None => None,
             Some(RmsNorm { weight, eps, out }) => {
@@ -128,6 +135,6 @@ impl<'a, E: Element> Epilogue<'a, E> {
                 Some(Norm { weight, eps, out: Divided::new(out, hidden, owners) })
             }
         };
-        Ok(Steps { bias: self.bias, residual, in_place, norm })
+        Ok(Steps { bias: self.bias, residual, in_place, norm, tokens: self.tokens })
     }
 }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::parties::{Part, Parties};
-use super::placement::Placement;
 use super::wire::RowLayout;
 use super::{MoeConfig, Reduction};
 use crate::memory::area::{self, Area, Words};
@@ -37,7 +36,7 @@ const _: () = assert!(size_of::<Entry>() == 8 && align_of::<Entry>() == 4);
 #[derive(Clone)]
 pub(super) struct MoeLayout {
     /// Epoch word: tokens and lists of this exchange are complete. Read by all ranks. On its line are `refused` and each slot's
-    /// `tokens`.
+    /// `tokens` and `placement`.
     pub(super) dispatched: usize,
     /// The exchange whose input was refused here. Read by all ranks that wait for it.
     pub(super) refused: usize,
@@ -53,7 +52,9 @@ pub(super) struct MoeLayout {
     pub(super) output_rows: usize,
     /// Rows of the area of sums.
     pub(super) sum_rows: usize,
-    /// Entries of `bases` per source.
+    /// Positions that a placement may have.
+    pub(super) positions: usize,
+    /// Slots that a rank may have: entries of `bases` per source.
     pub(super) bases_per_source: usize,
     /// Where the words end.
     words_end: usize,
@@ -73,14 +74,17 @@ pub(super) struct SlotLayout {
     pub(super) abandoned: usize,
     /// u32: tokens of this rank.
     pub(super) tokens: usize,
+    /// u64, twice: the mark of the placement that this rank's lists go by, on the line of `dispatched`, and the first exchange that
+    /// it was used in, on that of `combined`.
+    pub(super) placement: [usize; 2],
     /// u64: output rows of this rank that are written. Changed by this rank's own kernels, on whatever device, read by this
     /// rank.
     pub(super) done: usize,
-    /// u32 per expert position, and one more: where its entries begin.
+    /// u32 per position, and one more: where its entries begin.
     pub(super) starts: Range<usize>,
-    /// The entries, sorted by expert position, then token.
+    /// The entries, sorted by position, then token.
     pub(super) entries: Range<usize>,
-    /// u32 per source and local expert: the output row of its first entry. With [`Reduction::PerRank`] the first one of
+    /// u32 per source and local slot: the output row of its first entry. With [`Reduction::PerRank`] the first one of
     /// each source counts: the row of its first sum.
     pub(super) bases: Range<usize>,
     /// The token rows, as the wire format has them: one per token, or with smooth scales one per entry, in the entries' order.
@@ -111,33 +115,34 @@ impl SlotLayout {
 }
 
 impl MoeLayout {
-    pub(super) fn new(config: &MoeConfig, placement: &Placement, parties: &Parties) -> Self {
+    pub(super) fn new(config: &MoeConfig, parties: &Parties) -> Self {
         let sources = parties.sources.len();
         let stride = (config.hidden * config.dtype.size()).next_multiple_of(LINE);
         let token = config.wire.row_layout(config.hidden, config.dtype);
-        let token_rows = config.max_tokens * if config.smooth.is_some() { config.topk } else { 1 };
-        let worst = sources * config.max_tokens * config.topk;
+        let token_rows = config.max_tokens * if config.smooth.is_some() { config.width().choices() } else { 1 };
+        let choices = config.max_tokens * config.width().choices();
+        let worst = sources * choices;
         let output_rows = config.max_expert_rows.unwrap_or(worst).min(worst);
         let sum_rows = match config.reduction {
             Reduction::PerExpert => 0,
             Reduction::PerRank => (sources * config.max_tokens).min(output_rows),
         };
-        let local = parties.destinations.iter().map(|&rank| placement.local(rank).len());
-        let bases_per_source = local.fold(1, usize::max);
+        let (positions, bases_per_source) = config.room(parties.ranks());
 
         let mut layout = Layout::default();
         let dispatched = layout.add(LINE);
-        let (refused, tokens, closed) = (dispatched + 8, [dispatched + 16, dispatched + 24], dispatched + 32);
-        let words = tokens.map(|tokens| {
+        let (refused, closed) = (dispatched + 8, dispatched + 32);
+        let words: [_; SLOTS] = std::array::from_fn(|slot| {
             let [combined, done] = std::array::from_fn(|_| layout.add(LINE));
-            [combined, combined + 8, tokens, done]
+            let placement = [dispatched + 40 + slot * 8, combined + 16];
+            ([combined, combined + 8, dispatched + 16 + slot * 8, done], placement)
         });
         // The areas of who sends and of who receives: after one another, or where no rank does both, each from the words on.
-        let words_end = words[SLOTS - 1][3] + LINE;
+        let words_end = words[SLOTS - 1].0[3] + LINE;
         let (mut other, received) = (layout.clone(), usize::from(parties.are_apart));
         let mut layouts = [&mut layout, &mut other];
         const SENT: usize = 0;
-        let slots = words.map(|[combined, abandoned, tokens, done]| {
+        let slots = words.map(|([combined, abandoned, tokens, done], placement)| {
             let mut area = |of: usize, bytes: usize, align: usize| {
                 let start = layouts[of].add_aligned(bytes, align);
                 start..start + bytes
@@ -146,9 +151,10 @@ impl MoeLayout {
                 combined,
                 abandoned,
                 tokens,
+                placement,
                 done,
-                starts: area(SENT, (config.experts + 1) * 4, LINE),
-                entries: area(SENT, config.max_tokens * config.topk * size_of::<Entry>(), LINE),
+                starts: area(SENT, (positions + 1) * 4, LINE),
+                entries: area(SENT, choices * size_of::<Entry>(), LINE),
                 bases: area(received, sources * bases_per_source * 4, LINE),
                 rows: area(SENT, token_rows * token.stride, PAGE),
                 outputs: area(received, output_rows * stride, PAGE),
@@ -166,6 +172,7 @@ impl MoeLayout {
             token,
             output_rows,
             sum_rows,
+            positions,
             bases_per_source,
             words_end,
             send_bytes,
@@ -200,3 +207,5 @@ impl MoeLayout {
 }
 
 const PAGE: usize = 4096;
+/// The line of `dispatched` has room for the words of all slots.
+const _: () = assert!(40 + SLOTS * 8 <= LINE);

@@ -23,10 +23,12 @@ mod batch;
 mod between;
 mod combine;
 mod config;
+mod counts;
 mod encoding;
 mod epilogue;
 #[cfg(test)]
 mod far_tests;
+mod install;
 mod joined;
 mod kernels;
 mod lanes;
@@ -34,12 +36,13 @@ mod layout;
 #[cfg(any(test, fuzzing))]
 mod lies;
 mod parties;
-mod placement;
+pub mod placement;
 mod rail;
 mod received;
 mod roles;
 mod routing;
 mod smooth;
+mod special;
 mod terms;
 mod ways;
 mod wire;
@@ -55,19 +58,22 @@ pub use batch::{BatchRow, ExpertBatch, TokenSum, WireRow};
 use between::Between;
 use combine::FirstRows;
 pub use config::{MoeConfig, Reduction};
+pub use counts::CountForm;
 pub use encoding::WireRows;
 pub use epilogue::{Epilogue, Residual, RmsNorm};
 use lanes::LaneSet;
 pub use lanes::Lanes;
 use layout::{AREAS, MoeLayout, SLOTS, slot_of};
 use parties::{Parties, Peers};
-use placement::Placement;
+use placement::placed::Placed;
 use received::{Received, SendAreas};
 pub use roles::{Attention, DomainBatch, Ended, Experts, Forward, Role, RoleConfig, RoleCounts};
 use roles::{Counting, Trampolines};
 pub use routing::Routing;
-use routing::{Choice, ListBuilder};
+use routing::{Choice, ListBuilder, SHARED_WEIGHT};
 pub use smooth::SmoothScales;
+pub use special::ConstantExperts;
+use special::Vectors;
 use ways::Ways;
 pub use wire::{ScaleLayout, WireFormat};
 
@@ -103,8 +109,12 @@ struct Flight {
     epoch: u64,
     phase: Phase,
     tokens: usize,
+    /// What the exchange goes by.
+    placed: Arc<Placed>,
+    /// Whether other nodes have to be told which placement that is.
+    tell_placement: bool,
     choices: Vec<Choice>,
-    /// The choices' factors, where this rank sums the experts' outputs.
+    /// The choices' factors, where this rank sums experts' outputs.
     weights: Vec<f32>,
     lists: Lists,
     /// The token rows, unless an [`InputRows`] has them.
@@ -123,6 +133,11 @@ struct Lists {
 
 struct State {
     next: u64,
+    /// What the next exchange goes by.
+    placed: Arc<Placed>,
+    /// Tokens of this rank by routed expert, rows by slot, since they were taken.
+    expert_counts: Vec<i64>,
+    slot_counts: Vec<i64>,
     flights: [Flight; SLOTS],
     builder: ListBuilder,
     first_rows: FirstRows,
@@ -170,8 +185,9 @@ pub struct Moe {
     comm: Arc<CommInner>,
     config: MoeConfig,
     layout: MoeLayout,
-    placement: Placement,
     parties: Arc<Parties>,
+    /// What constant experts give.
+    vectors: Vectors,
     /// What encodes, decodes, sums and norms rows.
     kernels: Kernels,
     /// The words of this rank's outbox for the handle.
@@ -333,9 +349,9 @@ impl Moe {
     ) -> Result<Self> {
         let (comm, parties) = (comm.clone(), Arc::new(parties));
         let part = parties.part(comm.rank);
-        let placement = Placement::new(&config, comm.world_size);
+        let placed = Placed::new(&config.first_placement(comm.world_size)?, &parties, (comm.rank, &comm.nodes), 1);
         let kernels = comm.config.kernels.resolve("Config::kernels")?;
-        let layout = MoeLayout::new(&config, &placement, &parties);
+        let layout = MoeLayout::new(&config, &parties);
         let deadline = comm.deadline();
         // Who answers for far sources, or gathers for near ones, reads what all ranks of the node have.
         let gathers = |wanted| Trampolines::includes(&comm, &parties, wanted, comm.rank);
@@ -351,12 +367,12 @@ impl Moe {
         let (between, mirrors) = match &comm.fabric.far {
             None => (None, vec![]),
             Some(far) => {
-                let shape = (&config, &layout, &placement);
+                let shape = (&config, &layout, &placed);
                 let (between, mirrors) = Between::new(&comm, far, &mut star, (shape, &parties), &own, deadline)?;
                 (Some(RefCell::new(between)), mirrors)
             }
         };
-        let gathered = (&config, &*parties, &placement.starts[..]);
+        let gathered = (&config, &*parties, &placed.starts[..]);
         let trampolines =
             trampolines.map(|wanted| Trampolines::new(&comm, &mut star, gathered, wanted, deadline)).transpose()?;
         drop(star);
@@ -367,42 +383,44 @@ impl Moe {
             between.borrow().rail.set_peers(peers.clone());
         }
         let (own, areas) = layout.split(own, part);
-        let local = placement.local(comm.rank).len();
-        let sent = if part.sends() { config.max_tokens * config.topk } else { 0 };
+        let sent = if part.sends() { config.max_tokens * config.width().choices() } else { 0 };
         let flights = areas.map(|areas: [Area; AREAS]| {
+            let ranks = (comm.rank, comm.world_size);
+            let most = if part.receives() { layout.bases_per_source } else { 0 };
             let (received, SendAreas { starts, entries, rows }) =
-                Received::new(&parties, comm.world_size, local, areas);
+                Received::new(&parties, ranks, (most, placed.clone()), areas);
             Flight {
                 epoch: 0,
                 phase: Phase::Free,
                 tokens: 0,
+                placed: placed.clone(),
+                tell_placement: true,
                 choices: Vec::with_capacity(sent),
-                weights: Vec::with_capacity(match config.reduction {
-                    Reduction::PerExpert => sent,
-                    Reduction::PerRank => 0,
-                }),
+                weights: Vec::with_capacity(if config.sums_here() { sent } else { 0 }),
                 lists: Lists { starts, entries },
                 rows: Some(rows),
                 received: part.receives().then(|| Box::new(received)),
                 orphaned: false,
             }
         });
-        let builder = ListBuilder::new(config.experts);
-        let first_rows = FirstRows::new(config.experts, comm.world_size);
+        let builder = ListBuilder::new(config.experts, config.shared, config.special_experts());
+        let first_rows = FirstRows::new(layout.positions, comm.world_size);
         #[cfg(not(any(test, fuzzing)))]
         let age = 0;
         #[cfg(any(test, fuzzing))]
         let age = comm.layout.age;
         let seen = SeenCombined { epochs: std::array::from_fn(|_| vec![0; comm.world_size]), all: age };
-        let state = RefCell::new(State { next: age + 1, flights, builder, first_rows, seen });
-        let (lanes, ways) = (RefCell::default(), RefCell::default());
+        let (expert_counts, slot_counts) = (vec![0; config.experts], vec![0; layout.bases_per_source]);
+        let state = State { next: age + 1, placed, expert_counts, slot_counts, flights, builder, first_rows, seen };
+        let (state, lanes, ways) = (RefCell::new(state), RefCell::default(), RefCell::default());
+        let vectors = Vectors::new(&config);
         tracing::debug!(rank = comm.rank, experts = config.experts, tokens = config.max_tokens, "MoE handle ready");
         Ok(Moe {
             comm,
             config,
             layout,
-            placement,
             parties,
+            vectors,
             kernels,
             own,
             peers,
@@ -457,13 +475,13 @@ impl Moe {
         self.layout.stride / self.config.dtype.size()
     }
 
-    /// Global ids of the experts that `rank` holds, ascending.
+    /// The logical experts in `rank`'s slots, by the placement of the next exchange.
     ///
     /// # Errors
     /// [`Error::InvalidRank`].
-    pub fn experts_of(&self, rank: usize) -> Result<&[usize]> {
+    pub fn experts_of(&self, rank: usize) -> Result<Vec<usize>> {
         self.comm.check_rank(rank)?;
-        Ok(self.placement.local(rank))
+        Ok(self.state.borrow().placed.local(rank).to_vec())
     }
 
     /// Sends the tokens of one exchange: `tokens` is `[T, hidden]`, T the routing's number of tokens, at most `max_tokens`,
@@ -480,11 +498,11 @@ impl Moe {
         routing: &Routing<'_, I>,
     ) -> Result<Exchange<'_>> {
         let epoch = self.claim()?;
-        self.send(epoch, routing, |count, rows, starts, choices| {
+        self.send(epoch, routing, |count, rows, lists, choices| {
             self.check_rows("tokens", tokens, count)?;
             match self.config.wire {
                 WireFormat::Native => self.copy_tokens(tokens, count, rows),
-                _ => self.encode_tokens(tokens, rows, starts, choices),
+                _ => self.encode_tokens(tokens, rows, lists, choices),
             }
         })
     }
@@ -682,7 +700,7 @@ impl Moe {
         &self,
         epoch: u64,
         routing: &Routing<'_, I>,
-        fill_rows: impl FnOnce(usize, &mut Area, &[u32], &[Choice]) -> Result<()>,
+        fill_rows: impl FnOnce(usize, &mut Area, (&Placed, &[u32]), &[Choice]) -> Result<()>,
     ) -> Result<Exchange<'_>> {
         let call = self.comm.board.begins(self.operation(Operation::DispatchSend), epoch);
         let refusal = Refusal { moe: self, epoch };
@@ -696,13 +714,14 @@ impl Moe {
         }
         if let Some((far, between)) = self.between() {
             let mut state = self.state.borrow_mut();
-            let Flight { tokens, choices, lists, .. } = state.flight(epoch);
-            let starts = lists.starts.slice_mut::<u32>(0, self.config.experts + 1);
-            let shape = (&self.config, &self.layout, &self.placement);
-            let sent = between.borrow_mut().dispatch(far, shape, epoch, *tokens, choices, starts);
+            let Flight { tokens, choices, lists, placed, tell_placement, .. } = state.flight(epoch);
+            let starts = lists.starts.slice_mut::<u32>(0, placed.positions() + 1);
+            let shape = (&self.config, &self.layout, &*placed);
+            let exchange = (*tokens, std::mem::take(tell_placement));
+            let sent = between.borrow_mut().dispatch(far, shape, epoch, exchange, choices, starts);
             self.comm.counters.far_rows.fetch_add(sent.rows, Relaxed);
             self.counts.far(sent.messages, sent.bytes);
-            between.borrow().rail.begin(epoch);
+            between.borrow().rail.begin(epoch, placed);
         }
         call.over();
         Ok(Exchange { moe: self, epoch })
@@ -724,23 +743,37 @@ impl Moe {
         &self,
         epoch: u64,
         routing: &Routing<'_, I>,
-        fill_rows: impl FnOnce(usize, &mut Area, &[u32], &[Choice]) -> Result<()>,
+        fill_rows: impl FnOnce(usize, &mut Area, (&Placed, &[u32]), &[Choice]) -> Result<()>,
     ) -> Result<()> {
         let config = &self.config;
         let tokens = routing.tokens(config.topk, config.max_tokens)?;
         let mut state = self.state.borrow_mut();
-        let State { next, flights, builder, .. } = &mut *state;
+        let State { next, flights, builder, placed, expert_counts, .. } = &mut *state;
         let flight = &mut flights[slot_of(epoch)];
         let expected = "the rows that were lent to be sent or dropped first";
         let rows = flight.rows.as_mut().ok_or(Error::WrongOrder { call: "dispatch_send", epoch, expected })?;
-        let starts = flight.lists.starts.slice_mut(0, config.experts + 1);
-        let entries = flight.lists.entries.slice_mut(0, routing.ids.len());
-        builder.build(routing, config.topk, &self.placement, &mut flight.choices, starts, entries)?;
-        if config.reduction == Reduction::PerExpert {
-            flight.weights.clear();
-            flight.weights.extend_from_slice(routing.weights);
+        if !Arc::ptr_eq(&flight.placed, placed) {
+            (flight.placed, flight.tell_placement) = (placed.clone(), true);
         }
-        fill_rows(tokens, rows, starts, &flight.choices)?;
+        let width = config.width();
+        let starts = flight.lists.starts.slice_mut(0, placed.positions() + 1);
+        let entries = flight.lists.entries.slice_mut(0, tokens * width.choices());
+        builder.build(routing, width, placed, &mut flight.choices, starts, entries)?;
+        if config.sums_here() {
+            flight.weights.clear();
+            match width.shared {
+                0 => flight.weights.extend_from_slice(routing.weights),
+                shared => routing.weights.chunks_exact(width.topk).for_each(|weights| {
+                    let shared = std::iter::repeat_n(SHARED_WEIGHT, shared);
+                    flight.weights.extend(weights.iter().copied().chain(shared));
+                }),
+            }
+        }
+        fill_rows(tokens, rows, (placed, starts), &flight.choices)?;
+        placed.count(starts, &flight.choices, expert_counts);
+        if flight.tell_placement {
+            self.mark(epoch, placed);
+        }
         self.own.word32(self.layout.slot(epoch).tokens).store(tokens as u32, Relaxed);
         (flight.epoch, flight.phase, flight.tokens, flight.orphaned) = (epoch, Phase::Sent, tokens, false);
         *next = epoch + 1;
@@ -752,7 +785,8 @@ impl Moe {
     ///
     /// # Errors
     /// [`Error::Timeout`], [`Error::PeerDied`] and the like name the rank that was waited for; [`Error::PeerRefused`] one
-    /// whose input was bad. The call may be repeated.
+    /// whose input was bad. The call may be repeated. [`Error::PlacementMismatch`] where ranks have not installed the same
+    /// placement.
     pub fn dispatch_recv<'m>(&'m self, sent: &Exchange<'m>) -> Result<ExpertBatch<'m>> {
         let call = self.comm.board.begins(self.operation(Operation::DispatchRecv), sent.epoch);
         let mut batch = self.start_batch("dispatch_recv", sent)?;
@@ -784,7 +818,8 @@ impl Moe {
         let mut state = self.state.borrow_mut();
         let flight = state.flight(epoch);
         let expected = "to be called once at a time";
-        let received = flight.received.take().ok_or(Error::WrongOrder { call, epoch, expected })?;
+        let mut received = flight.received.take().ok_or(Error::WrongOrder { call, epoch, expected })?;
+        received.go_by(&flight.placed);
         flight.phase = Phase::Received;
         Ok(ExpertBatch::new(self, epoch, received))
     }

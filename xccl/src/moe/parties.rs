@@ -58,6 +58,11 @@ impl Parties {
         Parties { sources: sources.to_vec(), destinations: destinations.to_vec(), parts, are_apart: true }
     }
 
+    /// The ranks of the communicator.
+    pub(super) fn ranks(&self) -> usize {
+        self.parts.len()
+    }
+
     pub(super) fn part(&self, rank: usize) -> Part {
         self.parts[rank]
     }

@@ -11,7 +11,7 @@ use super::between::{ABANDONED, BY, RETURNED, Shape};
 use super::config::MAX_TOPK;
 use super::layout::{Entry, MoeLayout, SLOTS, slot_of};
 use super::parties::{Parties, Peers};
-use super::placement::Placement;
+use super::placement::placed::Placed;
 use super::terms::{Terms, sum_each};
 use super::{MoeConfig, Outboxes, Reduction};
 use crate::comm::inner::{CommInner, Counters, lock};
@@ -77,6 +77,8 @@ struct State {
     /// By slot, the exchange that this rank has begun, and the last whose duty was done.
     begun: [u64; SLOTS],
     done: [u64; SLOTS],
+    /// By slot, what that exchange goes by.
+    placed: [Arc<Placed>; SLOTS],
     sums: Sums,
 }
 
@@ -84,7 +86,6 @@ struct State {
 pub(super) struct Rail {
     config: MoeConfig,
     layout: MoeLayout,
-    placement: Placement,
     parties: Arc<Parties>,
     kernels: Kernels,
     /// Every rank's outbox, or its mirror: once they are mapped.
@@ -110,17 +111,17 @@ impl Rail {
         far: &Far,
         (duties, near): (Vec<Duty>, Near),
         staging: Staging,
-        ((config, layout, placement), parties): (Shape<'_>, &Arc<Parties>),
+        ((config, layout, placed), parties): (Shape<'_>, &Arc<Parties>),
     ) -> Result<Arc<Self>> {
         let bytes = duties.len() * staging.rows_bytes;
         let memory = Arc::new(Mapping::anonymous(SLOTS * bytes)?);
         let region = staging.plane.register(&memory, 0..memory.len(), Access::Local)?;
         let (_, areas) = area::split(memory, [0..bytes, bytes..2 * bytes]);
-        let state = State { areas, begun: [0; SLOTS], done: [0; SLOTS], sums: Sums::default() };
+        let placed = std::array::from_fn(|_| placed.clone());
+        let state = State { areas, begun: [0; SLOTS], done: [0; SLOTS], placed, sums: Sums::default() };
         let rail = Arc::new(Rail {
             config: config.clone(),
             layout: layout.clone(),
-            placement: placement.clone(),
             parties: parties.clone(),
             kernels: comm.config.kernels.resolve("Config::kernels")?,
             peers: OnceLock::new(),
@@ -154,9 +155,12 @@ impl Rail {
     }
 
     /// This rank has dispatched `epoch`: from now on there is a duty.
-    pub(super) fn begin(&self, epoch: u64) {
+    pub(super) fn begin(&self, epoch: u64, placed: &Arc<Placed>) {
         let slot = slot_of(epoch);
         let mut state = lock(&self.state);
+        if !Arc::ptr_eq(&state.placed[slot], placed) {
+            state.placed[slot] = placed.clone();
+        }
         match self.duties.is_empty() {
             true => state.done[slot] = epoch,
             false => self.chores.begin(),
@@ -240,9 +244,9 @@ impl Rail {
         epoch: u64,
         last: Update,
     ) -> Result<()> {
-        let State { areas, sums, .. } = state;
+        let State { areas, placed, sums, .. } = state;
         let duty = &self.duties[index];
-        self.take_terms(peers, duty.source, epoch, sums)?;
+        self.take_terms(peers, duty.source, (epoch, &placed[slot_of(epoch)]), sums)?;
         let (layout, hidden) = (&self.layout, self.config.hidden);
         let outboxes = Outboxes {
             peers,
@@ -287,8 +291,8 @@ impl Rail {
     }
 
     /// Lists the terms of each token of a source: copied out of its mirror and the near ranks' outboxes, and checked.
-    fn take_terms(&self, peers: &Peers, source: usize, epoch: u64, sums: &mut Sums) -> Result<()> {
-        let (config, layout, placement) = (&self.config, &self.layout, &self.placement);
+    fn take_terms(&self, peers: &Peers, source: usize, (epoch, placed): (u64, &Placed), sums: &mut Sums) -> Result<()> {
+        let (config, layout) = (&self.config, &self.layout);
         let (mirror, slot) = (&peers[source], layout.slot(epoch));
         let corrupt = |what, value: u32, limit: usize| {
             Err(Error::Corrupt { rank: source, what, value: value.into(), limit: limit as u64 })
@@ -305,9 +309,9 @@ impl Rail {
         entries.clear();
         starts.clear();
         // Of each block of ranks its starts, one more than it has experts, and its entries.
-        let all = tokens as usize * config.topk;
+        let all = tokens as usize * config.width().choices();
         for block in &self.near.blocks {
-            let positions = placement.starts[block.start]..placement.starts[block.end];
+            let positions = placed.starts[block.start]..placed.starts[block.end];
             let (at, first) = (starts.len(), entries.len());
             starts.resize(at + positions.len() + 1, 0);
             let part = &mut starts[at..];
@@ -330,7 +334,7 @@ impl Rail {
             for (n, &rank) in self.near.ranks.iter().enumerate() {
                 // Between two blocks there is one more start.
                 at += usize::from(n > 0 && self.near.ranks[n - 1] + 1 != rank);
-                let local = placement.local(rank).len();
+                let local = placed.local(rank).len();
                 let from =
                     slot.bases.start + self.parties.index_of(source) * layout.bases_per_source * size_of::<u32>();
                 bases.resize(layout.bases_per_source, 0);

@@ -6,6 +6,7 @@ use super::config::MAX_TOPK;
 use super::lanes::{Cut, LaneSet};
 use super::layout::{AREAS, Entry, MoeLayout, SlotLayout};
 use super::parties::Parties;
+use super::placement::placed::Placed;
 use super::roles::MergedEntry;
 use super::terms::{Terms, sum_each};
 use crate::dtype::Element;
@@ -19,8 +20,12 @@ use crate::memory::row::Row;
 /// Lists copied out of the senders' memory and checked; kept from exchange to exchange.
 pub(super) struct Received {
     parties: Arc<Parties>,
+    rank: usize,
     /// Ranks of the communicator: what is said to be by source is by rank, with nothing for those that send no tokens.
     world_size: usize,
+    /// What the exchange goes by.
+    pub(super) placed: Arc<Placed>,
+    /// Slots of this rank.
     local: usize,
     /// `[source][local expert]`, and one more per source: indices into `entries`.
     pub(super) starts: Vec<u32>,
@@ -108,25 +113,29 @@ pub(super) struct SendAreas {
 
 impl Received {
     /// Shares a slot's areas between its two sides.
+    ///
+    /// `most` is the most slots that this rank may have.
     pub(super) fn new(
         parties: &Arc<Parties>,
-        world_size: usize,
-        local: usize,
+        (rank, world_size): (usize, usize),
+        (most, placed): (usize, Arc<Placed>),
         areas: [Area; AREAS],
     ) -> (Self, SendAreas) {
         let [starts, entries, bases, rows, outputs, sums] = areas;
-        let received = Received {
+        let mut received = Received {
             parties: parties.clone(),
+            rank,
             world_size,
-            local,
-            starts: vec![0; world_size * (local + 1)],
+            placed,
+            local: 0,
+            starts: Vec::with_capacity(world_size * (most + 1)),
             entries: vec![],
             arrived: vec![false; world_size],
             parts: vec![ListPart::default(); world_size],
-            counts: vec![0; local],
-            offsets: vec![0; local + 1],
-            runs: vec![0; local * world_size],
-            places: vec![0; local],
+            counts: Vec::with_capacity(most),
+            offsets: Vec::with_capacity(most + 1),
+            runs: Vec::with_capacity(most * world_size),
+            places: Vec::with_capacity(most),
             owners: vec![],
             len: 0,
             by_token: ByToken::default(),
@@ -137,7 +146,36 @@ impl Received {
             sums,
             bases,
         };
+        received.resize();
         (received, SendAreas { starts, entries, rows })
+    }
+
+    /// Takes the placement of the next exchange.
+    pub(super) fn go_by(&mut self, placed: &Arc<Placed>) {
+        if !Arc::ptr_eq(&self.placed, placed) {
+            self.placed = placed.clone();
+            self.resize();
+        }
+    }
+
+    fn resize(&mut self) {
+        let local = self.placed.local(self.rank).len();
+        self.local = local;
+        for (list, len) in [
+            (&mut self.starts, self.world_size * (local + 1)),
+            (&mut self.counts, local),
+            (&mut self.offsets, local + 1),
+            (&mut self.runs, local * self.world_size),
+        ] {
+            list.clear();
+            list.resize(len, 0);
+        }
+        self.places.resize(local, 0);
+    }
+
+    /// The logical experts in this rank's slots.
+    pub(super) fn local_experts(&self) -> &[usize] {
+        self.placed.local(self.rank)
     }
 
     /// Forgets the last exchange.
@@ -457,17 +495,12 @@ mod tests {
     fn received(world: usize, local: usize) -> Received {
         let config = MoeConfig::new(4, 8, 1, world * local, DType::F32);
         let parties = Arc::new(Parties::all(world));
-        let layout = MoeLayout::new(&config, &Placement::new(&config, world), &parties);
-        let mapping = OwnSegment::create(MemoryFlavour::Memfd, Writers::Owner, layout.bytes_of(Part::Both), false)
-            .unwrap()
-            .mapping;
-        Received::new(
-            &parties,
-            world,
-            local,
-            area::split(Arc::new(mapping), layout.slot(0).areas(Part::Both, &mut 0)).1,
-        )
-        .0
+        let layout = MoeLayout::new(&config, &parties);
+        let placed = Placed::new(&Placement::even(world * local, world).unwrap(), &parties, (0, &vec![0; world]), 1);
+        let bytes = layout.bytes_of(Part::Both);
+        let mapping = OwnSegment::create(MemoryFlavour::Memfd, Writers::Owner, bytes, false).unwrap().mapping;
+        let areas = area::split(Arc::new(mapping), layout.slot(0).areas(Part::Both, &mut 0)).1;
+        Received::new(&parties, (0, world), (local, placed), areas).0
     }
 
     proptest! {

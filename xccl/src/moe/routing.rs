@@ -1,7 +1,7 @@
 //! From top-k ids to the lists that receivers read.
 
 use super::layout::Entry;
-use super::placement::Placement;
+use super::placement::placed::{Placed, Replicas};
 use crate::dtype::ExpertId;
 use crate::error::{Error, Result};
 use crate::memory::fetch;
@@ -60,17 +60,51 @@ impl<'a, I: ExpertId> Routing<'a, I> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C, align(8))]
 pub(super) struct Choice {
-    /// The expert, or [`NONE`].
-    pub(super) expert: u32,
-    /// Index among this rank's entries for that expert.
+    /// The position of the slot that it went to; or from [`SPECIAL`] on which special expert it names, or [`NONE`]. While choices
+    /// are counted, the logical expert.
+    pub(super) position: u32,
+    /// Index among this rank's entries for that slot.
     pub(super) index: u32,
 }
 
-/// The expert of a choice that names none.
-pub(super) const NONE: u32 = u32::MAX;
+/// The position of a choice that names no expert.
+const NONE: u32 = u32::MAX;
+/// The position of a choice of the first special expert: one that needs no slot.
+const SPECIAL: u32 = 1 << 31;
 
 /// A choice that names no expert.
-const NOWHERE: Choice = Choice { expert: NONE, index: 0 };
+const NOWHERE: Choice = Choice { position: NONE, index: 0 };
+
+impl Choice {
+    /// Whether it goes to a slot.
+    pub(super) fn is_placed(&self) -> bool {
+        self.position < SPECIAL
+    }
+
+    /// Which special expert it names.
+    pub(super) fn special(&self) -> Option<usize> {
+        (self.position != NONE).then(|| self.position.checked_sub(SPECIAL))?.map(|special| special as usize)
+    }
+}
+
+/// How the choices of a batch are made up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Width {
+    /// Experts that a token names.
+    pub(super) topk: usize,
+    /// Shared experts, which every token goes to: choices after those.
+    pub(super) shared: usize,
+}
+
+impl Width {
+    /// Choices of a token.
+    pub(super) fn choices(&self) -> usize {
+        self.topk + self.shared
+    }
+}
+
+/// The factor of a shared expert.
+pub(super) const SHARED_WEIGHT: f32 = 1.0;
 
 /// Tokens whose lines are fetched at a time, [`AHEAD`] such groups ahead: ids, choices and entries are short pieces of memory, which the
 /// processor's own prefetcher has hardly found when they end, and the rows that were written since the last exchange have
@@ -80,7 +114,12 @@ const AHEAD: usize = 4;
 
 /// Memory for building lists, kept from exchange to exchange.
 pub(super) struct ListBuilder {
+    /// Of experts with slots: those that are named, then shared ones.
     tallies: Vec<Tally>,
+    /// Of special experts.
+    specials: Vec<Tally>,
+    /// Experts that may be named, of those with slots.
+    named: usize,
 }
 
 /// What is known of one expert.
@@ -89,57 +128,88 @@ pub(super) struct ListBuilder {
 struct Tally {
     /// The last token that named it, plus one: finds duplicates without comparing pairs.
     last: u32,
-    /// Tokens so far; then where its entries begin.
+    /// Tokens so far; then where its entries begin, if it has one slot.
     count: u32,
 }
 
 impl ListBuilder {
-    pub(super) fn new(experts: usize) -> Self {
-        ListBuilder { tallies: vec![Tally::default(); experts] }
+    pub(super) fn new(experts: usize, shared: usize, specials: usize) -> Self {
+        let tallies = |n| vec![Tally::default(); n];
+        ListBuilder { tallies: tallies(experts + shared), specials: tallies(specials), named: experts }
     }
 
-    /// Makes `starts` (one per expert position and one more) and `entries` (sorted by position, then token), of which there may be
-    /// as many as ids, and fills `choices`, one per id.
+    /// Makes `starts` (one per position and one more) and `entries` (sorted by position, then token), of which there may be
+    /// as many as choices, and fills `choices`.
     ///
     /// The entries are put in order where the peers read them. Those have the lines in their caches, and each has to come back
     /// before it is written: all are asked for while the choices are counted.
     pub(super) fn build<I: ExpertId>(
         &mut self,
         routing: &Routing<'_, I>,
-        topk: usize,
-        placement: &Placement,
+        width: Width,
+        placed: &Placed,
         choices: &mut Vec<Choice>,
         starts: &mut [u32],
         entries: &mut [Entry],
     ) -> Result<()> {
-        let tallies = &mut self.tallies;
-        let experts = tallies.len();
-        let fetch_group = |first: usize, choices: &[Choice]| {
+        let (topk, each) = (width.topk, width.choices());
+        let fetch_group = |group: usize, choices: &[Choice]| {
+            let (ids, all) = (group * GROUP * topk, group * GROUP * each);
             let n = GROUP * topk;
-            fetch::lines(routing.ids.as_ptr().wrapping_add(first).cast(), n * size_of::<I>()).for_each(fetch::to_read);
-            fetch::lines(routing.weights.as_ptr().wrapping_add(first).cast(), n * size_of::<f32>())
+            fetch::lines(routing.ids.as_ptr().wrapping_add(ids).cast(), n * size_of::<I>()).for_each(fetch::to_read);
+            fetch::lines(routing.weights.as_ptr().wrapping_add(ids).cast(), n * size_of::<f32>())
                 .for_each(fetch::to_read);
-            fetch::lines(choices.as_ptr().wrapping_add(first).cast(), n * size_of::<Choice>())
-                .for_each(fetch::to_write);
-            fetch::lines(entries.as_ptr().wrapping_add(first).cast(), n * size_of::<Entry>()).for_each(fetch::to_write);
+            let n = GROUP * each;
+            fetch::lines(choices.as_ptr().wrapping_add(all).cast(), n * size_of::<Choice>()).for_each(fetch::to_write);
+            fetch::lines(entries.as_ptr().wrapping_add(all).cast(), n * size_of::<Entry>()).for_each(fetch::to_write);
         };
-        choices.resize(routing.ids.len(), NOWHERE);
-        fetch::lines(tallies.as_ptr().cast(), size_of_val(&tallies[..])).for_each(fetch::to_write);
-        (0..AHEAD).for_each(|group| fetch_group(group * GROUP * topk, choices));
+        let tokens = routing.ids.len() / topk;
+        choices.resize(tokens * each, NOWHERE);
+        fetch::lines(self.tallies.as_ptr().cast(), size_of_val(&self.tallies[..])).for_each(fetch::to_write);
+        (0..AHEAD).for_each(|group| fetch_group(group, choices));
         fetch::lines(starts.as_ptr().cast(), size_of_val(starts)).for_each(fetch::to_write);
-        tallies.fill(Tally::default());
-        for first in (0..choices.len()).step_by(GROUP * topk) {
-            fetch_group(first + AHEAD * GROUP * topk, choices);
-            let group = first..choices.len().min(first + GROUP * topk);
-            count(routing, topk, first / topk, tallies, &mut choices[group])?;
+        self.tallies.fill(Tally::default());
+        self.specials.fill(Tally::default());
+        for (group, first) in (0..tokens).step_by(GROUP).enumerate() {
+            fetch_group(group + AHEAD, choices);
+            let group = first..tokens.min(first + GROUP);
+            count(routing, topk, first, self, &mut choices[group.start * each..group.end * each])?;
         }
+        let tallies = &mut self.tallies[..];
         let mut total = 0;
-        for (start, &expert) in starts.iter_mut().zip(&placement.expert) {
-            *start = total;
-            total += std::mem::replace(&mut tallies[expert].count, total);
+        let positions = placed.positions();
+        match &placed.replicas {
+            Replicas::InOrder | Replicas::Single(_) => {
+                for (start, &expert) in starts.iter_mut().zip(&placed.expert) {
+                    *start = total;
+                    total += std::mem::replace(&mut tallies[expert].count, total);
+                }
+            }
+            Replicas::Several(rotation) => {
+                for (position, (start, &expert)) in starts.iter_mut().zip(&placed.expert).enumerate() {
+                    *start = total;
+                    total += rotation.share(position, tallies[expert].count);
+                }
+            }
         }
-        starts[experts] = total;
-        place(choices, routing.weights, topk, tallies, entries);
+        starts[positions] = total;
+        let starts = &*starts;
+        match &placed.replicas {
+            Replicas::InOrder if width.shared == 0 => place(choices, routing.weights, topk, tallies, entries),
+            Replicas::InOrder => place_with(choices, routing.weights, width, entries, |choice| {
+                tallies[choice.position as usize].count + choice.index
+            }),
+            Replicas::Single(position) => place_with(choices, routing.weights, width, entries, |choice| {
+                let at = tallies[choice.position as usize].count + choice.index;
+                choice.position = position[choice.position as usize];
+                at
+            }),
+            Replicas::Several(rotation) => place_with(choices, routing.weights, width, entries, |choice| {
+                let (position, index) = rotation.place(choice.position, choice.index);
+                *choice = Choice { position, index };
+                starts[position as usize] + index
+            }),
+        }
         Ok(())
     }
 }
@@ -151,42 +221,84 @@ fn count<I: ExpertId>(
     routing: &Routing<'_, I>,
     topk: usize,
     first: usize,
-    tallies: &mut [Tally],
+    builder: &mut ListBuilder,
     choices: &mut [Choice],
 ) -> Result<()> {
-    let ids = routing.ids[first * topk..][..choices.len()].chunks_exact(topk);
-    for (token, (ids, choices)) in (first..).zip(ids.zip(choices.chunks_exact_mut(topk))) {
+    let ListBuilder { tallies, specials, named } = builder;
+    let (tallies, shared) = tallies.split_at_mut(*named);
+    let each = topk + shared.len();
+    let ids = routing.ids[first * topk..][..choices.len() / each * topk].chunks_exact(topk);
+    for (token, (ids, choices)) in (first..).zip(ids.zip(choices.chunks_exact_mut(each))) {
         if routing.active.is_some_and(|active| !active[token]) {
             // Ids of tokens that go nowhere are not looked at.
             choices.fill(NOWHERE);
             continue;
         }
         let mark = token as u32 + 1;
-        for (k, (id, choice)) in ids.iter().zip(choices).enumerate() {
+        for (k, (id, choice)) in ids.iter().zip(choices.iter_mut()).enumerate() {
             let expert = id.to_i64();
             // A negative id is a large number.
             match usize::try_from(expert as u64).ok().and_then(|expert| tallies.get_mut(expert)) {
                 Some(tally) if tally.last != mark => {
-                    *choice = Choice { expert: expert as u32, index: tally.count };
+                    *choice = Choice { position: expert as u32, index: tally.count };
                     *tally = Tally { last: mark, count: tally.count + 1 };
                 }
                 Some(_) => return Err(Error::DuplicateExpert { token, k, expert }),
                 None if expert == -1 => *choice = NOWHERE,
-                None => return Err(Error::ExpertOutOfRange { token, k, expert, experts: tallies.len() }),
+                None => *choice = special(specials, tallies.len(), (token, k, expert))?,
             }
+        }
+        for (s, (tally, choice)) in shared.iter_mut().zip(&mut choices[topk..]).enumerate() {
+            *choice = Choice { position: (tallies.len() + s) as u32, index: tally.count };
+            tally.count += 1;
         }
     }
     Ok(())
 }
 
-/// Puts each choice where its expert's entries are, as [`count`] is.
+/// The choice of a special expert: their ids follow those of the `experts` with slots.
+#[cold]
+fn special(specials: &mut [Tally], experts: usize, (token, k, expert): (usize, usize, i64)) -> Result<Choice> {
+    let all = experts + specials.len();
+    let index = usize::try_from(expert).ok().and_then(|id| id.checked_sub(experts));
+    let Some((index, tally)) = index.and_then(|index| Some((index, specials.get_mut(index)?))) else {
+        return Err(Error::ExpertOutOfRange { token, k, expert, experts: all });
+    };
+    let mark = token as u32 + 1;
+    match std::mem::replace(&mut tally.last, mark) == mark {
+        true => Err(Error::DuplicateExpert { token, k, expert }),
+        false => Ok(Choice { position: SPECIAL + index as u32, index: 0 }),
+    }
+}
+
+/// Puts each choice where its expert's entries are, as [`count`] is: where experts lie in their order, and none is shared.
 #[inline(never)]
 fn place(choices: &[Choice], weights: &[f32], topk: usize, tallies: &[Tally], entries: &mut [Entry]) {
     let tokens = choices.chunks_exact(topk).zip(weights.chunks_exact(topk));
     for (token, (choices, weights)) in (0..).zip(tokens) {
-        for (choice, &weight) in choices.iter().zip(weights).filter(|(c, _)| c.expert != NONE) {
-            let at = tallies[choice.expert as usize].count + choice.index;
+        for (choice, &weight) in choices.iter().zip(weights).filter(|(c, _)| c.is_placed()) {
+            let at = tallies[choice.position as usize].count + choice.index;
             entries[at as usize] = Entry { token, weight };
+        }
+    }
+}
+
+/// As [`place`], where `find` says where a choice's entry goes, and turns its expert into a position.
+fn place_with(
+    choices: &mut [Choice],
+    weights: &[f32],
+    width: Width,
+    entries: &mut [Entry],
+    find: impl Fn(&mut Choice) -> u32,
+) {
+    let tokens = choices.chunks_exact_mut(width.choices()).zip(weights.chunks_exact(width.topk));
+    for (token, (choices, weights)) in (0..).zip(tokens) {
+        let (named, shared) = choices.split_at_mut(width.topk);
+        for (choice, &weight) in named.iter_mut().zip(weights).filter(|(c, _)| c.is_placed()) {
+            entries[find(choice) as usize] = Entry { token, weight };
+        }
+        for choice in shared.iter_mut().filter(|c| c.is_placed()) {
+            entries[find(choice) as usize] = Entry { token, weight: SHARED_WEIGHT };
         }
     }
 }
@@ -194,69 +306,118 @@ fn place(choices: &[Choice], weights: &[f32], topk: usize, tallies: &[Tally], en
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::DType;
-    use crate::moe::MoeConfig;
+    use crate::moe::parties::Parties;
+    use crate::moe::placement::Placement;
     use proptest::prelude::*;
 
-    /// What `build` should give, in the plainest way: for each expert in order, the tokens that name it.
-    fn plainly(ids: &[i64], weights: &[f32], topk: usize, placement: &Placement) -> (Vec<u32>, Vec<Entry>) {
+    /// What `build` should give, in the plainest way: for each slot in order, the tokens that name its expert and take this replica.
+    fn plainly(case: &Case, weights: &[f32], me: usize) -> (Vec<u32>, Vec<Entry>) {
         let (mut starts, mut entries) = (vec![], vec![]);
-        for &expert in &placement.expert {
-            starts.push(entries.len() as u32);
-            for (i, _) in ids.iter().enumerate().filter(|&(_, &id)| id == expert as i64) {
-                entries.push(Entry { token: (i / topk) as u32, weight: weights[i] });
+        for rank in 0..case.nodes.len() {
+            for (slot, &expert) in case.placement.slots(rank).iter().enumerate() {
+                starts.push(entries.len() as u32);
+                let mut nth = 0;
+                for (token, ids) in case.ids.iter().enumerate() {
+                    let weight = match expert.checked_sub(case.experts) {
+                        Some(_) => Some(1.0),
+                        None => ids.iter().position(|&id| id == expert as i64).map(|k| weights[token * case.topk + k]),
+                    };
+                    let Some(weight) = weight else { continue };
+                    if case.placement.choose(expert, me, nth, &case.nodes) == Some((rank, slot)) {
+                        entries.push(Entry { token: token as u32, weight });
+                    }
+                    nth += 1;
+                }
             }
         }
         starts.push(entries.len() as u32);
         (starts, entries)
     }
 
-    type Case = (usize, usize, usize, Option<Vec<usize>>, Vec<i64>);
+    #[derive(Clone, Debug)]
+    struct Case {
+        nodes: Vec<usize>,
+        /// Without the shared ones.
+        experts: usize,
+        shared: usize,
+        specials: usize,
+        topk: usize,
+        placement: Placement,
+        ids: Vec<Vec<i64>>,
+    }
 
-    /// Experts, ranks, topk, an explicit placement or none, and ids with holes.
     fn case() -> impl Strategy<Value = Case> {
-        let shape = (1usize..40, 1usize..9).prop_flat_map(|(e, w)| (Just(e), Just(w), 1..=e.min(8)));
-        shape.prop_flat_map(|(experts, world, topk)| {
-            let placement = prop::option::of(prop::collection::vec(0..world, experts));
-            let order = Just((0..experts as i64).collect::<Vec<_>>()).prop_shuffle();
+        let shape = (1usize..40, 0usize..3, 0usize..4, prop::collection::vec(0usize..3, 1..9));
+        let shape = shape.prop_flat_map(|(e, h, s, nodes)| (Just((e, h, s)), Just(nodes), 1..=(e + s).min(8)));
+        shape.prop_flat_map(|((experts, shared, specials), nodes, topk)| {
+            let (ranks, all) = (nodes.len(), experts + shared);
+            let homes = prop_oneof![
+                Just(Placement::even(all, ranks).unwrap()),
+                prop::collection::vec(0..ranks, all).prop_map(move |of| Placement::of_ranks(&of, ranks).unwrap()),
+                prop::collection::vec(prop::collection::btree_set(0..ranks, 1..=ranks), all).prop_map(move |homes| {
+                    let mut slots = vec![vec![]; ranks];
+                    homes.iter().enumerate().for_each(|(e, ranks)| ranks.iter().for_each(|&r| slots[r].push(e)));
+                    Placement::new(all, slots).unwrap()
+                }),
+            ];
+            let order = Just((0..(experts + specials) as i64).collect::<Vec<_>>()).prop_shuffle();
             let row = (order, prop::collection::vec(any::<bool>(), topk));
             let with_holes = |(order, holes): (Vec<i64>, Vec<bool>)| {
                 order.into_iter().zip(holes).map(|(id, hole)| if hole { -1 } else { id }).collect::<Vec<_>>()
             };
-            let ids = prop::collection::vec(row.prop_map(with_holes), 0..20).prop_map(|rows| rows.concat());
-            (Just(experts), Just(world), Just(topk), placement, ids)
+            (homes, prop::collection::vec(row.prop_map(with_holes), 0..20)).prop_map(move |(placement, ids)| Case {
+                nodes: nodes.clone(),
+                experts,
+                shared,
+                specials,
+                topk,
+                placement,
+                ids,
+            })
         })
     }
 
     proptest! {
         #[test]
-        fn lists_agree_with_a_plain_reference((experts, world, topk, placement, ids) in case()) {
-            let config = MoeConfig { placement, ..MoeConfig::new(32, 8, topk, experts, DType::F32) };
-            let placement = Placement::new(&config, world);
-            let weights: Vec<f32> = (0..ids.len()).map(|i| i as f32).collect();
-            let mut choices = vec![];
-            let mut builder = ListBuilder::new(experts);
-            // What an earlier exchange, good or bad, has left behind does not matter.
-            let all: Vec<i64> = (0..experts as i64).collect();
-            let (mut starts, mut entries) = (vec![7; experts + 1], vec![Entry::default(); ids.len().max(experts)]);
-            let mut build = |ids: &[i64], weights: &[f32], topk| {
-                let routing = Routing::new(ids, weights);
-                builder.build(&routing, topk, &placement, &mut choices, &mut starts, &mut entries)
-            };
-            build(&all, &vec![1.0; experts], experts).unwrap();
-            build(&[0, -7], &[1.0; 2], 1).unwrap_err();
-            build(&ids, &weights, topk).unwrap();
-            let (plain_starts, plain_entries) = plainly(&ids, &weights, topk, &placement);
-            prop_assert_eq!(&starts, &plain_starts);
-            prop_assert_eq!(&entries[..plain_entries.len()], &plain_entries);
-            for (i, choice) in choices.iter().enumerate() {
-                if ids[i] < 0 {
-                    prop_assert_eq!(choice.expert, NONE);
-                } else {
-                    prop_assert_eq!(choice.expert as i64, ids[i]);
-                    let position = placement.expert.iter().position(|&e| e as i64 == ids[i]).unwrap();
-                    let entry = entries[(starts[position] + choice.index) as usize];
-                    prop_assert_eq!(entry, Entry { token: (i / topk) as u32, weight: i as f32 });
+        fn lists_agree_with_a_plain_reference(case in case()) {
+            let Case { experts, specials, topk, shared, .. } = case;
+            for me in 0..case.nodes.len() {
+                let placed = Placed::new(&case.placement, &Parties::all(case.nodes.len()), (me, &case.nodes), 1);
+                let width = Width { topk, shared };
+                let ids = case.ids.concat();
+                let weights: Vec<f32> = (0..ids.len()).map(|i| i as f32).collect();
+                let mut builder = ListBuilder::new(experts, shared, specials);
+                let room = case.ids.len().max(1) * width.choices() + experts + specials;
+                let (mut starts, mut entries) = (vec![0; placed.positions() + 1], vec![Entry::default(); room]);
+                let mut choices = vec![];
+                // What is left of other exchanges does no harm.
+                let all: Vec<i64> = (0..topk as i64).collect();
+                let mut build = |ids: &[i64], weights: &[f32]| {
+                    let routing = Routing::new(ids, weights);
+                    builder.build(&routing, width, &placed, &mut choices, &mut starts, &mut entries)
+                };
+                build(&all, &vec![1.0; topk]).unwrap();
+                build(&vec![-7; topk], &vec![1.0; topk]).unwrap_err();
+                build(&ids, &weights).unwrap();
+                let (plain_starts, plain_entries) = plainly(&case, &weights, me);
+                prop_assert_eq!(&starts, &plain_starts);
+                prop_assert_eq!(&entries[..plain_entries.len()], &plain_entries);
+                for (i, choice) in choices.iter().enumerate() {
+                    let (token, k) = (i / width.choices(), i % width.choices());
+                    let (expert, weight) = match k.checked_sub(topk) {
+                        Some(s) => ((experts + s) as i64, 1.0),
+                        None => (case.ids[token][k], weights[token * topk + k]),
+                    };
+                    if expert < 0 {
+                        prop_assert!(!choice.is_placed() && choice.special().is_none());
+                    } else if k < topk && expert >= experts as i64 {
+                        prop_assert!(!choice.is_placed());
+                        prop_assert_eq!(choice.special(), Some(expert as usize - experts));
+                    } else {
+                        prop_assert_eq!(placed.expert[choice.position as usize] as i64, expert);
+                        let entry = entries[(starts[choice.position as usize] + choice.index) as usize];
+                        prop_assert_eq!(entry, Entry { token: token as u32, weight });
+                    }
                 }
             }
         }
@@ -264,16 +425,21 @@ mod tests {
 
     #[test]
     fn a_bad_id_is_named_with_its_token_and_the_limit() {
-        let placement = Placement::new(&MoeConfig::new(8, 8, 2, 4, DType::F32), 2);
-        let build = |ids: &[i32]| {
+        let placed = Placed::new(&Placement::even(4, 2).unwrap(), &Parties::all(2), (0, &[0, 0]), 1);
+        let build_of = |specials, ids: &[i32]| {
             let weights = vec![1.0; ids.len()];
             let (mut starts, mut entries) = ([0; 5], [Entry::default(); 4]);
-            let routing = Routing::new(ids, &weights);
-            ListBuilder::new(4).build(&routing, 2, &placement, &mut vec![], &mut starts, &mut entries)
+            let (routing, width) = (Routing::new(ids, &weights), Width { topk: 2, shared: 0 });
+            let mut builder = ListBuilder::new(4, 0, specials);
+            builder.build(&routing, width, &placed, &mut vec![], &mut starts, &mut entries)
         };
+        let build = |ids: &[i32]| build_of(0, ids);
         assert!(matches!(build(&[0, 1, 2, 4]), Err(Error::ExpertOutOfRange { token: 1, k: 1, expert: 4, experts: 4 })));
         assert!(matches!(build(&[0, -2]), Err(Error::ExpertOutOfRange { token: 0, k: 1, expert: -2, experts: 4 })));
         assert!(matches!(build(&[0, 1, 3, 3]), Err(Error::DuplicateExpert { token: 1, k: 1, expert: 3 })));
         assert!(build(&[0, 1, 1, 0]).is_ok());
+        assert!(build_of(2, &[4, 5]).is_ok());
+        assert!(matches!(build_of(2, &[5, 6]), Err(Error::ExpertOutOfRange { k: 1, expert: 6, experts: 6, .. })));
+        assert!(matches!(build_of(2, &[5, 5]), Err(Error::DuplicateExpert { k: 1, expert: 5, .. })));
     }
 }

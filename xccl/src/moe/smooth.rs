@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-/// Factors `[experts, hidden]` that move the weight of outlying channels from the activations to the experts' weights
+/// Factors `[experts, hidden]`, shared experts last, that move the weight of outlying channels from the activations to the experts' weights
 /// (SmoothQuant): a row for expert e is multiplied by its factors before it is quantized, and e's weights have been divided by
 /// them. A token's row then differs from expert to expert, and is written once for each. Equal on all ranks, which is checked.
 ///

@@ -11,8 +11,8 @@ use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::row::Row;
 
-/// The rows of one sum, with their factors: a token's experts or ranks, and bias and residual.
-pub(super) type Terms<'a, E> = ArrayVec<(Row<'a, E>, f32), { MAX_TOPK + 2 }>;
+/// The rows of one sum, with their factors: a token's experts or ranks, constant ones with two rows each, and bias and residual.
+pub(super) type Terms<'a, E> = ArrayVec<(Row<'a, E>, f32), { 2 * MAX_TOPK + 2 }>;
 
 /// Forms the sums `range`: `gather(i, terms)` names the rows of sum `i`, `write(i, sum)` takes it.
 ///

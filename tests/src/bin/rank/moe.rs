@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use half::{bf16, f16};
+use xccl::placement::Placement;
 use xccl::{Communicator, DType, Element, Error, Exchange, ExpertBatch, Moe, MoeConfig, Reduction, Routing};
 
 /// A shape and what the ranks put in: the same wherever it is computed.
@@ -119,7 +120,7 @@ impl Homes {
     }
 
     pub(crate) fn of(comm: &Communicator, moe: &Moe) -> Result<Self> {
-        let experts = (0..comm.world_size()).map(|r| moe.experts_of(r).map(<[usize]>::to_vec));
+        let experts = (0..comm.world_size()).map(|r| moe.experts_of(r));
         let nodes = (0..comm.world_size()).map(|r| comm.node_of(r));
         Ok(Homes { experts: experts.collect::<Result<_, _>>()?, nodes: nodes.collect::<Result<_, _>>()? })
     }
@@ -143,8 +144,9 @@ pub(crate) fn moe_in_every_form(comm: &Communicator) -> Result<()> {
     fn cases<E: Element>(comm: &Communicator) -> Result<()> {
         let shape = |hidden, placement| MoeConfig { placement, ..MoeConfig::new(9, hidden, 3, 11, E::DTYPE) };
         let uneven: Vec<usize> = (0..11).map(|e| (e * e) % comm.world_size()).collect();
+        let uneven = Placement::of_ranks(&uneven, comm.world_size())?;
         let per_rank = |config: MoeConfig| MoeConfig { reduction: Reduction::PerRank, ..config };
-        let uneven = || Some(Vec::clone(&uneven));
+        let uneven = || Some(uneven.clone());
         for (config, form) in [
             (shape(100, None), Form::InPlace),
             (shape(64, uneven()), Form::ExpertMajor),

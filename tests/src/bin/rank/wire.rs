@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use half::{bf16, f16};
+use xccl::placement::Placement;
 use xccl::{
     Communicator, DType, Element, Error, ExpertBatch, Moe, MoeConfig, Reduction, Routing, ScaleLayout, SmoothScales,
     WireFormat,
@@ -137,7 +138,8 @@ impl Exchanged<'_> {
 
 pub(crate) fn every_format_in_every_form(comm: &Communicator) -> Result<()> {
     fn cases<E: Element>(comm: &Communicator, hidden: usize) -> Result<()> {
-        let uneven = (0..11).map(|e| (e * e) % comm.world_size()).collect();
+        let uneven: Vec<usize> = (0..11).map(|e| (e * e) % comm.world_size()).collect();
+        let uneven = Placement::of_ranks(&uneven, comm.world_size())?;
         let shape = MoeConfig { placement: Some(uneven), ..MoeConfig::new(7, hidden, 3, 11, E::DTYPE) };
         let mut config = MoeConfig { wire: WireFormat::Int8, ..shape.clone() };
         config.smooth = Some(SmoothScales::new(vec![1.0; 11 * hidden]));

@@ -56,6 +56,7 @@ impl<E: Element> Extras<E> {
             bias: bias.then_some(&self.bias),
             residual: if residual { Residual::Rows(&self.residual) } else { Residual::None },
             norm: norm.then_some(RmsNorm { weight: &self.weight, eps: EPS, out: &mut self.normed }),
+            tokens: None,
         }
     }
 

@@ -4,6 +4,7 @@ use std::fmt;
 
 use crate::error::{Error, Result};
 use crate::moe::MoeConfig;
+use crate::moe::placement::Placement;
 
 /// Who holds attention and who holds experts, and what travels between them. Equal on all ranks.
 ///
@@ -136,9 +137,11 @@ impl RoleConfig {
         }
         let roles: Vec<Role> = roles.into_iter().flatten().collect();
         self.moe.check(world_size)?;
-        let placed = self.moe.placement.iter().flatten().enumerate();
-        if let Some((expert, &rank)) = { placed }.find(|(_, rank)| roles[**rank] != Role::Experts) {
-            return Err(Error::ExpertWithoutRole { expert, rank, role: roles[rank].to_string() });
+        let placement = self.placed()?.first_placement(world_size)?;
+        for (rank, role) in roles.iter().enumerate().filter(|(_, role)| **role != Role::Experts) {
+            if let Some(&expert) = placement.slots(rank).first() {
+                return Err(Error::ExpertWithoutRole { expert, rank, role: role.to_string() });
+            }
         }
         Ok(roles)
     }
@@ -159,11 +162,15 @@ impl RoleConfig {
     }
 
     /// The exchanges' shape with a placement.
-    pub(super) fn placed(&self) -> MoeConfig {
-        let (experts, ranks) = (self.moe.experts, self.experts.len());
-        let (share, larger) = (experts / ranks, experts % ranks);
-        let evenly = || (0..ranks).flat_map(|i| vec![self.experts[i]; share + usize::from(i < larger)]).collect();
-        let placement = self.moe.placement.clone().unwrap_or_else(evenly);
-        MoeConfig { placement: Some(placement), ..self.moe.clone() }
+    pub(super) fn placed(&self) -> Result<MoeConfig> {
+        let ranks = self.attention.iter().flatten().chain(&self.experts).map(|rank| rank + 1).max().unwrap_or(0);
+        let evenly = || {
+            let even = Placement::even(self.moe.experts, self.experts.len())?;
+            let mut slots = vec![vec![]; ranks];
+            self.experts.iter().enumerate().for_each(|(i, &rank)| slots[rank] = even.slots(i).to_vec());
+            Placement::new(self.moe.experts, slots)?.with_shared(&vec![self.experts.clone(); self.moe.shared])
+        };
+        let placement = self.moe.placement.clone().map_or_else(evenly, Ok)?;
+        Ok(MoeConfig { placement: Some(placement), ..self.moe.clone() })
     }
 }

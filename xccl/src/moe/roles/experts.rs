@@ -156,9 +156,9 @@ impl Experts {
         self.domains.len()
     }
 
-    /// Global ids of this rank's experts, ascending.
-    pub fn local_experts(&self) -> &[usize] {
-        self.domains[0].placement.local(self.comm.rank)
+    /// The logical experts in this rank's slots.
+    pub fn local_experts(&self) -> Vec<usize> {
+        self.domains[0].state.borrow().placed.local(self.comm.rank).to_vec()
     }
 
     /// As [`Moe::set_lanes`].

@@ -70,7 +70,7 @@ fn meet(comm: &Arc<CommInner>, config: &RoleConfig, claimed: &'static str) -> Re
             return Err(Error::RoleMismatch { rank, claimed: claimed.to_owned(), configured: role.to_string() });
         }
     }
-    let moe = config.placed();
+    let moe = config.placed()?;
     let domain = |sources: &Vec<usize>| {
         let parties = Parties::apart(comm.world_size, sources, &config.experts);
         let trampolines = config.trampolines_for(sources.len(), &config.experts, &comm.nodes);
@@ -124,13 +124,16 @@ impl Moe {
         let mut state = self.state.borrow_mut();
         let epoch = state.next;
         let flight: &mut Flight = &mut state.flights[slot_of(epoch)];
-        let received = flight.received.take()?;
+        let mut received = flight.received.take()?;
+        received.go_by(&state.placed);
+        let flight = &mut state.flights[slot_of(epoch)];
+        flight.placed = received.placed.clone();
         // There is no source's side that would end it.
         (flight.epoch, flight.phase, flight.orphaned) = (epoch, Phase::Received, true);
         state.next += 1;
         drop(state);
         if let Some((_, between)) = self.between() {
-            between.borrow().rail.begin(epoch);
+            between.borrow().rail.begin(epoch, &received.placed);
         }
         Some(super::ExpertBatch::new(self, epoch, received))
     }

@@ -3,6 +3,7 @@
 //! Written from what the protocols say, for groups that no machine at hand could run; a test holds it against what ranks have counted.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::trampoline::Blocks;
 use super::{RoleConfig, RoleCounts};
@@ -10,14 +11,14 @@ use crate::error::{Error, Result};
 use crate::moe::between::Map;
 use crate::moe::layout::{Entry, MoeLayout};
 use crate::moe::parties::Parties;
-use crate::moe::placement::Placement;
+use crate::moe::placement::placed::Placed;
 use crate::moe::{MoeConfig, Reduction};
 
 /// One domain's micro-batch, as the ranks see it.
 struct Domain<'a> {
     config: &'a MoeConfig,
     parties: Parties,
-    placement: Placement,
+    placed: Arc<Placed>,
     layout: MoeLayout,
     nodes: &'a [usize],
     /// By node, its expert ranks.
@@ -53,11 +54,11 @@ impl RoleConfig {
         mut routing: impl FnMut(usize, usize, usize) -> Vec<i64>,
     ) -> Result<Vec<RoleCounts>> {
         self.check(nodes.len())?;
-        let moe = self.placed();
+        let moe = self.placed()?;
         let mut counts = vec![RoleCounts::default(); nodes.len()];
         for (number, sources) in self.attention.iter().enumerate() {
             let wanted = self.trampolines_for(sources.len(), &self.experts, nodes);
-            let domain = Domain::new(&moe, Parties::apart(nodes.len(), sources, &self.experts), nodes, wanted);
+            let domain = Domain::new(&moe, Parties::apart(nodes.len(), sources, &self.experts), nodes, wanted)?;
             let mut before: Vec<Vec<bool>> = vec![];
             for batch in 0..micro_batches {
                 let ids: Vec<_> = sources.iter().map(|&rank| routing(number, batch, rank)).collect();
@@ -74,18 +75,18 @@ impl RoleConfig {
 }
 
 impl<'a> Domain<'a> {
-    fn new(config: &'a MoeConfig, parties: Parties, nodes: &'a [usize], wanted: Option<usize>) -> Self {
-        let placement = Placement::new(config, nodes.len());
-        let layout = MoeLayout::new(config, &placement, &parties);
+    fn new(config: &'a MoeConfig, parties: Parties, nodes: &'a [usize], wanted: Option<usize>) -> Result<Self> {
+        let placed = Placed::new(&config.first_placement(nodes.len())?, &parties, (0, nodes), 1);
+        let layout = MoeLayout::new(config, &parties);
         let mut near = vec![vec![]; nodes.iter().max().map_or(0, |most| most + 1)];
         parties.destinations.iter().for_each(|&rank| near[nodes[rank]].push(rank));
         let blocks = |wanted| near.iter().map(|ranks| Blocks::new(ranks, parties.sources.len(), wanted)).collect();
         let trampolines = wanted.map(blocks);
-        Domain { config, parties, placement, layout, nodes, near, trampolines }
+        Ok(Domain { config, parties, placed, layout, nodes, near, trampolines })
     }
 
     fn local(&self, rank: usize) -> usize {
-        self.placement.local(rank).len()
+        self.placed.local(rank).len()
     }
 
     /// Whether what a source reads of its node comes by a trampoline.
@@ -114,14 +115,25 @@ impl<'a> Domain<'a> {
         let map = Map::new(self.nodes, 0, &self.parties);
         for (index, (&source, ids)) in self.parties.sources.iter().zip(ids).enumerate() {
             let of_source = &mut entries[index * world..(index + 1) * world];
+            // By expert, tokens that have named it.
+            let mut nths = vec![0; self.config.experts + self.config.shared];
             // By node, tokens that have experts there.
             let mut tokens = vec![0usize; self.near.len()];
             for (token, choices) in ids.chunks(topk).enumerate() {
                 let mut named = vec![];
-                for (k, &expert) in choices.iter().enumerate().filter(|(_, expert)| **expert != -1) {
-                    let rank = usize::try_from(expert).ok().and_then(|expert| self.placement.rank.get(expert));
-                    let experts = self.config.experts;
-                    let rank = *rank.ok_or(Error::ExpertOutOfRange { token, k, expert, experts })? as usize;
+                let shared = (0..self.config.shared).map(|s| (topk + s, (self.config.experts + s) as i64));
+                let choices = choices.iter().copied().enumerate().filter(|(_, expert)| *expert != -1);
+                for (k, expert) in choices.chain(shared) {
+                    let (experts, first) = (self.config.experts, self.config.experts + self.config.special_experts());
+                    // Special experts are on no rank.
+                    if k < topk && (experts as i64..first as i64).contains(&expert) {
+                        continue;
+                    }
+                    let place = usize::try_from(expert).ok().filter(|&e| k >= topk || e < experts).and_then(|expert| {
+                        nths[expert] += 1;
+                        self.placed.placement.choose(expert, source, nths[expert] - 1, self.nodes)
+                    });
+                    let (rank, _) = place.ok_or(Error::ExpertOutOfRange { token, k, expert, experts: first })?;
                     of_source[rank] += 1;
                     if !named.contains(&self.nodes[rank]) {
                         named.push(self.nodes[rank]);
@@ -141,7 +153,7 @@ impl<'a> Domain<'a> {
                     own.words_watched += 1;
                     own.lists_read += 1;
                     own.list_bytes += 4 * match self.config.reduction {
-                        Reduction::PerExpert => self.config.experts,
+                        Reduction::PerExpert => self.placed.positions(),
                         Reduction::PerRank => self.parties.destinations.len(),
                     } as u64;
                 }
@@ -197,7 +209,7 @@ impl<'a> Domain<'a> {
         let ranks = &self.near[node];
         // Experts of neighbouring ranks stand together, also across ranks of other nodes that have none.
         let mut positions: Vec<Range<usize>> = vec![];
-        for range in ranks.iter().map(|&rank| self.placement.starts[rank]..self.placement.starts[rank + 1]) {
+        for range in ranks.iter().map(|&rank| self.placed.starts[rank]..self.placed.starts[rank + 1]) {
             match positions.last_mut() {
                 _ if range.is_empty() => {}
                 Some(last) if last.end == range.start => last.end = range.end,

@@ -11,6 +11,7 @@ use crate::Communicator;
 use crate::comm::Config;
 use crate::comm::far_tests::on_nodes;
 use crate::dtype::DType;
+use crate::moe::placement::Placement;
 use crate::moe::{Exchange, MoeConfig, Reduction, Routing, SmoothScales, WireFormat};
 
 const HIDDEN: usize = 24;
@@ -61,6 +62,7 @@ fn case() -> impl Strategy<Value = Case> {
         let smooth = any::<bool>();
         (batches, placement, reduction, wire, any::<bool>(), forward, smooth).prop_map(
             move |(batches, placement, reduction, wire, reversed, (forward, trampolines), smooth)| {
+                let placement = placement.map(|ranks| Placement::of_ranks(&ranks, nodes.len()).unwrap());
                 let moe = MoeConfig {
                     placement,
                     reduction,
@@ -157,9 +159,9 @@ fn arrivals(case: &Case, domain: usize, batch: usize, experts: &[usize]) -> Vec<
 }
 
 fn compute(experts: &Experts, case: &Case, mut batch: DomainBatch<'_>) {
-    let local = batch.local_experts();
+    let local = batch.local_experts().to_vec();
     let found: Vec<_> = batch.rows().map(|row| (local[row.expert], row.source, row.token)).collect();
-    assert_eq!(found, arrivals(case, batch.domain(), batch.epoch() as usize - 1, local));
+    assert_eq!(found, arrivals(case, batch.domain(), batch.epoch() as usize - 1, &local));
     for i in 0..batch.len() {
         let mut row = [0.0f32; HIDDEN];
         batch.copy_row(i, &mut row).unwrap();
@@ -530,11 +532,11 @@ fn wrong_roles_are_told_to_every_rank_with_both_values() {
     all("ascending", &|_| with(vec![vec![1, 0]], vec![2]));
     all("RoleConfig::experts", &|_| with(vec![vec![0, 1, 2]], vec![]));
     all("expert 1 is placed on rank 0, which is attention of domain 0", &|_| {
-        let moe = MoeConfig { placement: Some(vec![2, 0, 2]), ..good.moe.clone() };
+        let moe = MoeConfig { placement: Placement::of_ranks(&[2, 0, 2], 3).ok(), ..good.moe.clone() };
         RoleConfig { moe, ..good.clone() }
     });
-    all("placement's length = \"2\"", &|_| {
-        let moe = MoeConfig { placement: Some(vec![2, 2]), ..good.moe.clone() };
+    all("2 experts", &|_| {
+        let moe = MoeConfig { placement: Placement::of_ranks(&[2, 2], 3).ok(), ..good.moe.clone() };
         RoleConfig { moe, ..good.clone() }
     });
     all("has the role configuration", &|rank| match rank {

@@ -95,7 +95,7 @@ struct TrampolineLayout {
     /// The first exchange that the trampoline takes no part in (0: it goes on), as `closed` of a handle. Read by who reads the others.
     left: usize,
     slots: [SlotLayout; SLOTS],
-    /// Of one source, where its outputs lie: u32 by expert position, or with [`Reduction::PerRank`] by destination.
+    /// Of one source, where its outputs lie: u32 by position, or with [`Reduction::PerRank`] by destination.
     width: usize,
     /// Entries that a list has room for.
     most_entries: usize,
@@ -107,7 +107,7 @@ struct SlotLayout {
     returned: usize,
     /// The exchange of this slot that an expert rank has given up.
     spoiled: usize,
-    /// u32 per expert position, and one more.
+    /// u32 per position, and one more.
     starts: Range<usize>,
     entries: Range<usize>,
     /// By source of the block, then as `width` says.
@@ -115,12 +115,12 @@ struct SlotLayout {
 }
 
 impl TrampolineLayout {
-    fn new(config: &MoeConfig, destinations: usize, each: usize) -> Self {
+    fn new(config: &MoeConfig, (positions, destinations): (usize, usize), each: usize) -> Self {
         let width = match config.reduction {
-            Reduction::PerExpert => config.experts,
+            Reduction::PerExpert => positions,
             Reduction::PerRank => destinations,
         };
-        let most_entries = each * config.max_tokens * config.topk;
+        let most_entries = each * config.max_tokens * config.width().choices();
         let mut layout = Layout::default();
         let forwarded = layout.add(LINE);
         let words = [(); SLOTS].map(|()| layout.add(LINE));
@@ -132,7 +132,7 @@ impl TrampolineLayout {
             SlotLayout {
                 returned,
                 spoiled: returned + 8,
-                starts: area((config.experts + 1) * 4),
+                starts: area((positions + 1) * 4),
                 entries: area(most_entries * size_of::<MergedEntry>()),
                 places: area(each * width * 4),
             }
@@ -192,6 +192,8 @@ pub(in crate::moe) struct Trampolines {
     near: Vec<usize>,
     /// Positions of their experts, as ranges.
     positions: Vec<Range<usize>>,
+    /// Where each rank's positions begin; one more entry for the end.
+    starts: Vec<usize>,
     duty: Option<RefCell<Duty>>,
 }
 
@@ -218,12 +220,13 @@ impl Trampolines {
         let blocks_of: Vec<Blocks> = (0..comm.nodes.iter().max().map_or(0, |most| most + 1))
             .map(|node| Blocks::new(&near_of(node), sources, wanted))
             .collect();
+        let sizes = (starts[starts.len() - 1], parties.destinations.len());
         let (near, blocks) = (near_of(comm.nodes[comm.rank]), blocks_of[comm.nodes[comm.rank]].clone());
-        let layout = TrampolineLayout::new(config, parties.destinations.len(), blocks.each);
+        let layout = TrampolineLayout::new(config, sizes, blocks.each);
         let bytes_of = |rank: usize| {
             let blocks = &blocks_of[comm.nodes[rank]];
             match blocks.of(rank) {
-                Some(_) => TrampolineLayout::new(config, parties.destinations.len(), blocks.each).bytes,
+                Some(_) => TrampolineLayout::new(config, sizes, blocks.each).bytes,
                 None => PAGE,
             }
         };
@@ -262,7 +265,7 @@ impl Trampolines {
                 _ => positions.push(range),
             }
         }
-        Ok(Trampolines { blocks, segments, layout, near, positions, duty })
+        Ok(Trampolines { blocks, segments, layout, near, positions, starts: starts.to_vec(), duty })
     }
 
     /// The blocks: how many there are on this node.
@@ -396,7 +399,8 @@ impl Moe {
         let width: usize = positions.clone().map(|range| range.len() + 1).sum();
         scratch.starts.resize(sources.len() * width, 0);
         scratch.cursors.clear();
-        scratch.cursors.resize(self.config.experts + 1, 0);
+        let all = trampolines.starts[trampolines.starts.len() - 1];
+        scratch.cursors.resize(all + 1, 0);
         // How many entries each position has; then where they begin; then each source's are put there.
         let mut lists = 0;
         for (&source, starts) in sources.iter().zip(scratch.starts.chunks_exact_mut(width.max(1))) {
@@ -414,8 +418,8 @@ impl Moe {
                 rest = after;
                 outbox.read_into(slot.starts.start + range.start * size_of::<u32>(), part);
                 let end = part[range.len()] as usize;
-                if part.windows(2).any(|w| w[0] > w[1]) || end > tokens * self.config.topk {
-                    return corrupt("the end of a list", end, tokens * self.config.topk);
+                if part.windows(2).any(|w| w[0] > w[1]) || end > tokens * self.config.width().choices() {
+                    return corrupt("the end of a list", end, tokens * self.config.width().choices());
                 }
                 let counts = &mut scratch.cursors[range];
                 counts.iter_mut().zip(part.windows(2)).for_each(|(count, w)| *count += w[1] - w[0]);
@@ -424,7 +428,7 @@ impl Moe {
         }
         let mut total = 0;
         scratch.cursors.iter_mut().for_each(|cursor| total += std::mem::replace(cursor, total));
-        to.starts.slice_mut::<u32>(0, self.config.experts + 1).copy_from_slice(&scratch.cursors);
+        to.starts.slice_mut::<u32>(0, all + 1).copy_from_slice(&scratch.cursors);
         let merged = to.entries.slice_mut::<MergedEntry>(0, total as usize);
         for (index, starts) in duty.block.clone().zip(scratch.starts.chunks_exact(width.max(1))) {
             let source = self.parties.sources[index];
@@ -482,7 +486,7 @@ impl Moe {
                 spoiled = true;
                 continue;
             }
-            let positions = self.placement.starts[rank]..self.placement.starts[rank + 1];
+            let positions = trampolines.starts[rank]..trampolines.starts[rank + 1];
             if !has_near || positions.is_empty() {
                 continue;
             }
