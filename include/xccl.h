@@ -32,19 +32,19 @@
 #define XCCL_STATISTICS_INITIALIZER { sizeof(xcclStatistics_t), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /** What the shape of a MoE handle starts from: experts in blocks, room for the worst case, rows as they are. */
-#define XCCL_MOE_CONFIG_INITIALIZER { sizeof(xcclMoeConfig_t), 0, 0, 0, 0, 0, 0, NULL, 0, NULL, 0 }
+#define XCCL_MOE_CONFIG_INITIALIZER { sizeof(xcclMoeConfig_t), 0, 0, 0, 0, 0, 0, NULL, 0, NULL, 0, 0, NULL, 0, 0, 0, 0, NULL, NULL, NULL }
 
 /** What the tokens of an exchange start from: ids are int32_t, all tokens go. */
 #define XCCL_MOE_INPUT_INITIALIZER { sizeof(xcclMoeInput_t), NULL, 0, NULL, NULL, NULL, 2 /* xcclInt32 */ }
 
 /** What a batch starts from. */
-#define XCCL_MOE_BATCH_INITIALIZER { sizeof(xcclMoeBatch_t), 0, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0 }
+#define XCCL_MOE_BATCH_INITIALIZER { sizeof(xcclMoeBatch_t), 0, 0, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, NULL }
 
 /** What a batch for kernels starts from. */
 #define XCCL_DEVICE_BATCH_INITIALIZER { sizeof(xcclDeviceBatch_t), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0 }
 
 /** What an epilogue starts from: nothing is added, no norm. */
-#define XCCL_MOE_EPILOGUE_INITIALIZER { sizeof(xcclMoeEpilogue_t), NULL, NULL, NULL, NULL, 0 }
+#define XCCL_MOE_EPILOGUE_INITIALIZER { sizeof(xcclMoeEpilogue_t), NULL, NULL, NULL, NULL, 0, NULL }
 
 /** What the shape of KV transfer starts from. */
 #define XCCL_KV_CONFIG_INITIALIZER { sizeof(xcclKvConfig_t), 0, 0, 0, 0 }
@@ -751,11 +751,11 @@ typedef struct {
    */
   size_t hidden;
   /**
-   * Experts that a token may name, 1 to 64 and at most experts.
+   * Experts that a token may name, 1 to 64 (less with shared experts), and at most as many as there are.
    */
   size_t topk;
   /**
-   * Experts over all ranks, 1 to 65536.
+   * Routed experts over all ranks, 1 to 65536, however many replicas they have.
    */
   size_t experts;
   /**
@@ -777,7 +777,7 @@ typedef struct {
    */
   size_t max_expert_rows;
   /**
-   * [experts, hidden], read during xcclMoeCreate: what a row for each expert is multiplied by before it is quantized, with
+   * [experts, hidden], shared ones last, read during xcclMoeCreate: what a row for each expert is multiplied by before it is quantized, with
    * xcclWireInt8 only; a row is then written for each choice. Null: nothing.
    */
   const float *smooth;
@@ -785,6 +785,45 @@ typedef struct {
    * An xcclWireFormat_t: how token rows travel.
    */
   uint32_t wire;
+  /**
+   * Most slots of a rank, in this and later placements (xcclMoeInstall); 0: no more than the first one has.
+   */
+  size_t slots;
+  /**
+   * [nranks, slots], read during xcclMoeCreate, in place of placement: the logical expert in each slot of each rank, -1 after
+   * a rank's last; an expert in several slots has replicas, which its tokens rotate over. The shared expert s is experts + s.
+   * Null: see placement; then every rank has a replica of each shared expert.
+   */
+  const int32_t *slot_experts;
+  /**
+   * Experts that every token goes to, without naming them, with the factor 1.
+   */
+  size_t shared_experts;
+  /**
+   * Experts that need no slot, whose ids begin at experts: zero experts give nothing, copy experts the token, constant ones
+   * token factor * token + vector factor * vector.
+   */
+  size_t zero_experts;
+  /**
+   * See zero_experts. Where rows travel encoded, combine needs the tokens for them (xcclMoeEpilogue_t).
+   */
+  size_t copy_experts;
+  /**
+   * See zero_experts.
+   */
+  size_t constant_experts;
+  /**
+   * [constant_experts, hidden], read during xcclMoeCreate, rounded to the element type.
+   */
+  const float *constant_vectors;
+  /**
+   * [constant_experts], read during xcclMoeCreate; null: 0, the token has no part in it.
+   */
+  const float *constant_token_factors;
+  /**
+   * [constant_experts], read during xcclMoeCreate; null: 1.
+   */
+  const float *constant_vector_factors;
 } xcclMoeConfig_t;
 
 /**
@@ -810,7 +849,7 @@ typedef struct {
    */
   void *output;
   /**
-   * Index among this rank's experts.
+   * The slot: an index among this rank's experts.
    */
   uint32_t expert;
   /**
@@ -964,6 +1003,10 @@ typedef struct {
    * Scales of one token row.
    */
   size_t row_scales;
+  /**
+   * [local_experts], the logical expert in each slot; from the number of routed experts on they are shared ones.
+   */
+  const size_t *experts;
 } xcclMoeBatch_t;
 
 /**
@@ -1032,6 +1075,11 @@ typedef struct {
    * Added to the mean of the squares: finite, 0 or more.
    */
   float eps;
+  /**
+   * [num_tokens, hidden], the tokens, which copy and constant experts are worked out from: needed for those where rows travel
+   * encoded. Null: they are taken from the outbox.
+   */
+  const void *tokens;
 } xcclMoeEpilogue_t;
 
 /**
@@ -1942,9 +1990,11 @@ xcclResult_t xcclMoeCreate(xcclMoe_t *moe,
 xcclResult_t xcclMoeDestroy(xcclMoe_t moe);
 
 /**
- * Writes the number of experts that this rank holds to *local_experts. Does not block.
+ * Writes the number of slots of this rank, by the placement of the next exchange, to *local_experts: the experts that it holds.
+ * Does not block.
  */
-xcclResult_t xcclMoeLocalExperts(xcclMoe_t moe, size_t *local_experts);
+xcclResult_t xcclMoeLocalExperts(xcclMoe_t moe,
+                                 size_t *local_experts);
 
 /**
  * Describes an exchange that was received (xcclMoeDispatchRecv) for kernels on other threads or devices, which write the
@@ -2152,6 +2202,67 @@ xcclResult_t xcclMoeSetLanes(size_t lanes,
                              xcclRunLanes_t run,
                              void *context,
                              xcclMoe_t moe);
+
+/* ---- Experts: placements, and how many tokens each expert got -------------------------------------------------- */
+
+/**
+ * Goes by another placement from the next exchange on, whose number it writes to *exchange unless that is null. Exchanges under
+ * way end by the one that they began with. slot_experts is [nranks, slots], the logical expert in each slot of each rank, -1
+ * after a rank's last; the shared expert s is num_experts + s. Every rank must call it with the same placement between the same
+ * two dispatches. Where ranks do not agree, receiving the first exchange that they do not agree on is xcclInvalidUsage on every
+ * rank, with both values in xcclGetLastError, and no row is taken; they can go on by giving it up and installing the same one.
+ * xcclInvalidArgument for one that does not fit the handle; what was in force stays so. Does not block.
+ */
+xcclResult_t xcclMoeInstall(const int32_t *slot_experts,
+                            size_t slots,
+                            xcclExchange_t *exchange,
+                            xcclMoe_t moe);
+
+/**
+ * Writes the logical experts in the slots of a rank, by the placement of the next exchange, to experts, which has room for
+ * capacity of them, and their number to *num_slots. xcclTruncated when capacity is too small, with *num_slots written. Does not
+ * block.
+ */
+xcclResult_t xcclMoeSlotExperts(int rank,
+                                int32_t *experts,
+                                size_t capacity,
+                                size_t *num_slots,
+                                xcclMoe_t moe);
+
+/**
+ * Writes how many of this rank's tokens have named each routed expert since they were last taken to counts, and begins anew.
+ * num_counts is the number of routed experts; form an xcclCounts_t. Does not block.
+ */
+xcclResult_t xcclMoeTakeExpertCounts(uint32_t form,
+                                     int64_t *counts,
+                                     size_t num_counts,
+                                     xcclMoe_t moe);
+
+/**
+ * Writes how many rows have come for each of this rank's slots since they were last taken to counts, and begins anew. num_counts is
+ * the number of slots, as xcclMoeLocalExperts gives it; form an xcclCounts_t. A slot goes on counting when another expert is
+ * installed in it: take the counts before. Does not block.
+ */
+xcclResult_t xcclMoeTakeSlotCounts(uint32_t form,
+                                   int64_t *counts,
+                                   size_t num_counts,
+                                   xcclMoe_t moe);
+
+/**
+ * Makes a placement for num_experts experts with these counts of tokens (of all ranks together), over nranks ranks on these
+ * nodes, with at most redundant slots more than experts, spread evenly: the hottest rank gets as few tokens as can be found.
+ * previous is null or [nranks, slots], where experts stay as far as that costs nothing. The result is written to slot_experts,
+ * [nranks, slots], as xcclMoeInstall takes it; slots is at least (num_experts + redundant) / nranks, rounded up. The same arguments
+ * give the same placement on every rank. Does not block; takes milliseconds.
+ */
+xcclResult_t xcclBalanceExperts(const int64_t *counts,
+                                size_t num_experts,
+                                const int32_t *nodes,
+                                size_t nranks,
+                                size_t redundant,
+                                const int32_t *previous,
+                                size_t slots,
+                                int32_t *slot_experts);
 
 /**
  * As xcclMoeInputRows, in the handle's wire format, for engines that hold quantized tokens: row t's values begin at

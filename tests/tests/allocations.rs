@@ -332,6 +332,7 @@ fn the_calls_of_the_c_interface_allocate_nothing() {
             norm_weight: buffers.tokens.as_ptr().cast(),
             normed: buffers.normed.as_mut_ptr().cast(),
             eps: 1e-6,
+            tokens: null(),
         };
         let (out, rows) = (buffers.out.as_mut_ptr(), buffers.rows.as_mut_ptr());
         let room = buffers.rows.len() / HIDDEN;
@@ -351,6 +352,7 @@ fn the_calls_of_the_c_interface_allocate_nothing() {
                 dtype: 0,
                 wire: 0,
                 row_scales: 0,
+                experts: null(),
             };
             // SAFETY: the buffers are as large as the calls are told, and the handle is good.
             unsafe {
@@ -401,6 +403,15 @@ fn the_calls_of_the_c_interface_allocate_nothing() {
                     max_expert_rows: 0,
                     smooth: null(),
                     wire: 0,
+                    slots: 0,
+                    slot_experts: null(),
+                    shared_experts: 0,
+                    zero_experts: 0,
+                    copy_experts: 0,
+                    constant_experts: 0,
+                    constant_vectors: null(),
+                    constant_token_factors: null(),
+                    constant_vector_factors: null(),
                 };
                 check(xcclMoeCreate(&mut moe, comm, &config));
                 for lanes in [1, 3] {

@@ -236,7 +236,7 @@ pub unsafe extern "C" fn xcclA2ECreate(
         unsafe {
             let out = Out::new(a2e, "a2e")?;
             let config = sized(config, NO_A2E_CONFIG, "config")?;
-            let moe = config_of(&sized(config.moe, NO_CONFIG, "config->moe")?)?;
+            let moe = sized(config.moe, NO_CONFIG, "config->moe")?;
             let forward = match config.forward {
                 f if f == xcclForward_t::xcclForwardAuto as u32 => Forward::Auto,
                 f if f == xcclForward_t::xcclForwardFlat as u32 => Forward::Flat,
@@ -250,6 +250,7 @@ pub unsafe extern "C" fn xcclA2ECreate(
             let held = with(comm, |live| {
                 let (comm, trampolines) = (&live.comm, config.trampolines);
                 let roles = slice(config.roles, comm.world_size(), "config->roles")?;
+                let moe = config_of(&moe, comm.world_size())?;
                 let config = RoleConfig { forward, trampolines, ..roles_of(roles, moe)? };
                 let role = config.role_of(comm.rank()).map_or_else(String::new, |role| role.to_string());
                 // Not a Box: moving that would claim that nothing borrows from its contents.

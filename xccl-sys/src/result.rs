@@ -117,7 +117,8 @@ pub(crate) fn code_of(err: &Error) -> xcclResult_t {
         | Error::WrongOrder { .. }
         | Error::Wire { .. }
         | Error::CallMismatch { .. }
-        | Error::Forked { .. } => xcclInvalidUsage,
+        | Error::Forked { .. }
+        | Error::PlacementMismatch { .. } => xcclInvalidUsage,
         // Corrupt, and what later versions of the library add.
         _ => xcclInternalError,
     }

@@ -46,7 +46,7 @@ fn header_is_current() {
 }
 
 /// The first function of each group, and what the group is about.
-const GROUPS: [(&str, &str); 13] = [
+const GROUPS: [(&str, &str); 14] = [
     ("xcclGetErrorString", "Results"),
     ("xcclGetVersion", "Communicators"),
     ("xcclMemAlloc", "Memory on the symmetric heap, and statistics"),
@@ -60,6 +60,7 @@ const GROUPS: [(&str, &str); 13] = [
     ("xcclMoeDispatch", "Experts: an exchange in two calls"),
     ("xcclMoeSetLanes", "Experts: threads that share a call"),
     ("xcclA2ECreate", "Attention and experts on ranks of their own"),
+    ("xcclMoeInstall", "Experts: placements, and how many tokens each expert got"),
 ];
 
 /// Puts a heading before each group of functions, and takes away the blanks that cbindgen leaves at the end of lines.

@@ -81,6 +81,15 @@ fn whatever_the_callback_does_the_sums_are_right() {
         max_expert_rows: 0,
         smooth: null(),
         wire: 0,
+        slots: 0,
+        slot_experts: null(),
+        shared_experts: 0,
+        zero_experts: 0,
+        copy_experts: 0,
+        constant_experts: 0,
+        constant_vectors: null(),
+        constant_token_factors: null(),
+        constant_vector_factors: null(),
     };
     // SAFETY: pointers to values of the right types, and handles that the calls have made.
     unsafe {

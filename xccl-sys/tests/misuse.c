@@ -162,6 +162,11 @@ static xcclConfig_t any_config(void) {
   if (is_bad()) config.kernels = PICK(0, 1, 5, 6, -2, LLONG_MIN);
   return config;
 }
+static const int32_t some_nodes[4] = {0, 0, 1, 1};
+static const int32_t *slot_experts(void) {
+  static const int32_t good[16] = {3, 1, 0, 2, 2, 3, 1, 0}, gap[16] = {0, -1, 1, 2}, wrong[16] = {0, 1, 2, INT_MIN};
+  return is_bad() ? gap : is_bad() ? wrong : good;
+}
 static xcclMoeConfig_t good_shape(void) {
   xcclMoeConfig_t config = XCCL_MOE_CONFIG_INITIALIZER;
   config.max_tokens = TOKENS;
@@ -185,6 +190,15 @@ static xcclMoeConfig_t any_shape(void) {
   if (is_bad()) config.placement = draw(2) ? placement : wrong;
   if (is_bad()) config.wire = (uint32_t)PICK(0, 1, 2, 3, 4, -1);
   if (is_bad()) config.smooth = smooth;
+  if (is_bad()) config.slots = (size_t)PICK(0, 1, 4, -1);
+  if (is_bad()) config.slot_experts = slot_experts();
+  if (is_bad() && !config.smooth) config.shared_experts = (size_t)PICK(0, 1, 64, -1);
+  if (is_bad()) config.zero_experts = (size_t)PICK(0, 1, -1);
+  if (is_bad()) config.copy_experts = (size_t)PICK(0, 1, -1);
+  if (is_bad()) config.constant_experts = (size_t)PICK(0, 1, 2, -1);
+  if (is_bad()) config.constant_vectors = (const float *)(void *)memory;
+  if (is_bad()) config.constant_token_factors = smooth;
+  if (is_bad()) config.constant_vector_factors = smooth;
   return config;
 }
 static xcclA2EConfig_t any_group(const xcclMoeConfig_t *shape) {
@@ -249,6 +263,7 @@ static xcclMoeEpilogue_t any_epilogue(void) {
   epilogue.norm_weight = draw(2) ? NULL : rows;
   epilogue.normed = is_bad() ? NULL : is_bad() ? rows + 1 : normed;
   epilogue.eps = is_bad() ? -1.0f : 1e-6f;
+  if (is_bad()) epilogue.tokens = draw(2) ? rows : normed;
   return epilogue;
 }
 /* Leaves lanes out, and does others twice. */
@@ -432,6 +447,14 @@ static void call(void) {
     ONE(xcclMoeCombineRecv, exchange(), data(), any_moe());
     ONE(xcclMoeCombineRecvWith, exchange(), data(), is_bad() ? NULL : &epilogue, any_moe());
     ONE(xcclMoeSetLanes, (size_t)PICK(0, 1, 2, 64, 65, -1), is_bad() ? NULL : lanes, NULL, any_moe());
+    ONE(xcclMoeInstall, is_bad() ? NULL : slot_experts(), (size_t)PICK(0, 1, 3, 4, 4, -1), is_bad() ? NULL : &sent,
+        ranks == 1 ? any_moe() : dead_moe);
+    ONE(xcclMoeSlotExperts, number(), is_bad() ? NULL : (int32_t *)data(), (size_t)PICK(0, 1, 4), size_out, any_moe());
+    ONE(xcclMoeTakeExpertCounts, (uint32_t)PICK(0, 1, 2), is_bad() ? NULL : (int64_t *)data(), (size_t)PICK(0, 1, 2, 4, -1), any_moe());
+    ONE(xcclMoeTakeSlotCounts, (uint32_t)PICK(0, 1, 2), is_bad() ? NULL : (int64_t *)data(), (size_t)PICK(0, 1, 2, 4, -1), any_moe());
+    ONE(xcclBalanceExperts, is_bad() ? NULL : (const int64_t *)data(), (size_t)PICK(0, 1, 2, 4, -1), is_bad() ? NULL : some_nodes,
+        (size_t)PICK(0, 1, 2, -1), (size_t)PICK(0, 1, 2, 5, -1), is_bad() ? slot_experts() : NULL, (size_t)PICK(0, 1, 2, 4, -1),
+        is_bad() ? NULL : (int32_t *)data());
     ONE(xcclMoeGiveUp, exchange(), any_moe());
     ONE(xcclMoeDispatch, data(), (size_t)PICK(0, 1, TOKENS, TOKENS + 1, -1), is_bad() ? NULL : (const int32_t *)(void *)nothing,
         is_bad() ? NULL : (const float *)(void *)nothing, data(), (size_t)PICK(0, 1, 64, -1), (uint32_t *)out(memory),
@@ -555,6 +578,69 @@ static void quantized(xcclMoeInput_t *input) {
   CHECK(xcclMoeDestroy(int8));
 }
 
+/* Replicas, shared and special experts, counts, and another placement while an exchange is under way. One rank. */
+static void placements(void) {
+  static const int32_t first[6] = {0, 1, 2, 3, 1, 4}, next[6] = {4, 3, 2, 1, 0, -1}, gap[6] = {0, 1, -1, 2, 3, 4};
+  static const int32_t ids[4 * TOPK] = {1, 4, 1, 5, 1, 6, 0, -1}; /* 4, 5, 6: zero, copy, constant */
+  static const float weights[4 * TOPK] = {1, 1, 1, 2, 1, 4, 1, 1};
+  static const int64_t uneven[EXPERTS] = {1, 90, 1, 1};
+  static float tokens[4 * HIDDEN], result[4 * HIDDEN], vectors[HIDDEN];
+  static const float sums[4] = {2, 4, 18, 2};
+  xcclMoeConfig_t shape = good_shape();
+  xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
+  xcclMoeBatch_t batch = XCCL_MOE_BATCH_INITIALIZER;
+  xcclExchange_t exchange, since;
+  xcclMoe_t placed = NULL;
+  int64_t taken[6];
+  int32_t made[8], there[6];
+  size_t i, n;
+  for (i = 0; i < 4 * HIDDEN; i++) tokens[i] = 1;
+  for (i = 0; i < HIDDEN; i++) vectors[i] = 4;
+  shape.max_tokens = 4;
+  shape.slots = 6;
+  shape.shared_experts = shape.zero_experts = shape.copy_experts = shape.constant_experts = 1;
+  shape.constant_vectors = vectors;
+  shape.slot_experts = gap;
+  GIVES(xcclInvalidArgument, "config->slot_experts[0 * slots + 2] is -1", xcclMoeCreate(&placed, comm, &shape));
+  shape.slot_experts = first;
+  CHECK(xcclMoeCreate(&placed, comm, &shape));
+  input.tokens = tokens;
+  input.num_tokens = 4;
+  input.topk_ids = ids;
+  input.topk_weights = weights;
+  CHECK(xcclMoeDispatchSend(&input, &exchange, placed));
+  GIVES(xcclInvalidArgument, "slots is 0", xcclMoeInstall(next, 0, NULL, placed));
+  GIVES(xcclInvalidArgument, "expert 2 in no slot", xcclMoeInstall(first, 2, NULL, placed));
+  CHECK(xcclMoeInstall(next, 6, &since, placed));
+  EXPECT(since == exchange + 1);
+  CHECK(xcclMoeDispatchRecv(exchange, &batch, placed));
+  /* The three tokens of expert 1 take turns. */
+  EXPECT(batch.local_experts == 6 && batch.experts[4] == 1 && batch.counts[1] == 2 && batch.counts[4] == 1 && batch.counts[5] == 4);
+  for (i = 0; i < batch.num_rows; i++) {
+    float *output = (float *)batch.rows[i].output;
+    for (n = 0; n < HIDDEN; n++) output[n] = 1;
+  }
+  CHECK(xcclMoeCombineSend(exchange, XCCL_IN_PLACE, placed));
+  CHECK(xcclMoeCombineRecv(exchange, result, placed));
+  for (i = 0; i < 4 * HIDDEN; i++) EXPECT(result[i] == sums[i / HIDDEN]);
+  GIVES(xcclTruncated, "has 5 slots", xcclMoeSlotExperts(0, there, 4, &n, placed));
+  EXPECT(n == 5);
+  CHECK(xcclMoeSlotExperts(0, there, 6, &n, placed));
+  EXPECT(n == 5 && there[0] == 4 && there[4] == 0);
+  GIVES(xcclInvalidArgument, "form is 2", xcclMoeTakeExpertCounts(2, taken, EXPERTS, placed));
+  GIVES(xcclInvalidArgument, "num_counts is 5", xcclMoeTakeExpertCounts(xcclCountsEach, taken, 5, placed));
+  CHECK(xcclMoeTakeExpertCounts(xcclCountsPrefixSums, taken, EXPERTS, placed));
+  EXPECT(taken[0] == 1 && taken[1] == 4 && taken[3] == 4);
+  CHECK(xcclMoeTakeSlotCounts(xcclCountsEach, taken, 5, placed));
+  EXPECT(taken[0] == 1 && taken[1] == 2 && taken[4] == 1);
+  CHECK(xcclMoeDestroy(placed));
+  GIVES(xcclInvalidArgument, "slots is 3", xcclBalanceExperts(uneven, EXPERTS, some_nodes, 2, 3, NULL, 3, made));
+  CHECK(xcclBalanceExperts(uneven, EXPERTS, some_nodes, 2, 2, NULL, 4, made));
+  EXPECT(made[3] == -1 && made[7] == -1);
+  for (i = n = 0; i < 8; i++) n += made[i] == 1;
+  EXPECT(n == 2);
+}
+
 /* The halves in every wrong order, each with its answer. One rank. */
 static void wrong_orders(void) {
   xcclMoeInput_t input = XCCL_MOE_INPUT_INITIALIZER;
@@ -631,6 +717,7 @@ static void wrong_orders(void) {
   CHECK(xcclMoeGiveUp(first, moe));
   GIVES(xcclInvalidArgument, "limit is 4", xcclMoeInputRows(TOKENS + 1, &at, &row_bytes, moe));
   quantized(&input);
+  placements();
 
   CHECK(xcclIrecv(result, 4, 0, 9, comm, &request));
   GIVES(xcclTimeout, "rank 0", xcclWait(request, &status, comm));

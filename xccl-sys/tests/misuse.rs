@@ -41,6 +41,15 @@ const CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
     max_expert_rows: 0,
     smooth: null(),
     wire: 0,
+    slots: 0,
+    slot_experts: null(),
+    shared_experts: 0,
+    zero_experts: 0,
+    copy_experts: 0,
+    constant_experts: 0,
+    constant_vectors: null(),
+    constant_token_factors: null(),
+    constant_vector_factors: null(),
 };
 
 #[test]

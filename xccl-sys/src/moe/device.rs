@@ -48,7 +48,7 @@ pub unsafe extern "C" fn xcclMoeDeviceBatch(
         unsafe {
             let out = SizedOut::new(batch, "batch")?;
             with_held(moe, |held| {
-                let (config, local) = (held.moe().config(), held.local);
+                let config = held.moe().config();
                 let row_bytes = held.moe().row_stride() * config.dtype.size();
                 let flight = held.flight(exchange)?;
                 let (rows, num_rows) = (flight.described.rows.as_ptr(), flight.described.rows.len());
@@ -59,7 +59,7 @@ pub unsafe extern "C" fn xcclMoeDeviceBatch(
                     offsets: batch.offsets().as_ptr(),
                     rows_done: AtomicU64::as_ptr(batch.rows_done()),
                     num_rows: num_rows as u64,
-                    local_experts: local as u64,
+                    local_experts: batch.counts().len() as u64,
                     hidden: config.hidden as u64,
                     row_bytes: row_bytes as u64,
                     dtype: dtype_of(config.dtype) as u32,

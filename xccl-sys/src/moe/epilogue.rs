@@ -31,10 +31,20 @@ pub struct xcclMoeEpilogue_t {
     pub normed: *mut c_void,
     /// Added to the mean of the squares: finite, 0 or more.
     pub eps: f32,
+    /// [num_tokens, hidden], the tokens, which copy and constant experts are worked out from: needed for those where rows travel
+    /// encoded. Null: they are taken from the outbox.
+    pub tokens: *const c_void,
 }
 
-pub(super) const NO_EPILOGUE: xcclMoeEpilogue_t =
-    xcclMoeEpilogue_t { size: 0, bias: null(), residual: null(), norm_weight: null(), normed: null_mut(), eps: 0.0 };
+pub(super) const NO_EPILOGUE: xcclMoeEpilogue_t = xcclMoeEpilogue_t {
+    size: 0,
+    bias: null(),
+    residual: null(),
+    norm_weight: null(),
+    normed: null_mut(),
+    eps: 0.0,
+    tokens: null(),
+};
 
 /// Whether two arrays have an element in common.
 fn overlap<E>(a: &[E], b: &[E]) -> bool {
@@ -52,7 +62,7 @@ pub(super) unsafe fn arrays_of<'a, E: Element>(
     tokens: usize,
     hidden: usize,
 ) -> Outcome<(&'a mut [E], Epilogue<'a, E>)> {
-    let xcclMoeEpilogue_t { bias, residual, norm_weight, normed, eps, .. } = *epilogue;
+    let xcclMoeEpilogue_t { bias, residual, norm_weight, normed, eps, tokens: sent, .. } = *epilogue;
     let (all, has_norm) = (tokens * hidden, !norm_weight.is_null());
     let in_place = !residual.is_null() && residual == out.cast_const();
     if has_norm && !(eps.is_finite() && eps >= 0.0) {
@@ -73,6 +83,7 @@ pub(super) unsafe fn arrays_of<'a, E: Element>(
         let read = [
             ("epilogue->bias", slice(bias.cast::<E>(), elements(bias, hidden), "epilogue->bias")?),
             ("epilogue->residual", slice(residual.cast::<E>(), rows, "epilogue->residual")?),
+            ("epilogue->tokens", slice(sent.cast::<E>(), elements(sent, all), "epilogue->tokens")?),
             (
                 "epilogue->norm_weight",
                 slice(norm_weight.cast::<E>(), elements(norm_weight, hidden), "epilogue->norm_weight")?,
@@ -101,7 +112,7 @@ pub(super) unsafe fn arrays_of<'a, E: Element>(
             Some(rows) => Residual::Rows(rows),
         };
         let bias = some(bias, hidden, "epilogue->bias")?;
-        let epilogue = Epilogue { bias, residual, norm, ..Epilogue::default() };
+        let epilogue = Epilogue { bias, residual, norm, tokens: some(sent, all, "epilogue->tokens")? };
         Ok((slice_mut(out.cast::<E>(), all, "out")?, epilogue))
     }
 }

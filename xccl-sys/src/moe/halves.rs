@@ -166,8 +166,8 @@ unsafe fn send_arrays<E: Element, I: ExpertId>(
     };
     let epoch = sent.epoch();
     let described = held.spare.pop().unwrap_or_default();
-    let tokens = input.num_tokens;
-    held.flights.push(Flight { epoch, arrived: Arrived::Nothing, sent: Some(sent), tokens, described });
+    let (tokens, local) = (input.num_tokens, held.local()?);
+    held.flights.push(Flight { epoch, arrived: Arrived::Nothing, sent: Some(sent), tokens, local, described });
     Ok(epoch)
 }
 
@@ -223,7 +223,7 @@ pub unsafe extern "C" fn xcclMoeDispatchRecv(
             let out = SizedOut::new(batch, "batch")?;
             with_held(moe, |held| {
                 receive(held, exchange)?;
-                let (moe, local_experts) = (held.moe(), held.local);
+                let moe = held.moe();
                 let flight = held.flight(exchange)?;
                 let rows = (flight.described.rows.as_ptr(), flight.described.rows.len());
                 let by_source = flight.described.rows.windows(2).any(|pair| pair[0].output > pair[1].output);
@@ -232,7 +232,7 @@ pub unsafe extern "C" fn xcclMoeDispatchRecv(
                 out.set(xcclMoeBatch_t {
                     size: size_of::<xcclMoeBatch_t>(),
                     num_rows: rows.1,
-                    local_experts,
+                    local_experts: batch.counts().len(),
                     counts: batch.counts().as_ptr(),
                     offsets: batch.offsets().as_ptr(),
                     rows: rows.0,
@@ -242,6 +242,7 @@ pub unsafe extern "C" fn xcclMoeDispatchRecv(
                     dtype: dtype_of(moe.config().dtype) as u32,
                     wire: number_of(moe.config().wire),
                     row_scales: moe.config().wire.scales(moe.config().hidden),
+                    experts: batch.local_experts().as_ptr(),
                 });
                 Ok(())
             })
@@ -371,9 +372,9 @@ pub unsafe extern "C" fn xcclMoeCopyPadded(
         // SAFETY: C's promise about its pointers and handles.
         unsafe {
             with_held(moe, |held| {
-                let (moe, local) = (held.moe(), held.local);
+                let moe = held.moe();
                 let batch = held.flight(exchange)?.batch()?;
-                let needed = local.saturating_mul(capacity);
+                let needed = batch.counts().len().saturating_mul(capacity);
                 by_dtype!(moe, copy_rows(moe, batch, to, capacity_rows, needed, Layout::Padded { capacity }))
             })
         }

@@ -70,11 +70,15 @@ unsafe fn dispatch<E: Element>(held: &mut Held, input: &xcclMoeInput_t, output: 
         return Err(Failure::usage(format!("exchange {epoch} was dispatched already: call xcclMoeCombine first")));
     }
     let (moe, hidden) = (held.moe(), held.moe().config().hidden);
+    let local = match held.joined {
+        Some((epoch, _)) => held.flight(epoch)?.local,
+        None => held.local()?,
+    };
     // The results' pointers are looked at first: were they found bad after sending, the others would wait for nothing.
     let checked = || -> Outcome<_> {
         // SAFETY: the caller's promise.
         let (rows, counts) =
-            unsafe { (Out::new(output.rows, "rows")?, slice_mut(output.expert_counts, held.local, "expert_counts")?) };
+            unsafe { (Out::new(output.rows, "rows")?, slice_mut(output.expert_counts, local, "expert_counts")?) };
         let room = output.capacity_rows;
         let elements = room.checked_mul(hidden).ok_or_else(|| {
             Failure::argument(format!("capacity_rows is {room}: memory has no room for that many rows of {hidden}"))

@@ -5,6 +5,7 @@ mod epilogue;
 mod halves;
 mod joined;
 mod lanes;
+mod placement;
 mod wire;
 
 pub use device::*;
@@ -14,6 +15,7 @@ pub(crate) use halves::{NO_INPUT, XCCL_IN_PLACE, XCCL_SUMMED, dtype_of};
 pub use joined::*;
 pub use lanes::*;
 pub(crate) use wire::number_of;
+pub use placement::*;
 pub use wire::*;
 
 use std::ffi::c_void;
@@ -23,7 +25,8 @@ use std::sync::{Mutex, MutexGuard, TryLockError};
 use half::{bf16, f16};
 use xccl::placement::Placement;
 use xccl::{
-    Arrivals, BatchRow, DType, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction, SmoothScales, WireRows,
+    Arrivals, BatchRow, ConstantExperts, DType, Exchange, ExpertBatch, InputRows, Moe, MoeConfig, Reduction,
+    SmoothScales, WireRows,
 };
 
 use crate::boundary::{Failure, Out, Outcome, guard, natural, sized, slice};
@@ -82,9 +85,9 @@ pub struct xcclMoeConfig_t {
     pub max_tokens: usize,
     /// Elements of a token row, 1 to 1048576.
     pub hidden: usize,
-    /// Experts that a token may name, 1 to 64 and at most experts.
+    /// Experts that a token may name, 1 to 64 (less with shared experts), and at most as many as there are.
     pub topk: usize,
-    /// Experts over all ranks, 1 to 65536.
+    /// Routed experts over all ranks, 1 to 65536, however many replicas they have.
     pub experts: usize,
     /// An xcclDataType_t: the element type of the rows.
     pub dtype: u32,
@@ -96,11 +99,32 @@ pub struct xcclMoeConfig_t {
     /// Most rows that may arrive for one rank's experts in one exchange; 0 makes room for the worst case. Memory is used as
     /// it is touched.
     pub max_expert_rows: usize,
-    /// [experts, hidden], read during xcclMoeCreate: what a row for each expert is multiplied by before it is quantized, with
+    /// [experts, hidden], shared ones last, read during xcclMoeCreate: what a row for each expert is multiplied by before it is quantized, with
     /// xcclWireInt8 only; a row is then written for each choice. Null: nothing.
     pub smooth: *const f32,
     /// An xcclWireFormat_t: how token rows travel.
     pub wire: u32,
+    /// Most slots of a rank, in this and later placements (xcclMoeInstall); 0: no more than the first one has.
+    pub slots: usize,
+    /// [nranks, slots], read during xcclMoeCreate, in place of placement: the logical expert in each slot of each rank, -1 after
+    /// a rank's last; an expert in several slots has replicas, which its tokens rotate over. The shared expert s is experts + s.
+    /// Null: see placement; then every rank has a replica of each shared expert.
+    pub slot_experts: *const i32,
+    /// Experts that every token goes to, without naming them, with the factor 1.
+    pub shared_experts: usize,
+    /// Experts that need no slot, whose ids begin at experts: zero experts give nothing, copy experts the token, constant ones
+    /// token factor * token + vector factor * vector.
+    pub zero_experts: usize,
+    /// See zero_experts. Where rows travel encoded, combine needs the tokens for them (xcclMoeEpilogue_t).
+    pub copy_experts: usize,
+    /// See zero_experts.
+    pub constant_experts: usize,
+    /// [constant_experts, hidden], read during xcclMoeCreate, rounded to the element type.
+    pub constant_vectors: *const f32,
+    /// [constant_experts], read during xcclMoeCreate; null: 0, the token has no part in it.
+    pub constant_token_factors: *const f32,
+    /// [constant_experts], read during xcclMoeCreate; null: 1.
+    pub constant_vector_factors: *const f32,
 }
 
 /// The tokens of one exchange. Set it to XCCL_MOE_INPUT_INITIALIZER, then its fields. It may be used again, also with other
@@ -136,7 +160,7 @@ pub struct xcclMoeRow_t {
     pub scales: *const f32,
     /// Where the expert's output goes, hidden elements in this rank's memory, aligned to 64 bytes.
     pub output: *mut c_void,
-    /// Index among this rank's experts.
+    /// The slot: an index among this rank's experts.
     pub expert: u32,
     /// The rank that sent it.
     pub source: u32,
@@ -176,6 +200,8 @@ pub struct xcclMoeBatch_t {
     pub wire: u32,
     /// Scales of one token row.
     pub row_scales: usize,
+    /// [local_experts], the logical expert in each slot; from the number of routed experts on they are shared ones.
+    pub experts: *const usize,
 }
 
 /// The sum that one token of one source gets from this rank.
@@ -205,6 +231,8 @@ struct Flight {
     arrived: Arrived,
     sent: Option<Exchange<'static>>,
     tokens: usize,
+    /// Slots of this rank.
+    local: usize,
     described: Described,
 }
 
@@ -267,8 +295,7 @@ pub(crate) fn describe(scales: Option<usize>) -> impl Fn((BatchRow, *const u8, *
 /// A `Moe` with the exchanges that C has begun.
 struct Held {
     moe: NonNull<Moe>,
-    /// Experts of this rank.
-    local: usize,
+    rank: usize,
     // These borrow from `moe`, which stays where it is; `drop` ends them first.
     flights: Vec<Flight>,
     input_rows: Option<AnyRows>,
@@ -288,10 +315,10 @@ const _: () = is_send::<Moe>();
 unsafe impl Send for Held {}
 
 impl Held {
-    fn new(moe: Moe, local: usize) -> Self {
+    fn new(moe: Moe, rank: usize) -> Self {
         // Not a Box: moving that would claim that nothing borrows from its contents.
         let moe = NonNull::from(Box::leak(Box::new(moe)));
-        Held { moe, local, flights: vec![], input_rows: None, joined: None, spare: vec![], active: vec![] }
+        Held { moe, rank, flights: vec![], input_rows: None, joined: None, spare: vec![], active: vec![] }
     }
 
     /// The handle, for as long as `self` keeps it: the lifetime is longer than the truth, and no borrow with it is stored
@@ -299,6 +326,11 @@ impl Held {
     fn moe(&self) -> &'static Moe {
         // SAFETY: made from a box by `new`, shared only, and freed by `drop` after all that borrows from it.
         unsafe { self.moe.as_ref() }
+    }
+
+    /// Slots of this rank, by the placement of the next exchange.
+    fn local(&self) -> Outcome<usize> {
+        Ok(self.moe().experts_of(self.rank)?.len())
     }
 
     fn place(&self, exchange: xcclExchange_t) -> Outcome<usize> {
@@ -389,6 +421,15 @@ pub(crate) const NO_CONFIG: xcclMoeConfig_t = xcclMoeConfig_t {
     max_expert_rows: 0,
     smooth: null(),
     wire: 0,
+    slots: 0,
+    slot_experts: null(),
+    shared_experts: 0,
+    zero_experts: 0,
+    copy_experts: 0,
+    constant_experts: 0,
+    constant_vectors: null(),
+    constant_token_factors: null(),
+    constant_vector_factors: null(),
 };
 
 /// # Safety
@@ -417,17 +458,51 @@ pub(crate) unsafe fn config_of(config: &xcclMoeConfig_t, nranks: usize) -> Outco
     };
     let mut made = MoeConfig { reduction, ..MoeConfig::new(max_tokens, hidden, topk, experts, dtype) };
     made.max_expert_rows = (max_expert_rows > 0).then_some(max_expert_rows);
-    if !placement.is_null() && (1..=MOST_EXPERTS).contains(&experts) {
+    made.slots = (config.slots > 0).then_some(config.slots);
+    made.shared = config.shared_experts;
+    (made.zero, made.copy) = (config.zero_experts, config.copy_experts);
+    if config.shared_experts > MOST_SHARED {
+        let text = format!("config->shared_experts is {}: expected 0 to {MOST_SHARED}", config.shared_experts);
+        return Err(Failure::argument(text));
+    }
+    let all = experts.saturating_add(config.shared_experts);
+    if !config.slot_experts.is_null() && (1..=MOST_EXPERTS).contains(&experts) {
+        if !placement.is_null() {
+            return Err(Failure::argument("config->placement and config->slot_experts are both given: expected one"));
+        }
+        // SAFETY: the caller's promise.
+        let made_of = unsafe { placement_of(config.slot_experts, (nranks, config.slots), all, "config->slot_experts") };
+        made.placement = Some(made_of?);
+    } else if !placement.is_null() && (1..=MOST_EXPERTS).contains(&experts) {
         // SAFETY: the caller's promise.
         let ranks = unsafe { slice(placement, experts, "config->placement") }?.iter().enumerate();
         let rank = |(i, &rank)| natural(rank, &format!("config->placement[{i}]"), format_args!("a rank"));
         let ranks = ranks.map(rank).collect::<Outcome<Vec<usize>>>()?;
-        made.placement = Some(Placement::of_ranks(&ranks, nranks)?);
+        let everywhere = vec![(0..nranks).collect(); config.shared_experts];
+        made.placement = Some(Placement::of_ranks(&ranks, nranks)?.with_shared(&everywhere)?);
+    }
+    let constants = config.constant_experts;
+    if constants > 0 {
+        if constants > MOST_EXPERTS || !(1..=MOST_HIDDEN).contains(&hidden) {
+            return Err(Failure::argument(format!(
+                "config->constant_experts is {constants} with hidden {hidden}: expected 0 to {MOST_EXPERTS}, hidden 1 to {MOST_HIDDEN}"
+            )));
+        }
+        let factors = |at: *const f32, name, otherwise: f32| match at.is_null() {
+            true => Ok(vec![otherwise; constants]),
+            // SAFETY: the caller's promise.
+            false => Ok::<_, Failure>(unsafe { slice(at, constants, name) }?.to_vec()),
+        };
+        let of_tokens = factors(config.constant_token_factors, "config->constant_token_factors", 0.0)?;
+        let of_vectors = factors(config.constant_vector_factors, "config->constant_vector_factors", 1.0)?;
+        // SAFETY: the caller's promise.
+        let vectors = unsafe { slice(config.constant_vectors, constants * hidden, "config->constant_vectors") }?;
+        made.constant = Some(ConstantExperts::new(vectors).factors(of_tokens, of_vectors));
     }
     made.wire = wire_of(config.wire)?;
     if !config.smooth.is_null() && (1..=MOST_EXPERTS).contains(&experts) && (1..=MOST_HIDDEN).contains(&hidden) {
         // SAFETY: the caller's promise.
-        let smooth = unsafe { slice(config.smooth, experts * hidden, "config->smooth") }?;
+        let smooth = unsafe { slice(config.smooth, all * hidden, "config->smooth") }?;
         made.smooth = Some(SmoothScales::new(smooth));
     }
     Ok(made)
@@ -436,6 +511,7 @@ pub(crate) unsafe fn config_of(config: &xcclMoeConfig_t, nranks: usize) -> Outco
 /// As the library's own limit: what is larger is refused by it, without a look at the placement.
 const MOST_EXPERTS: usize = 1 << 16;
 const MOST_HIDDEN: usize = 1 << 20;
+const MOST_SHARED: usize = 63;
 
 /// Makes a handle for exchanges of the shape *config and writes it to *moe; *moe is left as it is on failure. Every rank of
 /// comm must call it, with the same configuration (xcclJoinFailed on every rank otherwise). Blocks until all have.
@@ -452,8 +528,7 @@ pub unsafe extern "C" fn xcclMoeCreate(
             let config = sized(config, NO_CONFIG, "config")?;
             let held = with(comm, |live| {
                 let moe = Moe::new(&live.comm, config_of(&config, live.comm.world_size())?)?;
-                let local = moe.experts_of(live.comm.rank())?.len();
-                Ok(Held::new(moe, local))
+                Ok(Held::new(moe, live.comm.rank()))
             });
             (out, held?)
         };
@@ -478,14 +553,15 @@ pub unsafe extern "C" fn xcclMoeDestroy(moe: xcclMoe_t) -> xcclResult_t {
     })
 }
 
-/// Writes the number of experts that this rank holds to *local_experts. Does not block.
+/// Writes the number of slots of this rank, by the placement of the next exchange, to *local_experts: the experts that it holds.
+/// Does not block.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xcclMoeLocalExperts(moe: xcclMoe_t, local_experts: *mut usize) -> xcclResult_t {
     guard("xcclMoeLocalExperts", || {
         // SAFETY: C's promise about its pointers and handles.
         let (out, value) = unsafe {
             let out = Out::new(local_experts, "local_experts")?;
-            (out, with_held(moe, |held| Ok(held.local))?)
+            (out, with_held(moe, |held| held.local())?)
         };
         out.set(value);
         Ok(())

@@ -145,8 +145,9 @@ pub unsafe extern "C" fn xcclMoeCopyWirePadded(
         // SAFETY: C's promise about its pointers and handles.
         unsafe {
             with_held(moe, |held| {
-                let (moe, local, layout) = (held.moe(), held.local, layout_of(layout)?);
+                let (moe, layout) = (held.moe(), layout_of(layout)?);
                 let batch = held.flight(exchange)?.batch()?;
+                let local = batch.counts().len();
                 let room = Room { values, rows: capacity_rows, scales, scale_elements: capacity_scales };
                 let (values, scales) = room.slices(moe, (local, capacity), layout)?;
                 Ok(batch.copy_wire_padded(values, scales, layout, capacity)?)
