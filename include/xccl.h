@@ -223,6 +223,20 @@ typedef enum {
 } xcclReduction_t;
 
 /**
+ * How counts are written. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * One by one.
+   */
+  xcclCountsEach = 0,
+  /**
+   * Each with all before it.
+   */
+  xcclCountsPrefixSums = 1,
+} xcclCounts_t;
+
+/**
  * Where shared segments come from. The numbers are fixed.
  */
 typedef enum {

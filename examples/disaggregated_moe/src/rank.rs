@@ -46,7 +46,7 @@ fn play(world: &Communicator, job: &Job) -> Result<Option<Answered>> {
     }
     match (kv, a2e, domain) {
         (Some(kv), Some(a2e), Some(domain)) => {
-            let attention = Attention::new(&a2e, experts::roles(job))?;
+            let attention = Attention::new(&a2e, experts::roles(job)?)?;
             attention::run(&kv, &domain, job, &&attention).map(Some)
         }
         (_, Some(a2e), _) => experts::run(&a2e, job).map(|()| None),

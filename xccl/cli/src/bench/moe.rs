@@ -14,9 +14,10 @@ use memmap2::{Advice, MmapMut};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
+use xccl::placement;
 use xccl::{
-    Communicator, Config, DType, Element, Exchange, ExpertBatch, HeapBuffer, Moe, MoeConfig, Reduction, Routing,
-    ScaleLayout, WireFormat, WireRows,
+    Communicator, Config, CountForm, DType, Element, Exchange, ExpertBatch, HeapBuffer, Moe, MoeConfig, ReduceOp,
+    Reduction, Routing, ScaleLayout, WireFormat, WireRows,
 };
 
 use super::epilogue::{Extras, Step};
@@ -77,6 +78,10 @@ pub struct MoeArgs {
     /// Seed of the drawn routing
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Then balances the experts from the tokens that they got, with so many slots more than experts, installs that placement and
+    /// measures again
+    #[arg(long)]
+    redundant: Option<usize>,
 }
 
 #[derive(Clone, Copy, ValueEnum, Serialize, PartialEq)]
@@ -167,6 +172,10 @@ struct Point {
     combine_us: Percentiles,
     /// Combine and then the epilogue in a pass of its own.
     separate_us: Option<Percentiles>,
+    /// Slots that replicas have, once experts were balanced.
+    redundant: Option<usize>,
+    /// Rows of the hottest rank, as a multiple of the mean.
+    hottest: f64,
     /// Dispatch and combine with one lane, where there are more.
     alone_dispatch_us: Option<Percentiles>,
     alone_combine_us: Option<Percentiles>,
@@ -222,7 +231,7 @@ impl MoeArgs {
             if !json.goes_on(comm)? {
                 break;
             }
-            if let Some(point) = self.point::<E>(comm, tokens, line_ns)? {
+            for point in self.points::<E>(comm, tokens, line_ns)? {
                 let gbps = |us: f64| (point.tokens * self.hidden * size_of::<E>()) as f64 / us / 1e3;
                 json.table(&format!(
                     "{:>8} {:>12.2} {:>8.2} {:>12.2} {:>8.2} {:>12.2} {:>12.2} {:>9}",
@@ -252,6 +261,16 @@ impl MoeArgs {
                         combine / point.combine_us.median
                     ));
                 }
+                if self.redundant.is_some() {
+                    let placed = match point.redundant {
+                        None => "experts one after another".to_owned(),
+                        Some(n) => format!("balanced, {n} redundant slots"),
+                    };
+                    json.table(&format!(
+                        "{:>8} {placed}: the hottest rank has {:.2} times the mean",
+                        "", point.hottest
+                    ));
+                }
                 json.write(&point)?;
             }
         }
@@ -259,21 +278,46 @@ impl MoeArgs {
         Ok(())
     }
 
-    fn point<E: Element>(&self, comm: &Communicator, tokens: &[usize], line_ns: Option<f64>) -> Result<Option<Point>> {
+    /// What is measured for one number of tokens: once, or before and after balancing; on rank 0 only.
+    fn points<E: Element>(&self, comm: &Communicator, tokens: &[usize], line_ns: Option<f64>) -> Result<Vec<Point>> {
         let reduction = match self.reduction {
             Reduce::PerExpert => Reduction::PerExpert,
             Reduce::PerRank | Reduce::Engine => Reduction::PerRank,
         };
         let most = tokens.iter().copied().max().unwrap_or(0).max(1);
         let shape = MoeConfig::new(most, self.hidden, self.topk, self.experts, self.dtype);
-        let config = MoeConfig { reduction, wire: self.wire, ..shape };
+        let slots = self.redundant.map(|redundant| (self.experts + redundant).div_ceil(comm.world_size()));
+        let config = MoeConfig { reduction, wire: self.wire, slots, ..shape };
         let moe = Moe::new(comm, config)?;
         // Memory like the outbox's, which the next rank reads: see `copy_as_dispatch`.
         let heap = 2 * (most * self.hidden * size_of::<E>() + 4096);
         let shared = Communicator::from_env_with(Config::from_env()?.heap_bytes(heap).rendezvous_bytes(1))?;
-        let back = Moe::new(comm, self.back_config(&moe, tokens)?)?;
-        let mut run = Run::<E>::new(self, comm, &shared, [&moe, &back], tokens)?;
-        let verified = if self.common.verify { Some(run.verify(tokens)?) } else { None };
+        let mut points = vec![];
+        points.extend(self.point::<E>(comm, &shared, &moe, (tokens, line_ns), None)?);
+        if let Some(redundant) = self.redundant {
+            let mut counts = vec![0i64; self.experts];
+            moe.take_expert_counts(CountForm::Each, &mut counts)?;
+            comm.all_reduce_in_place(&mut counts, ReduceOp::Sum)?;
+            let placement = placement::balance(&counts, &nodes(comm)?, redundant, Some(&moe.placement()))?;
+            moe.install(&placement)?;
+            let replicas = placement.all_slots() - self.experts;
+            points.extend(self.point::<E>(comm, &shared, &moe, (tokens, line_ns), Some(replicas))?);
+        }
+        Ok(points)
+    }
+
+    fn point<E: Element>(
+        &self,
+        comm: &Communicator,
+        shared: &Communicator,
+        moe: &Moe,
+        (tokens, line_ns): (&[usize], Option<f64>),
+        redundant: Option<usize>,
+    ) -> Result<Option<Point>> {
+        let placed = Placed::new(self, comm, moe, tokens)?;
+        let back = Moe::new(comm, self.back_config(&placed, tokens.len())?)?;
+        let mut run = Run::<E>::new(self, (comm, shared), [moe, &back], (&placed, tokens))?;
+        let verified = if self.common.verify { Some(run.verify()?) } else { None };
 
         let rounds = self.common.warmup + self.common.iters;
         let bar = progress(comm, rounds as usize);
@@ -325,6 +369,8 @@ impl MoeArgs {
             dispatch_us,
             combine_us,
             separate_us: medians[4],
+            redundant,
+            hottest: placed.hottest(),
             alone_dispatch_us: medians[5],
             alone_combine_us: medians[6],
             limit: Limit { dispatch_us: limit_dispatch.median, combine_us: limit_combine.median, line_ns },
@@ -353,16 +399,11 @@ impl MoeArgs {
     }
 
     /// A handle whose dispatch takes as many rows back to their sources as the combine does.
-    fn back_config(&self, moe: &Moe, tokens: &[usize]) -> Result<MoeConfig> {
-        let ranks = tokens.len();
-        let mut rank_of = vec![0; self.experts];
-        for rank in 0..ranks {
-            moe.experts_of(rank)?.iter().for_each(|&expert| rank_of[expert] = rank);
-        }
+    fn back_config(&self, placed: &Placed, ranks: usize) -> Result<MoeConfig> {
         let (mut sent, mut got) = (vec![0; ranks], vec![0; ranks]);
-        for (source, &t) in tokens.iter().enumerate() {
-            for ids in self.ids(source, t)?.chunks_exact(self.topk) {
-                let mut from: Vec<usize> = ids.iter().filter(|&&id| id >= 0).map(|&id| rank_of[id as usize]).collect();
+        for (source, choices) in placed.choices.iter().enumerate() {
+            for choices in choices.chunks_exact(self.topk) {
+                let mut from: Vec<usize> = choices.iter().flatten().map(|&(rank, _)| rank).collect();
                 if self.reduction != Reduce::PerExpert {
                     from.sort_unstable();
                     from.dedup();
@@ -444,6 +485,53 @@ impl MoeArgs {
     }
 }
 
+/// The node of each rank.
+fn nodes(comm: &Communicator) -> Result<Vec<usize>> {
+    Ok((0..comm.world_size()).map(|rank| comm.node_of(rank)).collect::<xccl::Result<_>>()?)
+}
+
+/// Where the choices of all ranks go, which every rank can work out.
+struct Placed {
+    /// The experts in this rank's slots.
+    local: Vec<usize>,
+    /// By rank, for each of its ids, the rank and slot.
+    choices: Vec<Vec<Option<(usize, usize)>>>,
+}
+
+impl Placed {
+    fn new(args: &MoeArgs, comm: &Communicator, moe: &Moe, tokens: &[usize]) -> Result<Self> {
+        let (placement, nodes) = (moe.placement(), nodes(comm)?);
+        let mut choices = vec![];
+        for (source, &t) in tokens.iter().enumerate() {
+            let mut named = vec![0; args.experts];
+            let mut choose = |id: i32| {
+                let expert = usize::try_from(id).ok()?;
+                named[expert] += 1;
+                placement.choose(expert, source, named[expert] - 1, &nodes)
+            };
+            choices.push(args.ids(source, t)?.into_iter().map(&mut choose).collect());
+        }
+        Ok(Placed { local: placement.slots(comm.rank()).to_vec(), choices })
+    }
+
+    /// Rows for each slot of a rank.
+    fn rows_of(&self, rank: usize) -> Vec<usize> {
+        let mut rows = vec![];
+        for &(_, slot) in self.choices.iter().flatten().flatten().filter(|(r, _)| *r == rank) {
+            rows.resize(rows.len().max(slot + 1), 0);
+            rows[slot] += 1;
+        }
+        rows
+    }
+
+    /// Rows of the rank that has most, as a multiple of the mean.
+    fn hottest(&self) -> f64 {
+        let rows: Vec<usize> = (0..self.choices.len()).map(|rank| self.rows_of(rank).iter().sum()).collect();
+        let (most, all) = (rows.iter().max().copied().unwrap_or(0), rows.iter().sum::<usize>().max(1));
+        (most * rows.len()) as f64 / all as f64
+    }
+}
+
 /// The factor of choice `i`: sums of products stay exact enough to tell any wrong row.
 fn weight(i: usize) -> f32 {
     (i % 7 + 1) as f32 / 8.0
@@ -515,6 +603,7 @@ struct Run<'a, E> {
     comm: &'a Communicator,
     shared: &'a Communicator,
     moe: &'a Moe,
+    placed: &'a Placed,
     /// For the combine's limit: see `copy_as_combine`.
     back: &'a Moe,
     tokens: Buffer<E>,
@@ -539,22 +628,17 @@ struct Run<'a, E> {
 impl<'a, E: Element> Run<'a, E> {
     fn new(
         args: &'a MoeArgs,
-        comm: &'a Communicator,
-        shared: &'a Communicator,
+        (comm, shared): (&'a Communicator, &'a Communicator),
         [moe, back]: [&'a Moe; 2],
-        tokens: &[usize],
+        (placed, tokens): (&'a Placed, &[usize]),
     ) -> Result<Self> {
         let (hidden, mine) = (args.hidden, tokens[comm.rank()]);
         // Room for what this rank's experts are going to get, which every rank can work out.
-        let local = moe.experts_of(comm.rank())?;
-        let mut counts = vec![0usize; args.experts];
-        for (rank, &t) in tokens.iter().enumerate() {
-            args.ids(rank, t)?.into_iter().filter(|&id| id >= 0).for_each(|id| counts[id as usize] += 1);
-        }
-        let capacity = local.iter().map(|&e| counts[e]).max().unwrap_or(0);
+        let counts = placed.rows_of(comm.rank());
+        let (local, capacity) = (&placed.local, counts.iter().max().copied().unwrap_or(0));
         let rows = match args.layout {
             Layout::InPlace => 0,
-            Layout::ExpertMajor => local.iter().map(|&e| counts[e]).sum(),
+            Layout::ExpertMajor => counts.iter().sum(),
             Layout::Padded => local.len() * capacity,
         };
         let scratch = || Buffer::new(tokens.iter().sum::<usize>().max(1) * hidden);
@@ -564,6 +648,7 @@ impl<'a, E: Element> Run<'a, E> {
             comm,
             shared,
             moe,
+            placed,
             back,
             tokens: Buffer::new(mine * hidden)?,
             ids: args.ids(comm.rank(), mine)?,
@@ -818,18 +903,17 @@ impl<'a, E: Element> Run<'a, E> {
     }
 
     /// One exchange in which every byte of every row and every sum is compared with a plain reference.
-    fn verify(&mut self, tokens: &[usize]) -> Result<bool> {
+    fn verify(&mut self) -> Result<bool> {
         let (moe, hidden, topk) = (self.moe, self.args.hidden, self.args.topk);
         let routing = Routing::new(&self.ids, &self.weights);
         let mine = self.mine();
         let sent = moe.dispatch_send(&self.tokens[..mine * hidden], &routing)?;
         let mut batch = moe.dispatch_recv(&sent)?;
         let mut expected = vec![];
-        for &expert in batch.local_experts() {
-            for (rank, &t) in tokens.iter().enumerate() {
-                for (i, _) in
-                    self.args.ids(rank, t)?.iter().enumerate().filter(|&(_, &id)| id as usize == expert && id >= 0)
-                {
+        let me = self.comm.rank();
+        for (slot, &expert) in batch.local_experts().iter().enumerate() {
+            for (rank, choices) in self.placed.choices.iter().enumerate() {
+                for (i, _) in choices.iter().enumerate().filter(|(_, place)| **place == Some((me, slot))) {
                     expected.push((expert, rank, i / topk, weight(i)));
                 }
             }
@@ -926,9 +1010,9 @@ impl<'a, E: Element> Run<'a, E> {
         // What each rank's experts add, ascending.
         let mut by_rank = vec![];
         for rank in 0..self.comm.world_size() {
-            let local = self.moe.experts_of(rank)?;
-            let mut here: Vec<usize> = choices.clone().filter(|&i| local.contains(&(self.ids[i] as usize))).collect();
-            here.sort_by_key(|&i| self.ids[i]);
+            let place = |i: usize| self.placed.choices[self.comm.rank()][i];
+            let mut here: Vec<usize> = choices.clone().filter(|&i| place(i).is_some_and(|(r, _)| r == rank)).collect();
+            here.sort_by_key(|&i| place(i));
             by_rank.push((self.comm.node_of(rank)?, here));
         }
         // Of this node the terms or the ranks' sums, of each other one a sum.

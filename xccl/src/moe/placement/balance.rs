@@ -28,8 +28,8 @@ const KICKS: usize = 3;
 /// 2. *Pack*, in two ways. By nodes: the replicas of an expert stay on one node; experts go to nodes by descending count, each to
 ///    the node with least load per rank that has room; in each node replicas go to ranks by descending load, each to the rank with
 ///    least load that has a slot. Flat: the same over all ranks at once.
-/// 3. *Improve* each: exchange a slot of the hottest rank with another rank's, or turn a spare replica elsewhere into one of its
-///    experts, whichever brings the ranks concerned down most, until nothing does. Then again after a few random exchanges, from
+/// 3. *Improve* each: exchange a slot of the hottest rank with another rank's, turn a spare replica elsewhere into one of its
+///    experts, or a spare replica of its own into one of any, whichever brings the ranks concerned down most, until nothing does. Then again after a few random exchanges, from
 ///    the best so far, as long as there is something to be gained and for a number of trials.
 /// 4. Take the best; the former placement, improved, is one of them if its ranks have no more slots. Among equals take
 ///    the one that moves fewest weights, after ranks of a node have exchanged all their slots where that brings experts back to
@@ -435,6 +435,12 @@ impl<'a> Search<'a> {
         let mut best = (most * (1.0 - EQUAL), None);
         for i in 0..self.slots[hot].len() {
             let a = self.slots[hot][i];
+            // A spare replica here.
+            let others = if self.ranks[a].len() > 1 { self.ranks.len() } else { 0 };
+            for b in (0..others).filter(|&b| b != a) {
+                let less = Change { expert: a, from: Some(hot), to: None };
+                self.consider([less, Change { expert: b, from: None, to: Some(hot) }], &mut best);
+            }
             for other in (0..self.slots.len()).filter(|&rank| rank != hot) {
                 for j in 0..self.slots[other].len() {
                     let b = self.slots[other][j];
