@@ -391,6 +391,46 @@ typedef enum {
 } xcclKvEventKind_t;
 
 /**
+ * Who reads what of whom, beside the rows. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * By trampolines in a domain of many attention ranks, on nodes with many expert ranks.
+   */
+  xcclForwardAuto = 0,
+  /**
+   * Each expert rank the lists of each attention rank, and the other way round.
+   */
+  xcclForwardFlat = 1,
+  /**
+   * A few expert ranks of each node gather them for the others.
+   */
+  xcclForwardTrampoline = 2,
+} xcclForward_t;
+
+/**
+ * Why an expert rank's loop has ended. The numbers are fixed.
+ */
+typedef enum {
+  /**
+   * It goes on: this is a micro-batch.
+   */
+  xcclA2EGoesOn = 0,
+  /**
+   * All attention ranks are done.
+   */
+  xcclA2EDone = 1,
+  /**
+   * An attention rank has shut the group down.
+   */
+  xcclA2EWasShutDown = 2,
+  /**
+   * A rank has aborted the communicator.
+   */
+  xcclA2EAborted = 3,
+} xcclA2EEnd_t;
+
+/**
  * What a handle points to.
  */
 typedef struct xcclA2E xcclA2E;

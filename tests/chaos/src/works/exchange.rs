@@ -116,7 +116,7 @@ fn send<'m>(comm: &Communicator, shape: &Shape, moe: &'m Moe, salt: u64) -> Play
 fn experts<'m>(comm: &Communicator, shape: &Shape, moe: &'m Moe, exchange: &Exchange<'m>, salt: u64) -> Played {
     let mut batch = moe.dispatch_recv(exchange)?;
     let sent: Vec<Sent> = (0..comm.world_size()).map(|rank| shape.sent_by(salt, rank)).collect();
-    let mine = batch.local_experts();
+    let mine = batch.local_experts().to_vec();
     let named = |sent: &Sent| sent.ids.iter().filter(|&&id| id >= 0 && mine.contains(&(id as usize))).count();
     let expected = sent.iter().map(named).sum::<usize>();
     check(batch.len() == expected, || format!("{} rows where there are {expected}", batch.len()))?;
