@@ -363,6 +363,9 @@ impl Serving {
     /// The loop is over: attention ranks that go on are told.
     fn end(&mut self, domains: &[Moe], ended: Ended) {
         self.ended = Some(ended);
+        if ended == Ended::Done {
+            domains.iter().for_each(Moe::see_off);
+        }
         domains.iter().for_each(|moe| moe.leave(ended == Ended::Done));
     }
 }
@@ -472,16 +475,22 @@ impl Moe {
         refused == epoch && self.part_of(source, epoch) == Part::Open
     }
 
-    /// Returns what was forwarded: sources wait for it. At most until the deadline.
+    /// Whether nobody needs anything more of what this rank passes on.
+    fn has_passed_all_on(&self) -> bool {
+        self.has_returned_all() && self.between().is_none_or(|(_, between)| between.borrow().rail.undone().is_none())
+    }
+
+    /// Passes on what others may still wait for: what this rank gathers for its node, and the sums that it answers for. At most until
+    /// the deadline.
     fn see_off(&self) {
-        if self.has_returned_all() {
+        if self.has_passed_all_on() {
             return;
         }
         let what = Waiting { operation: Operation::E2aSend, epoch: self.next_epoch(), peer: None };
         // Who has died or left is found by those who wait for it.
         let _ = self.comm.wait(what, || {
             let failed = self.forward().is_err();
-            (failed || self.has_returned_all()).then_some(())
+            (failed || self.has_passed_all_on()).then_some(())
         });
     }
 }

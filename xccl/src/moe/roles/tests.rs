@@ -290,7 +290,9 @@ fn a_domain_that_pauses_does_not_keep_another_one_waiting() {
         on_one_node(&config, |comm| {
             if config.role_of(comm.rank()) == Some(Role::Experts) {
                 let served = serve_ones(&Experts::new(comm, config.clone()).unwrap());
-                assert_eq!(served, [vec![0; 10], vec![1]].concat());
+                // The last two of domain 0 may come in either order with it here: the other rank had their tokens.
+                assert!(served.iter().position(|&domain| domain == 1) >= Some(8), "{served:?}");
+                assert_eq!(served.iter().filter(|&&domain| domain == 0).count(), 10);
                 return;
             }
             let attention = Attention::new(comm, config.clone()).unwrap();
