@@ -14,8 +14,8 @@ pub use halves::*;
 pub(crate) use halves::{NO_INPUT, XCCL_IN_PLACE, XCCL_SUMMED, dtype_of};
 pub use joined::*;
 pub use lanes::*;
-pub(crate) use wire::number_of;
 pub use placement::*;
+pub(crate) use wire::number_of;
 pub use wire::*;
 
 use std::ffi::c_void;
