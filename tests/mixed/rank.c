@@ -112,7 +112,14 @@ int main(void) {
   exchanges(comm, xcclBfloat16);
   if (getenv("DIES")) { /* the rank that does, all of a sudden; the others wait for it */
     xcclResult_t result;
-    if (atoi(getenv("DIES")) == rank) raise(SIGKILL);
+    const int dies = atoi(getenv("DIES"));
+    int i;
+    if (dies == rank) {
+      for (i = 0; i < ranks; i++)
+        if (i != rank) CHECK(xcclRecv(NULL, 0, i, THROUGH, NULL, comm));
+      raise(SIGKILL);
+    }
+    CHECK(xcclSend(NULL, 0, dies, THROUGH, comm));
     result = xcclBarrier(comm);
     fprintf(stderr, "%s\n", xcclGetLastError());
     EXPECT(result == xcclRemoteError);

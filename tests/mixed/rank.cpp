@@ -94,8 +94,14 @@ int main() try {
   half.reset();
   exchanges<float>(comm, rank, ranks);
   exchanges<std::uint16_t>(comm, rank, ranks);
-  if (const char *dies = std::getenv("DIES")) {
-    if (std::atoi(dies) == rank) std::raise(SIGKILL);
+  if (const char *named = std::getenv("DIES")) {
+    const int dies = std::atoi(named);
+    if (dies == rank) {
+      for (int other = 0; other < ranks; other++)
+        if (other != rank) comm.recv(nullptr, 0, other, THROUGH);
+      std::raise(SIGKILL);
+    }
+    comm.send(nullptr, 0, dies, THROUGH);
     try {
       comm.barrier();
     } catch (const xccl::Error &error) {

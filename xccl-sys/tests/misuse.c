@@ -924,6 +924,11 @@ int main(void) {
   if (rank > 0) {
     good_rank();
     printf("rank %d: every call has ended\n", rank);
+    /* In order: the end of its process would end the other's calls. */
+    CHECK(xcclKvSenderDestroy(sender));
+    CHECK(xcclKvReceiverDestroy(receiver));
+    CHECK(xcclMoeDestroy(moe));
+    CHECK(xcclCommDestroy(comm));
     return 0;
   }
   if (ranks == 1) {

@@ -330,7 +330,7 @@ impl Held {
 
     /// Slots of this rank, by the placement of the next exchange.
     fn local(&self) -> Outcome<usize> {
-        Ok(self.moe().experts_of(self.rank)?.len())
+        Ok(self.moe().slots_of(self.rank)?)
     }
 
     fn place(&self, exchange: xcclExchange_t) -> Outcome<usize> {

@@ -222,7 +222,8 @@ impl Moe {
         for rank in self.ranks_of(&flight.placed, &mut flight.lists) {
             let outbox = &self.peers[rank];
             if !epoch::reached(outbox.word64(slot.combined), epoch) {
-                return Err(Error::PeerLeft { rank, during: self.operation(during), epoch });
+                let during = self.operation(during);
+                return Err(self.comm.or_the_end(Error::PeerLeft { rank, during, epoch }, during, epoch));
             }
             if outbox.word64(slot.abandoned).load(Acquire) == epoch {
                 return Err(self.comm.or_the_end(Error::PeerAbandoned { rank, epoch }, self.operation(during), epoch));

@@ -484,6 +484,15 @@ impl Moe {
         Ok(self.state.borrow().placed.local(rank).to_vec())
     }
 
+    /// The number of `rank`'s slots, by the placement of the next exchange: the length of [`experts_of`](Self::experts_of).
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`].
+    pub fn slots_of(&self, rank: usize) -> Result<usize> {
+        self.comm.check_rank(rank)?;
+        Ok(self.state.borrow().placed.local(rank).len())
+    }
+
     /// Sends the tokens of one exchange: `tokens` is `[T, hidden]`, T the routing's number of tokens, at most `max_tokens`,
     /// possibly 0, different on every rank. The rows are copied once, or encoded on the way. Blocks only until every rank has finished the exchange
     /// before the last.
@@ -650,7 +659,7 @@ impl Moe {
             }
             // An exchange that it has begun before it left may still be combined.
             let has_left = closing::is_closed(closed, epoch);
-            has_left.then_some(Err(Error::PeerLeft { rank: peer, during, epoch }))
+            has_left.then(|| Err(self.comm.or_the_end(Error::PeerLeft { rank: peer, during, epoch }, during, epoch)))
         })?
     }
 
@@ -682,7 +691,7 @@ impl Moe {
                 return Some(Ok(()));
             }
             let has_left = trampolines.has_left(block, epoch) && !trampolines.has_returned(block, epoch);
-            has_left.then_some(Err(Error::PeerLeft { rank, during, epoch }))
+            has_left.then(|| Err(self.comm.or_the_end(Error::PeerLeft { rank, during, epoch }, during, epoch)))
         })?
     }
 

@@ -53,7 +53,7 @@ impl CommInner {
 
     pub(crate) fn put(&self, to: Remote, data: &[u8]) -> Result<()> {
         self.check_piece(to, data.len())?;
-        self.check_partner(to.rank, DURING)?;
+        self.check_target(to.rank)?;
         match self.reach(to.rank, DURING) {
             Reach::Near(heap) => heap.put(to.offset, data),
             Reach::Far(mut there) => there.put_one(to.offset, data, None)?,
@@ -108,7 +108,7 @@ impl CommInner {
         }
         self.check_word(word)?;
         self.check_piece(to, data.len())?;
-        self.check_partner(to.rank, DURING)?;
+        self.check_target(to.rank)?;
         match self.reach(to.rank, DURING) {
             Reach::Near(heap) => {
                 heap.put(to.offset, data);
@@ -121,7 +121,7 @@ impl CommInner {
 
     pub(crate) fn signal(&self, word: Remote, update: Update) -> Result<()> {
         self.check_word(word)?;
-        self.check_partner(word.rank, DURING)?;
+        self.check_target(word.rank)?;
         match self.reach(word.rank, DURING) {
             Reach::Near(heap) => self.change(heap, word, |word| signal::apply(word, update)),
             Reach::Far(mut there) => there.put([], Some(told(word.offset, update)))?,
@@ -155,7 +155,7 @@ impl CommInner {
     /// Changes a word, here by `near` or there by `far`, and gives what it was before.
     fn fetch_and(&self, word: Remote, far: Change, near: impl FnOnce(&AtomicU64) -> u64) -> Result<u64> {
         self.check_word(word)?;
-        self.check_partner(word.rank, DURING)?;
+        self.check_target(word.rank)?;
         match self.reach(word.rank, DURING) {
             Reach::Near(heap) => Ok(self.change(heap, word, near)),
             Reach::Far(mut there) => there.fetch(word.offset, far),
@@ -211,10 +211,19 @@ impl CommInner {
         self.fabric.heap.shared_word(offset)
     }
 
+    /// A rank that has left may have done so because of a death that it was told of.
+    fn check_target(&self, rank: usize) -> Result<()> {
+        self.check_partner(rank, DURING).map_err(|err| match err {
+            Error::PeerLeft { .. } => self.or_the_end(err, DURING, 0),
+            err => err,
+        })
+    }
+
     /// A rank that has left has done nothing to what it has written before; but one of another node does not answer any more.
     fn check_source(&self, rank: usize) -> Result<()> {
         match self.check_partner(rank, DURING) {
             Err(Error::PeerLeft { .. }) if self.is_near(rank) => Ok(()),
+            Err(Error::PeerLeft { .. }) => self.check_target(rank),
             other => other,
         }
     }
@@ -238,7 +247,7 @@ impl CommInner {
         match self.fabric.far_to(piece.rank) {
             // It may have been told of by a third rank, before its own word has come: what it has sent comes before an answer.
             Some(far) if is_shared.is_err() => {
-                self.check_partner(piece.rank, DURING)?;
+                self.check_target(piece.rank)?;
                 ToFar::new(self, far, piece.rank, DURING).round_trip()?;
                 self.check_shared(piece)
             }

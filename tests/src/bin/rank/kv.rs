@@ -123,9 +123,15 @@ fn receive(comm: &Communicator, senders: usize, victim: Option<usize>) -> Result
                 continue;
             }
             let pages = free.split_off(free.len() - count);
-            match receiver.post(sender, id, &pages, last_bytes(id))? {
-                None => free.extend(pages),
-                Some(ticket) => {
+            match receiver.post(sender, id, &pages, last_bytes(id)) {
+                // Perhaps its death is known already.
+                Err(err) => {
+                    failed(victim, sender, &err)?;
+                    *next = REQUESTS;
+                    free.extend(pages);
+                }
+                Ok(None) => free.extend(pages),
+                Ok(Some(ticket)) => {
                     *next += 1;
                     waiting.push(Waiting { from: sender, ticket, pages });
                     if victim == Some(rank) && ended == 20 {

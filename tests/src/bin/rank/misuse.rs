@@ -207,7 +207,7 @@ pub(crate) fn late_dispatch(comm: &Communicator) -> Result<()> {
         let Some(err) = moe.dispatch_recv(&sent).err() else { bail!("rank 1 has sent nothing") };
         ensure!(matches!(err, Error::Timeout { peer: Some(1), epoch: 1, .. }), "{err:?}");
         let text = err.to_string();
-        for part in ["dispatch_recv (epoch 1)", "rank 1", "waiting in recv (epoch 77) for rank 0"] {
+        for part in ["dispatch_recv (epoch 1)", "rank 1", "waiting in recv tag 77 for rank 0"] {
             ensure!(text.contains(part), "{text:?} lacks {part:?}");
         }
         comm.send(1, 77, &[])?;

@@ -5,6 +5,7 @@ use half::bf16;
 use xccl::{Communicator, Element, Error, Moe, MoeConfig, Routing};
 
 const LENGTHS: [usize; 2] = [33, 300_000];
+const THROUGH: u32 = 7;
 const HIDDEN: usize = 96;
 const TOPK: usize = 2;
 const EXPERTS: usize = 8;
@@ -32,9 +33,14 @@ pub(crate) fn mixed_job(comm: &Communicator) -> Result<()> {
     exchanges::<f32>(comm)?;
     exchanges::<bf16>(comm)?;
     if let Ok(dies) = std::env::var("DIES") {
-        if dies == rank.to_string() {
+        let dies = dies.parse()?;
+        if dies == rank {
+            (0..ranks)
+                .filter(|&other| other != rank)
+                .try_for_each(|other| comm.recv(other, THROUGH, &mut []).map(drop))?;
             nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL)?;
         }
+        comm.send(dies, THROUGH, &[])?;
         let Err(err) = comm.barrier() else { bail!("a dead rank has entered the barrier") };
         eprintln!("{err}");
         ensure!(matches!(err, Error::PeerDied { .. }), "{err:?}");

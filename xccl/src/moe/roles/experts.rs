@@ -201,7 +201,9 @@ impl Experts {
             match found {
                 Ok(Found::Moved) => {}
                 Ok(Found::Ended(ended)) => serving.end(&self.domains, ended),
-                Err(Error::Aborted { by, .. }) => serving.end(&self.domains, Ended::Aborted { by }),
+                Ok(Found::Failed(Error::Aborted { by, .. })) | Err(Error::Aborted { by, .. }) => {
+                    serving.end(&self.domains, Ended::Aborted { by });
+                }
                 Ok(Found::Failed(err)) | Err(err) => return Err(err),
                 Ok(Found::Batch(domain)) => return self.receive(&mut serving, domain).map(Some),
             }
@@ -342,12 +344,18 @@ impl Serving {
                     domain.is_over = true;
                     let (during, epoch) = (Operation::A2eRecv, moe.next_epoch());
                     moe.leave(false);
-                    return Some(Found::Failed(Error::PeerLeft { rank, during, epoch }));
+                    let left = Error::PeerLeft { rank, during, epoch };
+                    return Some(Found::Failed(comm.or_the_end(left, during, epoch)));
                 }
             }
         }
         if self.domains.iter().all(|domain| domain.is_over) {
-            return Some(Found::Ended(asked_to_end(comm, domains).unwrap_or(Ended::Done)));
+            return Some(match (asked_to_end(comm, domains), comm.ending.check(Operation::A2eRecv)) {
+                (Some(ended), _) => Found::Ended(ended),
+                // They have left because of a death that they have been told of.
+                (None, Err(err)) => Found::Failed(err),
+                (None, Ok(())) => Found::Ended(Ended::Done),
+            });
         }
         // What others have sent comes before what was refused.
         if let Some((domain, (rank, epoch))) = refused {
